@@ -1,0 +1,157 @@
+# Every command of the project, with nothing assumed but GNU make, a POSIX shell and Python 3.11
+# or newer. Packages go into .venv, at the versions of constraints.txt, and are installed again
+# only when pyproject.toml or constraints.txt has changed.
+
+PYTHON ?= python3
+PLATFORM ?= cpu
+TEST_WORKERS ?= 2
+VENV := .venv
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help experiment test lint format bench lock clean distclean
+
+# ------------------------------------------------------------------------------ variables
+
+OPTIONS := DATASET DATA_DIR PREPROCESS METHOD STEPS DAMPING GRADIENT CURVATURE LATENT HIDDEN \
+    ACTIVATION LIKELIHOOD VARIANCE EPOCHS BATCH_SIZE LEARNING_RATE SEED IMPORTANCE_SAMPLES \
+    TEST_IMAGES CHUNK_SIZE RUN_DIR RUNS_DIR
+SWITCHES := RESUME OVERWRITE TENSORBOARD
+OTHERS := PLATFORM ARGS PYTHON VENV TEST_WORKERS JAX_PLATFORMS
+
+# A misspelt name must not become an experiment with the default in its place.
+TYPED := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
+UNKNOWN := $(firstword $(filter-out $(OPTIONS) $(SWITCHES) $(OTHERS) -% MAKE%,$(TYPED)))
+ifneq ($(UNKNOWN),)
+  $(error Unknown variable $(UNKNOWN). Known: $(OPTIONS) $(SWITCHES) $(OTHERS))
+endif
+
+ifneq ($(filter experiment,$(MAKECMDGOALS)),)
+  ifneq ($(words $(PLATFORM))$(filter cpu cuda tpu,$(PLATFORM)),1$(PLATFORM))
+    $(error PLATFORM=$(PLATFORM) is not one of cpu, cuda, tpu)
+  endif
+  $(foreach v,$(SWITCHES),$(if $(filter-out 0 1,$($(v))),$(error $(v)=$($(v)) is neither 1 (on) nor 0)))
+endif
+
+# Values reach the shell as they were typed, between single quotes. A line that ends in `$\` is
+# joined to the next one without a space.
+comma := ,
+quote = '$(subst ','\'',$(1))'
+option = $(if $(value $(1)), $(2) $(call quote,$(value $(1))))
+switch = $(if $(filter 1,$($(1))), $(2))
+
+DATA_OPTION = $(call option,DATA_DIR,--data-dir)
+TRAIN_OPTIONS = $\
+    $(call option,DATASET,--dataset)$\
+    $(DATA_OPTION)$\
+    $(call option,PREPROCESS,--preprocess)$\
+    $(call option,METHOD,--method)$\
+    $(call option,STEPS,--steps)$\
+    $(call option,DAMPING,--damping)$\
+    $(call option,GRADIENT,--gradient)$\
+    $(call option,CURVATURE,--curvature)$\
+    $(call option,LATENT,--latent)$\
+    $(if $(value HIDDEN), --hidden $(foreach width,$(value HIDDEN),$(call quote,$(width))))$\
+    $(call option,ACTIVATION,--activation)$\
+    $(call option,LIKELIHOOD,--likelihood)$\
+    $(call option,VARIANCE,--variance)$\
+    $(call option,EPOCHS,--epochs)$\
+    $(call option,BATCH_SIZE,--batch-size)$\
+    $(call option,LEARNING_RATE,--learning-rate)$\
+    $(call option,SEED,--seed)$\
+    $(call option,IMPORTANCE_SAMPLES,--importance-samples)$\
+    $(call option,TEST_IMAGES,--test-images)$\
+    $(call option,CHUNK_SIZE,--chunk-size)$\
+    $(call option,RUN_DIR,--run-dir)$\
+    $(call option,RUNS_DIR,--runs-dir)$\
+    $(call switch,RESUME,--resume)$\
+    $(call switch,OVERWRITE,--overwrite)$\
+    $(call switch,TENSORBOARD,--tensorboard)$\
+    $(if $(ARGS), $(ARGS))
+
+# With cuda or tpu named first, JAX stops when there is none instead of training on the CPU.
+JAX_PLATFORMS ?= $(if $(filter cpu,$(PLATFORM)),cpu,$(PLATFORM)$(comma)cpu)
+
+# --------------------------------------------------------------------------- installation
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("vlae_jax needs Python 3.11 or newer, \
+	but $(PYTHON) is %d.%d; name another one: make PYTHON=..." % v[:2] if v < (3, 11) else 0)'
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# .with-NAME stands for: the extra NAME of pyproject.toml is installed.
+$(VENV)/.with-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing vlae_jax[$*] into $(VENV); the first time this takes minutes"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# ------------------------------------------------------------------------------- commands
+
+help: ## Show this text
+	@echo "Usage: make TARGET [NAME=value ...]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s%s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "make experiment takes, each as --name of 'vlae_jax train', whose --help explains them:"
+	@echo "  $(OPTIONS)" | fold -s -w 88 | sed 's/^ */  /'
+	@echo "=1 turns on: $(SWITCHES)"
+	@echo "PLATFORM=cpu|cuda|tpu chooses what JAX runs on. ARGS=\"...\" goes to the command as it is."
+	@echo "PYTHON=python3.12 makes .venv with that Python (make distclean removes the old one)."
+
+# Under another name, so that `make -n` prints the lines that use it instead of running them.
+SUBMAKE = $(MAKE) --no-print-directory
+
+experiment: $(VENV)/.with-train
+experiment: $(if $(filter cuda tpu,$(PLATFORM)),$(VENV)/.with-$(PLATFORM))
+experiment: $(if $(filter 1,$(TENSORBOARD)),$(VENV)/.with-tensorboard)
+experiment: ## Train a model and evaluate it: make experiment DATASET=mnist STEPS=4
+ifneq ($(filter-out digits,$(DATASET)),)
+	@# Exit code 4: the data must be downloaded, which takes TensorFlow. 3: they are here, but
+	@# reading them takes tensorflow-datasets. Anything else is a mistake, already explained.
+	@code=0; \
+	$(VENV)/bin/vlae_jax prepare --check $(call quote,$(value DATASET))$(DATA_OPTION) || code=$$?; \
+	case $$code in \
+	0) ;; \
+	4) $(SUBMAKE) $(VENV)/.with-prepare && \
+	   $(VENV)/bin/vlae_jax prepare $(call quote,$(value DATASET)) ;; \
+	3) $(SUBMAKE) $(VENV)/.with-tfds ;; \
+	*) exit $$code ;; \
+	esac
+endif
+	JAX_PLATFORMS=$(JAX_PLATFORMS) $(VENV)/bin/vlae_jax train$(TRAIN_OPTIONS)
+
+# Compiled programs are kept between runs: compilation is most of the tests' time.
+test: $(VENV)/.with-test ## Run the tests: make test ARGS="-k elbo"
+	JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 \
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/.with-train $(VENV)/.with-lint ## Check style, formatting and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.with-lint ## Format the code and repair what ruff can
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: benchmarks/run.py $(VENV)/.with-train ## Time what is worth timing
+	$(VENV)/bin/python -m benchmarks.run $(ARGS)
+
+# The newest releases that jax 0.9.2 allows: see the comment on jaxlib 0.10 in pyproject.toml.
+lock: ## Resolve constraints.txt again, with uv; ARGS=--upgrade moves its versions on
+	@command -v uv > /dev/null || { echo "make lock needs uv on the PATH" >&2; exit 1; }
+	echo 'jax==0.9.2' | uv pip compile --quiet --universal --python-version 3.11 --all-extras \
+	    --no-annotate --no-header --no-emit-package vlae-jax pyproject.toml - \
+	    --output-file constraints.txt $(ARGS)
+
+clean: ## Remove build products and caches; runs and data stay
+	rm -rf build dist docs/_build .cache/jax .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . \( -path './$(VENV)' -o -path ./.git -o -path ./runs \) -prune \
+	    -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	rm -rf $(VENV)

@@ -1,0 +1,50 @@
+"""Variational Laplace Autoencoders in JAX: functional, with exact Hessians.
+
+The names here are pure functions of one example, for use inside your own `jit`, `vmap`, `grad` and
+`scan`; they need jax and jaxtyping alone. The rooms that train and report (`models`, `training`,
+`evaluation`, ...) are imported by name and need the `train` extra.
+"""
+
+from vlae_jax.bounds import ImportanceInfo, elbo, importance_weighted_log_prob, laplace_evidence
+from vlae_jax.curvature import (
+    Expansion,
+    Quadratic,
+    affine_head_expansion,
+    exact_expansion,
+    gauss_newton_expansion,
+)
+from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
+from vlae_jax.inference import infer_posterior
+from vlae_jax.posterior import (
+    DiagonalPosterior,
+    GaussianPosterior,
+    Posterior,
+    laplace_posterior,
+)
+from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DiagonalPosterior",
+    "Expansion",
+    "GaussianPosterior",
+    "ImportanceInfo",
+    "LogDensity",
+    "Posterior",
+    "Quadratic",
+    "RefinementInfo",
+    "affine_head_expansion",
+    "bernoulli",
+    "elbo",
+    "exact_expansion",
+    "gauss_newton_expansion",
+    "gaussian",
+    "gradient_refine",
+    "importance_weighted_log_prob",
+    "infer_posterior",
+    "laplace_evidence",
+    "laplace_posterior",
+    "newton_refine",
+    "standard_normal",
+]

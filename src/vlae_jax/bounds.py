@@ -1,0 +1,140 @@
+"""What is maximised and reported: ELBO, Laplace evidence, importance-weighted log-likelihood."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlae_jax.curvature import Expansion, factorize
+from vlae_jax.densities import LogDensity
+from vlae_jax.posterior import LOG_2PI, Posterior
+
+
+class ImportanceInfo(NamedTuple):
+    """How far to trust one example's importance-weighted estimate."""
+
+    ess: Float[Array, ""]
+    """Effective sample size (Σw)²/Σw²: between 1 and K, and K when q is the posterior."""
+    standard_error: Float[Array, ""]
+    """Of the log estimate, by the delta method, nats. Itself an estimate from the same weights."""
+    elbo: Float[Array, ""]
+    """Mean log weight: the K-sample estimate of the ELBO, nats."""
+
+
+def elbo(
+    key: PRNGKeyArray, log_joint: LogDensity, posterior: Posterior, *, num_samples: int = 1
+) -> Float[Array, ""]:
+    """Monte Carlo ELBO of one example: the mean of log p(x, z) - log q(z) over samples of q.
+
+    Nothing is replaced by a closed form, on purpose: the noise of log q cancels that of log p,
+    and where q is the posterior every single sample gives log p(x).
+
+    Args:
+        key: Random key; sample k uses `fold_in(key, k)`.
+        log_joint: z of shape (latent,) → log p(x, z), nats.
+        posterior: The approximate posterior q.
+        num_samples: Samples averaged.
+
+    Returns:
+        A lower bound on log p(x) in expectation, nats.
+
+    Gradients:
+        Flow through the parameters and, by reparametrisation, through the posterior.
+
+    References:
+        Kingma and Welling (2014); Rezende, Mohamed and Wierstra (2014).
+    """
+    _require_samples("num_samples", num_samples)
+    return jnp.mean(_log_weights(key, jnp.arange(num_samples), log_joint, posterior))
+
+
+def laplace_evidence(
+    expand: Expansion, mode: Float[Array, " latent"], *, repair: Expansion | None = None
+) -> Float[Array, ""]:
+    """Laplace's estimate of log p(x): log p(x, mode) + (d/2) log 2π - ½ log det P.
+
+    The ELBO of the local quadratic model. Exact for a linear decoder with Gaussian noise; otherwise
+    an approximation and no bound.
+
+    Args:
+        expand: Expansion of one example's log joint.
+        mode: Its mode, shape (latent,).
+        repair: See `laplace_posterior`.
+
+    Returns:
+        Nats. NaN where the precision is neither positive definite nor repaired.
+
+    Gradients:
+        Flow through `mode` and the parameters.
+    """
+    quadratic, factor = factorize(expand, mode, repair)
+    half_log_det = jnp.sum(jnp.log(jnp.diagonal(factor.chol)))
+    evidence = quadratic.value + 0.5 * mode.size * LOG_2PI - half_log_det
+    return jnp.where(factor.is_finite, evidence, jnp.nan)
+
+
+def importance_weighted_log_prob(
+    key: PRNGKeyArray,
+    log_joint: LogDensity,
+    posterior: Posterior,
+    *,
+    num_samples: int,
+    chunk_size: int = 500,
+) -> tuple[Float[Array, ""], ImportanceInfo]:
+    """Estimate log p(x) by the log of the mean of K importance weights p(x, z) / q(z), z ~ q.
+
+    Samples stream through in chunks, of which three sums each are kept. Sample k uses
+    `fold_in(key, k)`: the chunking changes rounding only.
+
+    Args:
+        key: Random key.
+        log_joint: z of shape (latent,) → log p(x, z), nats.
+        posterior: The proposal q; its support must cover the posterior's.
+        num_samples: K.
+        chunk_size: Samples held at once.
+
+    Returns:
+        The estimate in nats, a lower bound on log p(x) in expectation, and `ImportanceInfo`.
+        A weight that is NaN makes the estimate NaN.
+
+    Gradients:
+        Those of the K-sample bound, by reparametrisation.
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, equation 8.
+    """
+    _require_samples("num_samples", num_samples)
+    _require_samples("chunk_size", chunk_size)
+    chunk_size = min(chunk_size, num_samples)
+    num_chunks = -(-num_samples // chunk_size)
+
+    def add_up(chunk):
+        index = chunk * chunk_size + jnp.arange(chunk_size)
+        weights = _log_weights(key, index, log_joint, posterior)
+        counts = index < num_samples
+        return (
+            jax.nn.logsumexp(weights, where=counts),
+            jax.nn.logsumexp(2 * weights, where=counts),
+            jnp.sum(weights, where=counts),
+        )
+
+    log_sums, log_sums_squares, totals = jax.lax.map(add_up, jnp.arange(num_chunks))
+    log_sum, log_sum_squares = jax.nn.logsumexp(log_sums), jax.nn.logsumexp(log_sums_squares)
+    ess = jnp.exp(2 * log_sum - log_sum_squares)
+    relative_variance = jnp.maximum(1 / ess - 1 / num_samples, 0.0)
+    info = ImportanceInfo(ess, jnp.sqrt(relative_variance), jnp.sum(totals) / num_samples)
+    return log_sum - jnp.log(num_samples), info
+
+
+def _log_weights(key, index, log_joint, posterior):
+    def log_weight(k):
+        z, log_q = posterior.sample_and_log_prob(jax.random.fold_in(key, k))
+        return log_joint(z) - log_q
+
+    return jax.vmap(log_weight)(index)
+
+
+def _require_samples(name: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")

@@ -1,0 +1,159 @@
+"""Checkpoints of a run: the best by validation ELBO and the last ones, kept by orbax."""
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from vlae_jax.errors import UserError
+
+State = TypeVar("State")
+
+_KEPT = 2
+_METRIC = "validation_elbo"
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back."""
+
+    state: Any
+    notes: dict[str, Any]
+    step: int
+    damaged: list[str]
+    """A line for each newer or better checkpoint that could not be read."""
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, one per step."""
+
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        # Orbax reports the progress of every save; what matters of it is raised anyway.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder = folder.absolute()
+        keep = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(_KEPT),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[_METRIC],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            best_fn=lambda metrics: metrics[_METRIC],
+            read_only=read_only,
+            create=not read_only,
+        )
+        with _one_line(f"{folder} cannot be opened"):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(
+        self, step: int, state: Any, notes: dict[str, Any], validation_elbo: float | None = None
+    ) -> None:
+        """Save in the background; a step saved already is left as it is.
+
+        The training step donates its state's memory, so what is saved is a copy.
+        """
+        with _one_line(f"checkpoint {step} cannot be written to {self.folder}"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
+                    notes=ocp.args.JsonSave(notes),
+                ),
+                metrics=None if validation_elbo is None else {_METRIC: validation_elbo},
+            )
+
+    def steps(self) -> list[int]:
+        """The steps there are checkpoints of."""
+        return sorted(self._manager.all_steps())
+
+    def best_metric(self) -> float:
+        """The highest validation ELBO among them, nats; minus infinity if there is none."""
+        return max((self._rank(step)[0] for step in self.steps()), default=float("-inf"))
+
+    def wait(self) -> None:
+        """Return once everything saved is on disk.
+
+        Raises:
+            UserError: If it could not be written.
+        """
+        with _one_line(f"a checkpoint could not be written to {self.folder}"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, then let go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def restore_last(self, like: Any) -> Restored:
+        """The newest readable checkpoint; damaged newer ones are deleted, and named.
+
+        Args:
+            like: A state of the same structure, shapes and types.
+
+        Raises:
+            UserError: If there is none.
+        """
+        restored = self._restore(self.steps()[::-1], like)
+        for step in self.steps():
+            if step > restored.step:
+                self._manager.delete(step)
+        return restored
+
+    def restore_best(self, like: Any) -> Restored:
+        """The readable checkpoint with the highest validation ELBO, else the newest.
+
+        Raises:
+            UserError: If there is none.
+        """
+        return self._restore(sorted(self.steps(), key=self._rank, reverse=True), like)
+
+    def _rank(self, step: int) -> tuple[float, int]:
+        try:
+            metrics = self._manager.metrics(step)
+        except (OSError, ValueError):
+            metrics = None
+        return (metrics[_METRIC] if metrics else float("-inf"), step)
+
+    def _restore(self, steps: Iterable[int], like: Any) -> Restored:
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        damaged: list[str] = []
+        for step in steps:
+            # For a damaged file orbax raises what its storage layer does, bare Exception included.
+            try:
+                found = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore()
+                    ),
+                )
+            except Exception as error:
+                damaged.append(f"checkpoint {step} is damaged ({_first_line(error)})")
+                continue
+            if damaged:
+                damaged[-1] += f"; using checkpoint {step} instead"
+            return Restored(found["state"], found["notes"], step, damaged)
+        reason = f": {'; '.join(damaged)}" if damaged else ""
+        raise UserError(f"{self.folder} holds no readable checkpoint{reason}")
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax and its storage layer raise every kind
+        raise UserError(f"{what}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

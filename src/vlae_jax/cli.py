@@ -1,0 +1,230 @@
+"""The command line: arguments → config → train, evaluate, report, prepare. No maths."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vlae_jax.config import Config, EvaluationConfig, default_config
+from vlae_jax.errors import RunFailure, Stopped, UserError
+from vlae_jax.run_folder import RunFolder, writing
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model, evaluate its best checkpoint on the test images, and draw the report."""
+
+    config: Config
+    run_dir: Path | None = None
+    """Folder of this run; by default RUNS_DIR/DATASET-METHOD-T-SEED."""
+    runs_dir: Path = Path("runs")
+    """Folder that holds the runs."""
+    resume: bool = False
+    """Continue the run from its last checkpoint."""
+    overwrite: bool = False
+    """Delete the run that is there and start anew."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints, besides one after each epoch."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder (needs the tensorboard extra)."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def run(self) -> None:
+        """Do it."""
+        from vlae_jax.experiment import build_experiment
+        from vlae_jax.training import FitOptions, fit
+
+        config = _with_absolute_data_dir(self.config)
+        run = RunFolder(self.run_dir or self.runs_dir / config.run_name)
+        if self.resume:
+            differences = config.differences(run.read_config())
+            if differences:
+                raise UserError(
+                    f"{run.path} was trained with another configuration: {'; '.join(differences)}"
+                )
+        experiment = build_experiment(config)
+        if self.resume:
+            run.write_config(config)
+        else:
+            run.create(config, overwrite=self.overwrite)
+        print(f"run folder: {run.path}", flush=True)
+        writer = _event_writer(run.path) if self.tensorboard else None
+        fit(
+            experiment,
+            run,
+            resume=self.resume,
+            options=FitOptions(self.log_every, self.checkpoint_every, writer),
+        )
+        _evaluate_and_report(experiment, run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate the best checkpoint of a trained run again, and draw its report."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run folder."""
+    data_dir: str | None = None
+    """Where the images are now, if they have moved."""
+    importance_samples: int | None = None
+    """K of the importance-weighted log-likelihood; by default the run's."""
+    chunk_size: int | None = None
+    """Importance samples held in memory at once, per image; by default the run's."""
+    test_images: int | None = None
+    """Evaluate only the first so many test images; by default as in the run."""
+    evaluation_batch: int | None = None
+    """Test images evaluated at once; by default the run's."""
+
+    def run(self) -> None:
+        """Do it."""
+        from vlae_jax.experiment import build_experiment
+
+        run = RunFolder(self.run_dir)
+        config = run.read_config()
+        asked = {
+            field.name: value
+            for field in dataclasses.fields(EvaluationConfig)
+            if (value := getattr(self, field.name)) is not None
+        }
+        evaluation = dataclasses.replace(config.evaluation, **asked)
+        data = dataclasses.replace(config.data, data_dir=self.data_dir or config.data.data_dir)
+        config = dataclasses.replace(config, evaluation=evaluation, data=data)
+        _evaluate_and_report(build_experiment(_with_absolute_data_dir(config)), run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Print the results of runs side by side and draw their pictures and report.html again."""
+
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+
+    def run(self) -> None:
+        """Do it."""
+        from vlae_jax.report import write_report
+
+        if not self.run_dirs:
+            raise UserError("name at least one run folder")
+        write_report(self.run_dirs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Download a data set by tensorflow-datasets and keep it as a small uint8 file."""
+
+    dataset: tyro.conf.Positional[str]
+    """Name of the data set."""
+    data_dir: str | None = None
+    """With --check: look here, as training would."""
+    check: bool = False
+    """Download nothing; the exit code tells whether the data can be read:
+    0 yes, 3 with the tfds extra, 4 after a download."""
+
+    def run(self) -> None:
+        """Do it."""
+        from vlae_jax import data
+
+        if self.check:
+            sys.exit(int(data.availability(self.dataset, self.data_dir)))
+        print(f"{self.dataset} is ready: {data.prepare_dataset(self.dataset)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 (failed run), 2 (wrong use) or 128 + signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _parse(arguments).run()
+        sys.stdout.flush()
+    except UserError as error:
+        _leave(error, 2)
+    except RunFailure as error:
+        _leave(error, 1)
+    except Stopped as stopped:
+        print(f"vlae_jax: {stopped}; --resume continues", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parse(arguments: list[str]) -> Train | Evaluate | Report | Prepare:
+    train = Train(default_config(_asked_dataset(arguments)))
+    command: Any = (
+        Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    )
+    return tyro.cli(
+        command,
+        args=arguments,
+        prog="vlae_jax",
+        description="Variational Laplace Autoencoders: train, evaluate and report.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def _asked_dataset(arguments: list[str]) -> str:
+    """The data set named on the command line, whose defaults --help shows and training takes."""
+    name = "digits"
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--dataset":
+            name = following
+        elif argument.startswith("--dataset="):
+            name = argument.partition("=")[2]
+    return name
+
+
+def _with_absolute_data_dir(config: Config) -> Config:
+    """The same, with a data_dir that is still right when read from elsewhere."""
+    if config.data.data_dir is None:
+        return config
+    path = str(Path(config.data.data_dir).expanduser().absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=path))
+
+
+def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
+    from vlae_jax.checkpoints import Checkpoints
+    from vlae_jax.diagnostics import take_snapshots
+    from vlae_jax.evaluation import describe, evaluate
+    from vlae_jax.report import write_report
+    from vlae_jax.training import Trainer
+
+    trainer = Trainer(experiment)
+    restored = Checkpoints(run.checkpoints, read_only=True).restore_best(trainer.init())
+    for line in restored.damaged:
+        print(f"vlae_jax: {line}", file=sys.stderr)
+    params = restored.state.params
+    figures = evaluate(experiment, params)
+    checkpoint = {"step": restored.step, "epoch": restored.step / trainer.steps_per_epoch}
+    seconds = {"training": restored.notes["seconds"]}
+    run.write_results(describe(experiment, figures, checkpoint=checkpoint, seconds=seconds))
+    run.write_snapshots(take_snapshots(experiment, params))
+    write_report([run.path])
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs tensorboardX: pip install 'vlae-jax[tensorboard]'"
+        ) from None
+    with writing(folder):
+        return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _leave(error: Exception, code: int) -> None:
+    print(f"vlae_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

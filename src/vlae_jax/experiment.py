@@ -1,0 +1,122 @@
+"""What a configuration builds: data, preprocessing, network and inference system."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlae_jax.config import Config
+from vlae_jax.data import Dataset, load_dataset
+from vlae_jax.errors import UserError
+from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.preprocessing import Preprocessor, fit_preprocessor, fixed_keys
+from vlae_jax.systems import System, build_system
+
+
+class Experiment(NamedTuple):
+    """Everything that training and evaluation need, made from a `Config` alone."""
+
+    config: Config
+    dataset: Dataset
+    preprocessor: Preprocessor
+    system: System
+    graphdef: Any
+    """The network's structure; `merge` joins it with parameters."""
+    initial_params: Any
+
+    def merge(self, params: Any) -> VariationalAutoencoder:
+        """The model with these parameters."""
+        return nnx.merge(self.graphdef, params)
+
+
+def build_experiment(config: Config) -> Experiment:
+    """Read the data, fit the preprocessing, initialise the network.
+
+    Raises:
+        UserError: If the data or the system cannot be had, or do not fit the configuration.
+    """
+    system = build_system(config.inference)
+    data = config.data
+    dataset = load_dataset(
+        data.dataset, data.data_dir, validation_fraction=data.validation_fraction
+    )
+    if config.training.batch_size > len(dataset.train):
+        raise UserError(
+            f"batch_size {config.training.batch_size} is larger than the training set: "
+            f"{dataset.name} has {len(dataset.train)} images after validation is split off"
+        )
+    wanted, there = config.evaluation.test_images, len(dataset.test)
+    if wanted is not None and wanted > there:
+        raise UserError(f"test_images is {wanted}, but {dataset.name} has only {there} test images")
+    preprocessor = fit_preprocessor(
+        dataset.train,
+        kind=data.preprocess,
+        levels=dataset.levels,
+        logit_lambda=data.logit_lambda,
+        standardize=data.standardize,
+    )
+    if data.preprocess == "static_binary":
+        dataset = dataset._replace(train=_binarize_once(preprocessor, dataset))
+    model = VariationalAutoencoder(
+        preprocessor.dim,
+        latent=config.model.latent,
+        hidden=config.model.hidden,
+        activation=config.model.activation,
+        likelihood=config.likelihood,
+        variance=np.asarray(preprocessor.variance),
+        per_pixel=config.model.variance == "per_pixel",
+        min_std=config.model.min_std,
+        rngs=nnx.Rngs(config.training.seed),
+    )
+    graphdef, params = nnx.split(model)
+    return Experiment(config, dataset, preprocessor, system, graphdef, params)
+
+
+def map_images(
+    function: Callable[..., Any], images: np.ndarray, *arrays: Any, batch_size: int
+) -> Callable[..., Any]:
+    """Prepare to apply a one-image function to every image of a set, in batches of one shape.
+
+    The last batch is filled up with repeated images, whose results are dropped: every image
+    counts once, whatever the batch size.
+
+    Args:
+        function: (params, pixels, *items) → any pytree of arrays; traced once.
+        images: (n, height, width, channel).
+        arrays: More arrays with n rows, one row given to each call (keys, say).
+        batch_size: Images at once.
+
+    Returns:
+        (params, on_batch) → the pytree with numpy leaves of n rows. `on_batch(done)`, if given,
+        is called with the number of images finished.
+    """
+    n = len(images)
+    batch_size = min(batch_size, n)
+    starts = range(0, n, batch_size)
+    rows = np.minimum(np.arange(len(starts) * batch_size), n - 1).reshape(-1, batch_size)
+    compiled = jax.jit(jax.vmap(function, in_axes=(None,) + (0,) * (1 + len(arrays))))
+
+    def run(params: Any, on_batch: Callable[[int], None] | None = None) -> Any:
+        results = []
+        for start, row in zip(starts, rows, strict=True):
+            batch = compiled(params, images[row], *(array[row] for array in arrays))
+            results.append(jax.device_get(batch))
+            if on_batch:
+                on_batch(min(start + batch_size, n))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)
+
+    return run
+
+
+def _binarize_once(preprocessor: Preprocessor, dataset: Dataset) -> np.ndarray:
+    """Training pixels as black or white, so that drawing them again changes nothing."""
+    images = dataset.train
+
+    def draw(_, pixels, key):
+        return jnp.uint8(preprocessor.apply(key, pixels)[0])
+
+    bits = map_images(draw, images, fixed_keys(len(images)), batch_size=4096)(None)
+    return bits.reshape(images.shape) * np.uint8(dataset.levels - 1)

@@ -1,0 +1,113 @@
+"""The chain, spelled once: first guess → mode → precision → posterior."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+from jaxtyping import Array, Float
+
+from vlae_jax.curvature import Expansion, Factor, Quadratic, factorize
+from vlae_jax.posterior import GaussianPosterior, posterior_from_factor
+from vlae_jax.refinement import Damping, RefinementInfo, newton_search, search_info
+
+Gradient = Literal["implicit", "stop", "unroll"]
+
+
+def infer_posterior(
+    expand: Expansion,
+    z_init: Float[Array, " latent"],
+    *,
+    num_steps: int,
+    damping: Damping = "line_search",
+    gradient: Gradient = "implicit",
+    repair: Expansion | None = None,
+) -> tuple[GaussianPosterior, RefinementInfo]:
+    """Refine `z_init` to a mode of the log joint and take the Laplace posterior there.
+
+    Args:
+        expand: Expansion of one example's log joint; closes over the example and parameters.
+        z_init: First guess, shape (latent,): an encoder's mean, or zeros.
+        num_steps: Steps T of the search.
+        damping: See `newton_refine`.
+        gradient: How what `expand` closes over sees the mode μ:
+            "implicit": dμ = P⁻¹ d∇ log p(x, μ), the derivative of one Newton step from μ, which at
+            a mode is the implicit function theorem. Memory does not grow with T.
+            "stop": μ is constant.
+            "unroll": differentiate the search. The only one that reaches `z_init`.
+            The precision is differentiated in all three.
+        repair: Expansion whose precision replaces one that is not positive definite.
+
+    Returns:
+        The posterior and the `RefinementInfo`. Where the precision at the mode is neither positive
+        definite nor repaired, the factor is NaN for this example alone and `info.is_pd` false.
+
+    Raises:
+        ValueError: While tracing, for an unknown `gradient` or what `newton_refine` refuses.
+
+    References:
+        Park, Kim and Kim (2019), algorithm 1 (gradient "unroll").
+    """
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
+
+    def curvature(z):
+        return factorize(expand, z, repair)
+
+    if gradient == "unroll":
+        search = newton_search(expand, z_init, num_steps=num_steps, damping=damping, repair=repair)
+        mode = search.mode
+        quadratic, factor = curvature(mode)
+    else:
+        z_init = jax.lax.stop_gradient(z_init)
+        search = newton_search(
+            _without_gradients(expand, z_init),
+            z_init,
+            num_steps=num_steps,
+            damping=damping,
+            repair=None if repair is None else _without_gradients(repair, z_init),
+        )
+        mode = search.mode
+        if gradient == "implicit":
+            mode, (quadratic, factor) = _at_implicit_mode(curvature, mode)
+        else:
+            quadratic, factor = curvature(mode)
+    return posterior_from_factor(mode, factor), search_info(search, quadratic, factor)
+
+
+def _without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansion:
+    """The same expansion with everything it closes over held constant.
+
+    Stopping gradients here, not at the mode, keeps reverse mode from ever entering the search.
+    """
+    pure, closed_over = jax.closure_convert(expand, z)
+    closed_over = jax.lax.stop_gradient(closed_over)
+    return lambda z: pure(z, *closed_over)
+
+
+def _at_implicit_mode(
+    curvature: Callable[[Array], tuple[Quadratic, Factor]], mode: Float[Array, " latent"]
+) -> tuple[Float[Array, " latent"], tuple[Quadratic, Factor]]:
+    """The mode and the curvature there, the mode moving with what `curvature` closes over.
+
+    One evaluation of the curvature serves the value, the factor of the solve and, linearised, the
+    whole derivative.
+    """
+    pure, closed_over = jax.closure_convert(curvature, mode)
+
+    @jax.custom_jvp
+    def at_mode(mode, closed_over):
+        return mode, pure(mode, *closed_over)
+
+    @at_mode.defjvp
+    def at_mode_jvp(primals, tangents):
+        mode, closed_over = primals
+        _, closed_over_dot = tangents
+        at, push = jax.linearize(lambda z, consts: pure(z, *consts), mode, closed_over)
+        (_, factor) = at
+        quadratic_dot, _ = push(jnp.zeros_like(mode), closed_over_dot)
+        mode_dot = cho_solve((factor.chol, True), quadratic_dot.grad)
+        return (mode, at), (mode_dot, push(mode_dot, closed_over_dot))
+
+    return at_mode(mode, closed_over)

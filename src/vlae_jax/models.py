@@ -1,0 +1,160 @@
+"""The shipped networks (Flax NNX): ReLU MLP encoder and decoder with their output density.
+
+Every method takes one example. A model is a pytree: pass it through `jax.jit` and `jax.grad` as an
+argument (`nnx.split` / `nnx.merge`), never by closing over it.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vlae_jax.curvature import (
+    Expansion,
+    compress_affine_gaussian,
+    exact_expansion,
+    gauss_newton_expansion,
+)
+from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "softplus": jax.nn.softplus,
+    "tanh": jnp.tanh,
+    "elu": jax.nn.elu,
+    "gelu": jax.nn.gelu,
+}
+# Adam moves a parameter by its learning rate a step, whatever the gradient. The log variance has
+# further to go than a weight, and everything waits for it, so its unit is larger.
+_LOG_VAR_RATE = 10.0
+
+PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu"})
+
+
+class MLP(nnx.Module):
+    """Fully connected hidden layers, an activation after each; the identity if there are none."""
+
+    def __init__(
+        self, in_size: int, widths: Sequence[int], activation: str, *, rngs: nnx.Rngs
+    ) -> None:
+        sizes = (in_size, *widths)
+        # Variance 2 / fan-in keeps the signal's scale through rectifiers (He et al., 2015).
+        init = nnx.initializers.he_normal()
+        self.layers = nnx.List(
+            nnx.Linear(a, b, kernel_init=init, rngs=rngs) for a, b in itertools.pairwise(sizes)
+        )
+        self.activation = activation
+        self.out_size = sizes[-1]
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        """The last hidden layer's output, (out_size,), for x of shape (in_size,)."""
+        for layer in self.layers:
+            x = ACTIVATIONS[self.activation](layer(x))
+        return x
+
+
+class VariationalAutoencoder(nnx.Module):
+    """p(z) = N(0, I), p(x | z) by a decoder that ends in an affine layer, and an encoder.
+
+    Args:
+        dim: Pixels, the length of x.
+        latent: Dimensions of z.
+        hidden: Widths of the encoder's hidden layers; the decoder takes them reversed.
+        activation: A key of `ACTIVATIONS`.
+        likelihood: "gaussian" with a learned variance, or "bernoulli" by logits.
+        variance: The data's variance per pixel, (dim,), where the output variance starts.
+        per_pixel: Learn one output variance per pixel; else one for all, starting at the mean.
+        min_std: Floor of the output standard deviation, in the units of x.
+        rngs: Random streams for the initial weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        latent: int,
+        hidden: Sequence[int],
+        activation: str,
+        likelihood: Literal["gaussian", "bernoulli"],
+        variance: np.ndarray,
+        per_pixel: bool = False,
+        min_std: float = 1e-3,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.encoder = MLP(dim, hidden, activation, rngs=rngs)
+        self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
+        self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
+        self.features = MLP(latent, tuple(reversed(hidden)), activation, rngs=rngs)
+        self.head = nnx.Linear(self.features.out_size, dim, rngs=rngs)
+        self.likelihood = likelihood
+        self.min_log_var = 2.0 * float(np.log(min_std))
+        if likelihood == "gaussian":
+            start = variance if per_pixel else np.mean(variance)
+            start = np.log(np.maximum(start, 4.0 * min_std**2))
+            self.scaled_log_var = nnx.Param(jnp.asarray(start / _LOG_VAR_RATE, jnp.float32))
+
+    @property
+    def log_var(self) -> Float[Array, "..."]:
+        """Log output variance: a scalar or (dim,), never below the floor."""
+        return jnp.maximum(_LOG_VAR_RATE * self.scaled_log_var[...], self.min_log_var)
+
+    def encode(
+        self, x: Float[Array, " dim"]
+    ) -> tuple[Float[Array, " latent"], Float[Array, " latent"]]:
+        """The encoder's mean and log standard deviation, (latent,) each."""
+        hidden = self.encoder(x)
+        return self.mean(hidden), self.log_std(hidden)
+
+    def decode(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
+        """The likelihood's natural parameter: the Gaussian's mean, or the Bernoulli's logits."""
+        return self.head(self.features(z))
+
+    def reconstruct(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
+        """The expected x given z, in model space."""
+        eta = self.decode(z)
+        return jax.nn.sigmoid(eta) if self.likelihood == "bernoulli" else eta
+
+    def log_likelihood(self, x: Float[Array, " dim"]) -> LogDensity:
+        """The function from the decoder's output (dim,) to log p(x | output), nats."""
+        if self.likelihood == "bernoulli":
+            return lambda eta: bernoulli(x, eta)
+        return lambda eta: gaussian(x, eta, self.log_var)
+
+    def log_joint(self, x: Float[Array, " dim"]) -> LogDensity:
+        """The function from z (latent,) to log p(x, z), nats."""
+        log_likelihood = self.log_likelihood(x)
+        return lambda z: log_likelihood(self.decode(z)) + standard_normal(z)
+
+    def expansions(self, x: Float[Array, " dim"]) -> tuple[Expansion, Expansion | None]:
+        """The exact expansion of the log joint, and its Gauss-Newton repair where that differs.
+
+        For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is
+        taken and there is nothing to repair. The data dimension is compressed away where that
+        costs less.
+        """
+        if self.likelihood == "gaussian" and self._compression_pays():
+            decode: Callable[[Array], Array] = self.features
+            log_likelihood = compress_affine_gaussian(
+                self.head.kernel[...],
+                self.head.bias[...],  # type: ignore[index]
+                self.log_var,
+                x,
+            )
+        else:
+            decode, log_likelihood = self.decode, self.log_likelihood(x)
+        gauss_newton = gauss_newton_expansion(decode, log_likelihood)
+        if self.features.activation in PIECEWISE_LINEAR or not self.features.layers:
+            return gauss_newton, None
+        exact = exact_expansion(lambda z: log_likelihood(decode(z)) + standard_normal(z))
+        return exact, gauss_newton
+
+    def _compression_pays(self) -> bool:
+        """Compare multiply-adds a latent dimension: A and GA against J and JᵀJ."""
+        width, dim, latent = self.features.out_size, self.head.out_features, self.mean.out_features
+        return width**2 + width * latent < dim * width + dim * latent

@@ -1,0 +1,217 @@
+"""Pixels to the vectors a model sees, with the log-Jacobian that leads back to the pixels.
+
+Everything takes one image; `jax.vmap` over images is the caller's business.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Kind = Literal["logit", "raw", "static_binary", "dynamic_binary"]
+KINDS: tuple[Kind, ...] = ("logit", "raw", "static_binary", "dynamic_binary")
+
+_EVALUATION_SEED = 20190613  # any number; fixed, so that the noise of an evaluation can be replayed
+_CHUNK_BYTES = 2**27  # of float64 held at once while fitting
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mean", "scale", "variance"],
+    meta_fields=["kind", "levels", "logit_lambda", "image_shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class Preprocessor:
+    """Maps one image of integer pixels to a vector x of shape (dim,), and back. A pytree.
+
+    With y = (pixel + u) / levels in (0, 1), u uniform, and p = pixel / (levels - 1):
+
+    - logit: x = (logit(λ + (1 - 2λ) y) - mean) / scale.
+    - raw: x = p - mean.
+    - static_binary, dynamic_binary: x is 0 or 1, 1 with probability p. The two differ only in the
+      keys the caller gives: for an image the same each time (`fixed_keys`), or fresh at each step.
+
+    `fit_preprocessor` makes one.
+    """
+
+    mean: Array
+    """What is subtracted, (dim,): the training mean of each pixel; zeros for binary images."""
+    scale: Array
+    """What is divided by, a scalar: one standard deviation for all pixels, or 1."""
+    variance: Array
+    """Variance of x over the training images and the noise, (dim,)."""
+    kind: Kind
+    levels: int
+    logit_lambda: float
+    image_shape: tuple[int, ...]
+
+    @property
+    def binary(self) -> bool:
+        """Whether x is 0 or 1."""
+        return self.kind in ("static_binary", "dynamic_binary")
+
+    @property
+    def dim(self) -> int:
+        """Pixels times channels."""
+        return math.prod(self.image_shape)
+
+    def apply(self, key: Array, pixels: Array) -> tuple[Array, Array]:
+        """Make x of one image, and say how it stretches volume.
+
+        Args:
+            key: For the dequantisation noise or the Bernoulli draw; raw does not use it.
+            pixels: `image_shape`, 0 to levels - 1.
+
+        Returns:
+            x, (dim,), in the default floating type; and log|dx/dy|, a scalar in nats, summed over
+            pixels. The latter is 0 where there is no dequantised pixel y: raw and binary.
+
+        Raises:
+            ValueError: If `pixels` is not of shape `image_shape`.
+        """
+        if pixels.shape != self.image_shape:
+            raise ValueError(
+                f"pixels must have shape {self.image_shape}, got {pixels.shape}; vmap the batch."
+            )
+        dtype = jnp.result_type(float)
+        flat = jnp.asarray(pixels, dtype).reshape(-1)
+        if self.kind == "logit":
+            return self._logit(_open_uniform(key, self.dim).astype(dtype), flat)
+        proportion = flat / (self.levels - 1)
+        if self.binary:
+            proportion = jax.random.bernoulli(key, proportion).astype(dtype)
+        return proportion - self.mean, jnp.zeros((), dtype)
+
+    def _logit(self, noise: Array, pixels: Array) -> tuple[Array, Array]:
+        # s and 1 - s, each from its own end: subtracting would leave 1 - s one digit at λ = 1e-6.
+        below, above = pixels + noise, (self.levels - 1 - pixels) + (1 - noise)
+        stretch = 1 - 2 * self.logit_lambda
+        log_s = jnp.log(self.logit_lambda + stretch * below / self.levels)
+        log_rest = jnp.log(self.logit_lambda + stretch * above / self.levels)
+        x = (log_s - log_rest - self.mean) / self.scale
+        log_det = jnp.sum(math.log(stretch) - log_s - log_rest) - self.dim * jnp.log(self.scale)
+        return x, log_det
+
+    def to_pixels(self, x: Array) -> Array:
+        """The picture of one x (dim,): `image_shape`, in [0, 1], clipped.
+
+        For logit the dequantised pixels y; for binary images x may be a probability.
+        """
+        pixels = x * self.scale + self.mean
+        if self.kind == "logit":
+            pixels = (jax.nn.sigmoid(pixels) - self.logit_lambda) / (1 - 2 * self.logit_lambda)
+        return jnp.clip(pixels, 0, 1).reshape(self.image_shape)
+
+    def bits_per_dim(self, log_prob: Array, log_det: Array) -> Array | None:
+        """Bits per dimension of the original pixels, from nats per image in model space.
+
+        log p(x) + log|dx/dy| is the log density of the dequantised pixels y in [0, 1]^dim, where a
+        pixel value is a cell of side 1 / levels. On average over the noise this bounds from above
+        the bits that the integer pixels cost. A uniform density gives log2(levels).
+
+        None where there is no such number. raw: a density at undequantised points can be made as
+        high as one likes, by narrow peaks on the values that occur. binary: the model gives
+        probabilities of the binary images, not of the original pixels.
+
+        Args:
+            log_prob: log p(x) in nats, any shape.
+            log_det: From `apply`, of the same shape.
+        """
+        if self.kind != "logit":
+            return None
+        return math.log2(self.levels) - (log_prob + log_det) / (self.dim * math.log(2))
+
+
+def fit_preprocessor(
+    images: np.ndarray,
+    *,
+    kind: Kind,
+    levels: int = 256,
+    logit_lambda: float = 1e-6,
+    standardize: bool = True,
+) -> Preprocessor:
+    """Fit a preprocessor to training images.
+
+    Means and variances are exact expectations over the noise, in float64, so no seed enters.
+
+    Args:
+        images: uint8 (n, height, width, channel), 0 to levels - 1.
+        kind: See `Preprocessor`.
+        levels: How many values a pixel may take.
+        logit_lambda: λ, between 0 and 0.5; logit only.
+        standardize: Divide by the root of the mean variance of the pixels; logit only.
+
+    Raises:
+        ValueError: If the kind is not known, or the images are not as described or there are none.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
+        raise ValueError(
+            f"images must be uint8 (n, height, width, channel), got {images.dtype} {images.shape}."
+        )
+    if images.max() >= levels:
+        raise ValueError(f"pixels must lie below levels={levels}, got {images.max()}.")
+    first, second = _moments(kind, levels, logit_lambda)
+    mean, square = (_average(images, table) for table in (first, second))
+    # Rounding can leave a constant pixel's variance just below 0.
+    variance = np.maximum(square - mean**2, 0)
+    scale = math.sqrt(variance.mean()) if kind == "logit" and standardize else 1.0
+    shift = mean if kind in ("logit", "raw") else np.zeros_like(mean)
+    return Preprocessor(
+        mean=jnp.asarray(shift, float),
+        scale=jnp.asarray(scale, float),
+        variance=jnp.asarray(variance / scale**2, float),
+        kind=kind,
+        levels=levels,
+        logit_lambda=logit_lambda,
+        image_shape=images.shape[1:],
+    )
+
+
+def fixed_keys(n: int) -> Array:
+    """Keys of shape (n,) from a fixed seed, the i-th one the same whatever `n`.
+
+    For validation and test noise and for static binary images: an evaluation can then be replayed.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.key(_EVALUATION_SEED), jnp.arange(n)
+    )
+
+
+def _open_uniform(key: Array, dim: int) -> Array:
+    # JAX draws multiples of 2^-23 in [0, 1). Half a step more is exact in float32, never 0 or 1.
+    return jax.random.uniform(key, (dim,), jnp.float32) + 2.0**-24
+
+
+def _moments(kind: Kind, levels: int, logit_lambda: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of x and of x² given the pixel's value, before centring: (levels,) each."""
+    if kind == "logit":
+        return _logit_moments(levels, logit_lambda)
+    proportion = np.arange(levels) / (levels - 1)
+    return proportion, proportion**2 if kind == "raw" else proportion
+
+
+def _logit_moments(levels: int, logit_lambda: float) -> tuple[np.ndarray, np.ndarray]:
+    # Gauss-Legendre over l = logit(s), not over the noise: smooth there, so exact to rounding.
+    edges = logit_lambda + (1 - 2 * logit_lambda) * np.arange(levels + 1) / levels
+    edges = np.log(edges) - np.log(edges[::-1])  # 1 - s is s read backwards
+    node, weight = np.polynomial.legendre.leggauss(64)
+    low, high = edges[:-1, None], edges[1:, None]
+    logit = (low + high) / 2 + (high - low) / 2 * node
+    mass = weight * (high - low) / 2 / (4 * np.cosh(logit / 2) ** 2)  # ds = sigmoid'(l) dl
+    mass *= levels / (1 - 2 * logit_lambda)
+    return (mass * logit).sum(axis=1), (mass * logit**2).sum(axis=1)
+
+
+def _average(images: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Mean of table[pixel] over images, (dim,), in chunks."""
+    flat = images.reshape(len(images), -1)
+    step = max(1, _CHUNK_BYTES // (8 * flat.shape[1]))
+    chunks = (table[flat[start : start + step]] for start in range(0, len(flat), step))
+    return sum(chunk.sum(axis=0) for chunk in chunks) / len(flat)

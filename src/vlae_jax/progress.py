@@ -1,0 +1,74 @@
+"""How long work shows itself: a live line on a terminal, plain lines anywhere else."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_PLAIN_SECONDS = 10.0
+
+
+class ProgressLine:
+    """Progress of `total` steps, of which `start` are done. A context manager."""
+
+    def __init__(
+        self, what: str, total: int, *, start: int = 0, stream: TextIO | None = None
+    ) -> None:
+        self._what, self._total, self._start = what, total, start
+        self._console = Console(file=stream or sys.stderr, highlight=False)
+        self._began = self._printed = time.monotonic()
+        self._live: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn(self._what),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self._console,
+                transient=True,
+            )
+            self._live.start()
+            self._task = self._live.add_task(
+                self._what, total=self._total, completed=self._start, text=""
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, done: int, text: str) -> None:
+        """Show that `done` of the total are finished, with `text` beside it."""
+        if self._live:
+            self._live.update(self._task, completed=done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._printed >= _PLAIN_SECONDS:
+            self._printed = now
+            rate = (done - self._start) / (now - self._began)
+            left = f"{_clock((self._total - done) / rate)} left" if rate > 0 else ""
+            self.say(f"{self._what} {done}/{self._total}  {text}  {left}".rstrip())
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        (self._live.console if self._live else self._console).print(
+            text, markup=False, soft_wrap=True
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,167 @@
+"""The folder of one run: which file holds what, and how each is written without halves."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from vlae_jax.config import Config
+from vlae_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, and the reading and writing of what is not a checkpoint or a picture."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax's folder: the best checkpoint by validation ELBO and the last ones."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: training means and validation results."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """The figures measured on the test set."""
+        return self.path / "results.json"
+
+    @property
+    def snapshots(self) -> Path:
+        """Arrays that the pictures are drawn from."""
+        return self.path / "snapshots.npz"
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.json"
+
+    def create(self, config: Config, *, overwrite: bool) -> None:
+        """Make the folder and write its config.json; an older run goes only if `overwrite`.
+
+        Raises:
+            UserError: If something is there already, or nothing can be written there.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file, not a folder; choose another --run-dir")
+        if self.path.exists() and any(self.path.iterdir()):
+            if not self._config.exists():
+                raise UserError(
+                    f"{self.path} holds files that are no run; choose another --run-dir"
+                )
+            if not overwrite:
+                raise UserError(
+                    f"{self.path} already holds a run: --resume continues it, --overwrite deletes "
+                    "it, --run-dir PATH puts the new one elsewhere"
+                )
+        with writing(self.path):
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True)
+        self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
+        """Write config.json."""
+        self._write_json(self._config, dataclasses.asdict(config))
+
+    def read_config(self) -> Config:
+        """The configuration the run was started with.
+
+        Raises:
+            UserError: If there is no run here, or its config.json cannot be read.
+        """
+        if not self._config.is_file():
+            raise UserError(f"{self.path} is no run folder: it has no config.json")
+        try:
+            return TypeAdapter(Config).validate_json(self._config.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "file"
+            raise UserError(f"{self._config}: {where}: {first['msg']}") from None
+        except OSError as error:
+            raise UserError(f"{self._config} cannot be read: {error.strerror}") from None
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with writing(self.metrics), self.metrics.open("a") as file:
+            file.write(json.dumps(_plain(record)) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget what was logged after `step`, which is about to be repeated."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(self.metrics, lambda file: file.write(text.encode()))
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write results.json."""
+        self._write_json(self.results, results)
+
+    def write_snapshots(self, arrays: Mapping[str, Any]) -> None:
+        """Write snapshots.npz."""
+        write_atomically(self.snapshots, lambda file: np.savez_compressed(file, **arrays))
+
+    def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        text = json.dumps(_plain(content), indent=2) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with writing(path):
+            with partial.open("wb") as file:
+                write(file)
+            os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says against writing `path` into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{path} cannot be written: {reason}; free the space or choose another folder"
+        ) from None
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    """JSON as everyone reads it: numpy scalars unwrapped, what is not finite as null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

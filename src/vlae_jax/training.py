@@ -1,0 +1,372 @@
+"""The one training loop: objective, jitted step, epochs, checkpoints, resumption."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vlae_jax.bounds import elbo
+from vlae_jax.checkpoints import Checkpoints, Restored
+from vlae_jax.config import TrainingConfig
+from vlae_jax.errors import RunFailure, Stopped, UserError
+from vlae_jax.experiment import Experiment, map_images
+from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.preprocessing import fixed_keys
+from vlae_jax.progress import ProgressLine
+from vlae_jax.run_folder import RunFolder
+from vlae_jax.systems import System
+
+_IN_FLIGHT = 2
+_VALIDATION_BATCH = 256
+
+
+class TrainState(NamedTuple):
+    """All that changes while training. A checkpoint of it continues bit for bit."""
+
+    params: Any
+    opt_state: Any
+    step: Int[Array, ""]
+    """Steps done."""
+    sums: dict[str, Float[Array, ""]]
+    """Batch means of the metrics, added up since they were last logged."""
+    summed: Int[Array, ""]
+    """Steps in `sums`."""
+    bad_step: Int[Array, ""]
+    """First step whose loss or gradient was not finite, else -1. From there on nothing changes."""
+
+
+class MetricWriter(Protocol):
+    """A second place for scalars beside metrics.jsonl: TensorBoard event files."""
+
+    def add_scalar(self, tag: str, value: float, global_step: int) -> None:
+        """Log one value."""
+        ...
+
+
+class FitOptions(NamedTuple):
+    """How a run is kept, none of which changes its numbers."""
+
+    log_every: int = 20
+    checkpoint_every: int = 500
+    writer: MetricWriter | None = None
+
+
+def objective(
+    model: VariationalAutoencoder,
+    system: System,
+    x: Float[Array, " dim"],
+    key: PRNGKeyArray,
+    num_samples: int,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """What training maximises for one example, and the metrics beside it, all in nats.
+
+    The objective is the Monte Carlo ELBO less the system's amortisation loss. The metrics hold the
+    ELBO itself, the closed-form KL(q ‖ p), and their sum, the expected reconstruction
+    log-likelihood, besides the system's flags as numbers.
+    """
+    inference = system(model, x)
+    bound = elbo(key, model.log_joint(x), inference.posterior, num_samples=num_samples)
+    kl = jax.lax.stop_gradient(inference.posterior).kl_to_standard_normal()
+    metrics = {
+        "elbo": bound,
+        "kl": kl,
+        "reconstruction": bound + kl,
+        "amortization_loss": inference.amortization_loss,
+        **{name: flag.astype(bound.dtype) for name, flag in inference.flags.items()},
+    }
+    return bound - inference.amortization_loss, metrics
+
+
+def loss_fn(
+    params: Any,
+    experiment: Experiment,
+    xs: Float[Array, "batch dim"],
+    keys: PRNGKeyArray,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The batch mean to be minimised, nats per image: the only minus sign in the project."""
+    num_samples = experiment.config.training.elbo_samples
+
+    def one(x, key):
+        return objective(experiment.merge(params), experiment.system, x, key, num_samples)
+
+    values, metrics = jax.vmap(one)(xs, keys)
+    return -jnp.mean(values), jax.tree.map(jnp.mean, metrics)
+
+
+def make_optimizer(
+    config: TrainingConfig, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Adam, with the configured schedule, warm-up and clipping."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total_steps, warmup + 1))
+    elif warmup:
+        rate = optax.linear_schedule(0.0, peak, warmup)
+    else:
+        rate = optax.constant_schedule(peak)
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.with_extra_args_support(optax.chain(*clip, optax.adam(rate)))
+
+
+class Trainer:
+    """The compiled pieces of one experiment's training: first state, step, validation."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        config = experiment.config.training
+        self.experiment = experiment
+        self.steps_per_epoch = len(experiment.dataset.train) // config.batch_size
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self._optimizer = make_optimizer(config, self.total_steps)
+        self._root = jax.random.key(config.seed)
+        self.images = jax.device_put(experiment.dataset.train)
+        self.step = jax.jit(self._step, donate_argnums=0)
+        validation = experiment.dataset.validation
+        self._validate = map_images(
+            self._validate_one,
+            validation,
+            fixed_keys(len(validation)),
+            batch_size=_VALIDATION_BATCH,
+        )
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        params = self.experiment.initial_params
+        batch = jnp.zeros((1, self.experiment.preprocessor.dim))
+        keys = jax.random.split(self._root, 1)
+        shapes = jax.eval_shape(lambda: loss_fn(params, self.experiment, batch, keys)[1])
+        return TrainState(
+            params=params,
+            opt_state=self._optimizer.init(params),
+            step=jnp.zeros((), jnp.int32),
+            sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            summed=jnp.zeros((), jnp.int32),
+            bad_step=jnp.full((), -1, jnp.int32),
+        )
+
+    def order(self, epoch: int) -> Int[Array, "steps batch"]:
+        """Which images each step of an epoch sees: a function of seed and epoch alone."""
+        config = self.experiment.config.training
+        shuffled = np.random.default_rng([config.seed, epoch]).permutation(len(self.images))
+        used = shuffled[: self.steps_per_epoch * config.batch_size]
+        return jax.device_put(used.astype(np.int32).reshape(-1, config.batch_size))
+
+    def _step(
+        self, state: TrainState, images: Array, order: Int[Array, "steps batch"]
+    ) -> tuple[TrainState, Float[Array, ""]]:
+        indices = order[state.step % self.steps_per_epoch]
+        noise_key, sample_key = jax.random.split(jax.random.fold_in(self._root, state.step))
+        batch = indices.shape[0]
+        apply = jax.vmap(self.experiment.preprocessor.apply)
+        xs, _ = apply(jax.random.split(noise_key, batch), images[indices])
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, self.experiment, xs, jax.random.split(sample_key, batch)
+        )
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
+        new = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            step=state.step + 1,
+            sums=jax.tree.map(jnp.add, state.sums, metrics),
+            summed=state.summed + 1,
+            bad_step=bad_step,
+        )
+        new = jax.tree.map(lambda new, old: jnp.where(bad_step < 0, new, old), new, state)
+        return new._replace(bad_step=bad_step), loss
+
+    def _validate_one(self, params: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        noise_key, sample_key = jax.random.split(key)
+        x, _ = self.experiment.preprocessor.apply(noise_key, pixels)
+        model = self.experiment.merge(params)
+        _, metrics = objective(model, self.experiment.system, x, sample_key, 1)
+        return metrics
+
+    def validate(self, params: Any) -> dict[str, float]:
+        """Mean metrics on the validation images; the noise is the same each time."""
+        return jax.tree.map(lambda values: float(np.mean(values)), self._validate(params))
+
+
+def fit(experiment: Experiment, run: RunFolder, *, resume: bool, options: FitOptions) -> None:
+    """Train, logging to and saving in the run folder.
+
+    Args:
+        experiment: What to train.
+        run: An existing run folder.
+        resume: Continue from the last checkpoint in it.
+        options: How to log and save.
+
+    Raises:
+        RunFailure: If the loss is not finite; the message names the step, the checkpoints stay.
+        Stopped: After SIGINT or SIGTERM, everything saved.
+        UserError: If `resume` finds no checkpoint or other data, or nothing can be written.
+    """
+    trainer = Trainer(experiment)
+    checkpoints = Checkpoints(run.checkpoints)
+    state, seconds = trainer.init(), 0.0
+    if resume:
+        restored = checkpoints.restore_last(state)
+        state, seconds = restored.state, restored.notes["seconds"]
+        _check_data(restored, experiment)
+        run.drop_metrics_after(restored.step)
+    start = int(state.step)
+    loop = _Loop(trainer, run, checkpoints, options, seconds)
+    what = f"{experiment.dataset.name} {experiment.config.inference.method}"
+    with ProgressLine(what, trainer.total_steps, start=start) as progress, _signals() as received:
+        if resume:
+            for line in restored.damaged:
+                progress.say(line)
+            progress.say(f"resuming at step {start} of {trainer.total_steps}")
+        loop.run(state, progress, received)
+    checkpoints.close()
+
+
+class _Loop:
+    """One call of `fit`: what it counts between a step and the next log line."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: RunFolder,
+        checkpoints: Checkpoints,
+        options: FitOptions,
+        seconds: float,
+    ) -> None:
+        self.trainer, self.run_folder, self.checkpoints = trainer, run, checkpoints
+        self.options = options
+        self.seconds_before = seconds
+        self.began = time.monotonic()
+        self.logged = (self.began, 0)
+        self.best = checkpoints.best_metric()
+
+    def run(self, state: TrainState, progress: ProgressLine, received: list[int]) -> None:
+        trainer, options = self.trainer, self.options
+        step = int(state.step)
+        in_flight: list[Array] = []
+        order, order_epoch = None, -1
+        self.logged = (time.monotonic(), step)
+        while step < trainer.total_steps:
+            epoch = step // trainer.steps_per_epoch
+            if epoch != order_epoch:
+                order, order_epoch = trainer.order(epoch), epoch
+            state, loss = trainer.step(state, trainer.images, order)
+            step += 1
+            # A short queue keeps the device busy, and signals and failures at most so far behind.
+            in_flight.append(loss)
+            if len(in_flight) > _IN_FLIGHT:
+                in_flight.pop(0).block_until_ready()
+            epoch_ends = step % trainer.steps_per_epoch == 0
+            if step % options.log_every == 0 or epoch_ends:
+                state = self._log(state, step, progress)
+            if epoch_ends:
+                self._validate_and_save(state, step, progress)
+            elif step % options.checkpoint_every == 0:
+                self.checkpoints.save(step, self._checked(state), self._notes())
+            if received:
+                if not epoch_ends:
+                    self.checkpoints.save(step, self._checked(state), self._notes())
+                self.checkpoints.close()
+                raise Stopped(received[0], step)
+        if step not in self.checkpoints.steps():
+            self._validate_and_save(state, step, progress)
+
+    def _log(self, state: TrainState, step: int, progress: ProgressLine) -> TrainState:
+        sums, count = jax.device_get((state.sums, state.summed))
+        means = {name: float(total / count) for name, total in sums.items()}
+        self._checked(state)
+        now = time.monotonic()
+        then, step_then = self.logged
+        batch = self.trainer.experiment.config.training.batch_size
+        rate = batch * (step - step_then) / max(now - then, 1e-9)
+        self.logged = (now, step)
+        self._record("train", step, {**means, "images_per_second": rate})
+        epochs = self.trainer.experiment.config.training.epochs
+        epoch = -(-step // self.trainer.steps_per_epoch)
+        progress.update(step, f"epoch {epoch}/{epochs}  {_summary(means)}  {rate:.0f} images/s")
+        return state._replace(
+            sums=jax.tree.map(jnp.zeros_like, state.sums), summed=jnp.zeros_like(state.summed)
+        )
+
+    def _validate_and_save(self, state: TrainState, step: int, progress: ProgressLine) -> None:
+        began = time.monotonic()
+        metrics = self.trainer.validate(self._checked(state).params)
+        # A bound that is not finite can never be the best.
+        value = metrics["elbo"] if np.isfinite(metrics["elbo"]) else float("-inf")
+        is_best = value > self.best
+        self.best = max(self.best, value)
+        self._record("validation", step, {**metrics, "best": is_best})
+        epoch = step // self.trainer.steps_per_epoch
+        mark = "  (best)" if is_best else ""
+        progress.say(f"epoch {epoch}: validation {_summary(metrics)}{mark}")
+        self.checkpoints.save(step, state, self._notes(), validation_elbo=value)
+        # Validation is no training time: the next rate must not count it.
+        then, step_then = self.logged
+        self.logged = (then + time.monotonic() - began, step_then)
+
+    def _checked(self, state: TrainState) -> TrainState:
+        bad_step = int(state.bad_step)
+        if bad_step >= 0:
+            self.checkpoints.wait()
+            kept = self.checkpoints.steps()
+            good = f"the last good checkpoint is step {max(kept)}" if kept else "no checkpoint yet"
+            raise RunFailure(
+                f"the loss or its gradient was not finite at step {bad_step}; {good}. "
+                "Try a smaller --learning-rate or --clip-norm"
+            )
+        return state
+
+    def _notes(self) -> dict[str, Any]:
+        seconds = self.seconds_before + time.monotonic() - self.began
+        return {"seconds": seconds, "fingerprint": self.trainer.experiment.dataset.fingerprint}
+
+    def _record(self, split: str, step: int, values: dict[str, Any]) -> None:
+        epoch = step / self.trainer.steps_per_epoch
+        seconds = self._notes()["seconds"]
+        record = {"split": split, "step": step, "epoch": epoch, **values, "seconds": seconds}
+        self.run_folder.append_metrics(record)
+        if self.options.writer:
+            for name, value in values.items():
+                self.options.writer.add_scalar(f"{split}/{name}", float(value), step)
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    names = {"elbo": "ELBO", "kl": "KL", "reconstruction": "reconstruction"}
+    return "  ".join(f"{label} {metrics[name]:.2f}" for name, label in names.items())
+
+
+def _check_data(restored: Restored, experiment: Experiment) -> None:
+    if restored.notes["fingerprint"] != experiment.dataset.fingerprint:
+        raise UserError(
+            f"the images of {experiment.dataset.name} are not those the run was started with; "
+            "give their old place with --data-dir, or start a new run"
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one acts at once."""
+    received: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()

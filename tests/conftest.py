@@ -1,0 +1,31 @@
+"""Fixtures of the core's tests."""
+
+import jax
+import jax.numpy as jnp
+import problems
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """64-bit mode for one test; what was set before returns after it."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=[jnp.float32, jnp.float64], ids=["float32", "float64"])
+def dtype(request):
+    """Both precisions, each under the mode that makes it the default."""
+    with jax.enable_x64(request.param is jnp.float64):
+        yield request.param
+
+
+@pytest.fixture(params=[0, 1], ids=["seed0", "seed1"])
+def seed(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["shared", "per_pixel"])
+def linear_gaussian(request, dtype, seed):
+    """A probabilistic PCA and the truth about it."""
+    return problems.linear_gaussian(seed, dtype, per_pixel=request.param)

@@ -1,0 +1,278 @@
+"""The command line: what it prints, what it leaves behind, and how it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vlae_jax import cli
+from vlae_jax.config import Config, ModelConfig, TrainingConfig
+
+QUICK = [
+    *("--hidden", "16", "--latent", "2", "--epochs", "1"),
+    *("--importance-samples", "4", "--test-images", "8"),
+]
+
+
+def refused(capsys, *arguments):
+    """The one line a wrong call gets, its exit code checked."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2, err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("vlae_jax: error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of the user's own data, and a function that spoils it."""
+    rng = np.random.default_rng(0)
+    good = {
+        "x_train": rng.integers(0, 256, (40, 6, 6, 1), dtype=np.uint8),
+        "x_test": rng.integers(0, 256, (10, 6, 6, 1), dtype=np.uint8),
+    }
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def write(**changes):
+        np.savez(folder / "mine.npz", **{**good, **changes})
+        return folder
+
+    return write
+
+
+def own(folder, *more):
+    return ["train", "--dataset", "mine", "--data-dir", folder, *QUICK, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run from beginning to end, in a process of its own."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "vlae_jax", "train", *QUICK, "--run-dir", folder, "--tensorboard"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_leaves_everything_a_reader_needs(finished):
+    folder, done = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        *("config.json", "metrics.jsonl", "results.json", "snapshots.npz", "report.html"),
+        *("figures", "checkpoints", "tensorboard"),
+    }
+    assert {path.name for path in (folder / "figures").iterdir()} >= {
+        *("reconstructions.png", "prior_samples.png", "posterior_covariances.png"),
+        "training_curve.png",
+    }
+    assert not list(folder.rglob("*.partial"))
+    assert "epoch 1: validation ELBO" in done.stderr
+    results = json.loads((folder / "results.json").read_text())
+    assert results["run"]["seed"] == 0
+    assert results["versions"]["jax"]
+    figures = {figure["name"]: figure for figure in results["figures"]}
+    assert figures["log_prob"]["samples"] == 4
+    assert figures["log_prob"]["images"] == 8
+    assert figures["log_prob"]["value"] >= figures["elbo"]["value"]
+    assert figures["bits_per_dim"]["unit"] == "bits/dim"
+    assert set(figures["elbo"]) == {
+        *("name", "value", "standard_error", "unit", "images", "samples", "split"),
+    }
+
+
+def test_evaluate_repeats_the_figures_and_takes_another_number_of_samples(finished):
+    folder, _ = finished
+    before = json.loads((folder / "results.json").read_text())["figures"]
+    cli.main(["evaluate", str(folder)])
+    assert json.loads((folder / "results.json").read_text())["figures"] == before
+    cli.main(["evaluate", str(folder), "--importance-samples", "9", "--chunk-size", "4"])
+    again = json.loads((folder / "results.json").read_text())["figures"]
+    assert again[0]["samples"] == 9
+    cli.main(["evaluate", str(folder)])
+
+
+def test_resuming_a_finished_run_trains_no_further_and_more_epochs_do(finished, capsys):
+    folder, _ = finished
+    again = ["train", *QUICK, "--run-dir", str(folder), "--resume"]
+    cli.main(again)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    cli.main([*again, "--epochs", "2"])
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) > len(lines)
+    assert "resuming at step" in capsys.readouterr().err
+
+
+def test_report_prints_several_runs(finished, capsys):
+    folder, _ = finished
+    cli.main(["report", str(folder), str(folder)])
+    assert "log p(x)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["evaluate"], ["report"], ["prepare"]])
+def test_help_explains(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*verb, "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_help_gives_every_training_option_with_a_text_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--dataset", "mnist", "--help"])
+    text = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
+    for section in ("data", "model", "inference", "training", "evaluation"):
+        for name, value in vars(getattr(Config(), section)).items():
+            option = "--" + name.replace("_", "-")
+            assert option in text
+            if name != "dataset" and not isinstance(value, tuple | bool):
+                assert f"(default: {value})" in text.split(option, 1)[1][:600], option
+
+
+def test_digits_have_smaller_defaults_and_other_sets_the_papers():
+    assert cli._parse(["train"]).config.model.hidden == (200, 200)
+    config = cli._parse(["train", "--dataset=mnist"]).config
+    assert config.model == ModelConfig()
+    assert (config.model.latent, config.model.hidden) == (50, (500, 500))
+    assert config.training == TrainingConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnits"], "did you mean 'mnist'"),
+        (["--method", "vlea"], "did you mean 'vlae'"),
+        (["--latent", "0"], "latent must be at least 1"),
+        (["--steps", "-1"], "steps must be at least 0"),
+        (["--batch-size", "5000"], "larger than the training set"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--likelihood", "bernoulli"], "needs binary images"),
+        (["--logit-lambda", "0.7"], "logit_lambda"),
+        (["--validation-fraction", "1.5"], "validation_fraction"),
+        (["--learning-rate", "-1"], "learning_rate must be positive"),
+        (["--learning-rate", "nan"], "learning_rate must be positive"),
+        (["--importance-samples", "0"], "importance_samples must be at least 1"),
+        (["--test-images", "99999"], "only 359 test images"),
+        (["--log-every", "0"], "log_every"),
+        (["--hidden", "16", "0"], "hidden widths"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, "train", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "many"], ["--damping", "none"], ["--nonsense"]])
+def test_arguments_of_the_wrong_kind_exit_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", *arguments])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": np.zeros((40, 6), np.uint8)}, "mine.npz"),
+        ({"x_train": np.zeros((40, 6, 6, 1), np.float32)}, "uint8"),
+        ({"x_test": np.zeros((10, 5, 6, 1), np.uint8)}, "mine.npz"),
+        ({"x_test": np.zeros((0, 6, 6, 1), np.uint8)}, "mine.npz"),
+    ],
+)
+def test_wrong_data_are_refused_before_anything_is_written(
+    tmp_path, capsys, images, changes, message
+):
+    folder = images(**changes)
+    line = refused(capsys, *own(folder, "--run-dir", tmp_path / "run"))
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path, capsys):
+    (tmp_path / "mine.npz").write_bytes(b"nothing of the kind")
+    assert "mine.npz" in refused(capsys, *own(tmp_path, "--run-dir", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(finished, capsys):
+    folder, _ = finished
+    before = sorted(path for path in folder.rglob("*"))
+    line = refused(capsys, "train", *QUICK, "--run-dir", folder)
+    assert all(way in line for way in ("--resume", "--overwrite", "--run-dir"))
+    assert sorted(path for path in folder.rglob("*")) == before
+
+
+def test_a_folder_of_other_files_is_never_deleted(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    line = refused(capsys, "train", *QUICK, "--run-dir", tmp_path, "--overwrite")
+    assert "no run" in line
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_resuming_with_another_configuration_names_the_differences(finished, capsys):
+    folder, _ = finished
+    line = refused(
+        capsys,
+        *("train", *QUICK, "--run-dir", folder, "--resume"),
+        *("--latent", "5", "--learning-rate", "0.1"),
+    )
+    assert "model.latent is 5, was 2" in line
+    assert "training.learning_rate is 0.1, was 0.0005" in line
+    assert "hidden" not in line
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report"])
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys, verb):
+    assert str(tmp_path) in refused(capsys, verb, tmp_path)
+
+
+def test_resuming_where_there_is_no_run_is_refused(tmp_path, capsys):
+    line = refused(capsys, "train", *QUICK, "--run-dir", tmp_path / "none", "--resume")
+    assert "no run folder" in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_broken_config_is_refused(finished, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model": {"latent": "many"}}')
+    assert "model.latent" in refused(capsys, "evaluate", tmp_path)
+    (tmp_path / "config.json").write_text('{"model": {"latents": 3}}')
+    assert "model.latents" in refused(capsys, "evaluate", tmp_path)
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "train", *QUICK, "--run-dir", tmp_path / "file" / "run")
+    assert "cannot be written" in line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits file sizes by setrlimit")
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_files(tmp_path):
+    """A limit on the size of files fails writes as a full disk does: part of the way through."""
+    program = (
+        "import resource, signal, sys; from vlae_jax.cli import main;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", *QUICK, "--run-dir", tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("vlae_jax: error: ")]
+    assert not list((tmp_path / "run").glob("*.partial"))
+    assert not (tmp_path / "run" / "results.json").exists()

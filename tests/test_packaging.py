@@ -1,0 +1,267 @@
+"""The dependency files and the Makefile, with every installed program replaced by a recorder."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+# Appends its name and arguments to $LOG, one call a line, and answers with $<NAME>_EXIT.
+RECORDER = """#!/bin/sh
+{ printf '%s' "${0##*/}"; [ $# = 0 ] || printf '|%s' "$@"; echo; } >> "$LOG"
+case "${0##*/} $2" in
+"vlae_jax --check") exit "${CHECK_EXIT:-0}" ;;
+"python pip") exit "${PIP_EXIT:-0}" ;;
+esac
+"""
+
+
+def pinned(name: str) -> list[Requirement]:
+    lines = [Requirement(line) for line in CONSTRAINTS.splitlines()]
+    return [line for line in lines if canonicalize_name(line.name) == canonicalize_name(name)]
+
+
+class Recorded:
+    """A virtual environment of recorders in which the extra `train` counts as installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.venv = folder / "venv"
+        self.log = folder / "log"
+        (self.venv / "bin").mkdir(parents=True)
+        for name in ("pip", "python", "vlae_jax"):
+            self.write_program(self.venv / "bin" / name, RECORDER)
+        (self.venv / ".with-train").touch()
+
+    def write_program(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def make(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        # Nothing is inherited from a surrounding `make test ARGS=...`.
+        return subprocess.run(
+            ["make", "-C", str(ROOT), f"VENV={self.venv}", *arguments],
+            env={"PATH": os.environ["PATH"], "LOG": str(self.log), **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self) -> list[list[str]]:
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line.split("|") for line in lines]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Recorded:
+    return Recorded(tmp_path)
+
+
+def installed(extra: str) -> list[str]:
+    """The call that installs an extra."""
+    pip = ["python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    return [*pip, "-c", "constraints.txt", "-e", f".[{extra}]"]
+
+
+def test_constraints_are_nothing_but_pins():
+    assert "://" not in CONSTRAINTS
+    for line in CONSTRAINTS.splitlines():
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][^ ]*( ; .+)?", line), line
+
+
+def test_core_depends_on_jax_and_jaxtyping_alone():
+    names = {Requirement(text).name for text in PROJECT["dependencies"]}
+    assert names == {"jax", "jaxlib", "jaxtyping"}
+
+
+@pytest.mark.parametrize("name", ["jax", "jaxlib"])
+def test_jax_0_10_which_hangs_on_two_cores_is_neither_pinned_nor_allowed(name):
+    (pin,) = pinned(name)
+    assert "==0.10" not in str(pin.specifier)
+    (allowed,) = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name == name]
+    assert "0.10.2" not in allowed.specifier
+
+
+def test_every_direct_dependency_has_a_pin_that_satisfies_it():
+    extras = PROJECT["optional-dependencies"].values()
+    wanted = [Requirement(text) for text in sum(extras, PROJECT["dependencies"])]
+    for requirement in wanted:
+        if requirement.name == PROJECT["name"]:
+            continue
+        pins = pinned(requirement.name)
+        assert pins, f"{requirement.name} is not in constraints.txt: run make lock"
+        for pin in pins:
+            (version,) = pin.specifier
+            assert version.version in requirement.specifier, f"{pin} against {requirement}"
+
+
+def test_citation_is_of_this_version():
+    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@needs_make
+def test_help_is_the_default_and_lists_every_target(recorded):
+    shown = recorded.make()
+    assert shown.returncode == 0
+    assert shown.stdout == recorded.make("help").stdout
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
+    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE)) | set(phony.split())
+    assert targets == set(phony.split())
+    for target in targets:
+        assert re.search(rf"^  {target} +\S", shown.stdout, re.MULTILINE), target
+
+
+@needs_make
+def test_every_variable_becomes_its_option(recorded):
+    variables = {
+        "DATASET": "digits",
+        "DATA_DIR": "/data",
+        "PREPROCESS": "raw",
+        "METHOD": "vlae",
+        "STEPS": "4",
+        "DAMPING": "paper",
+        "GRADIENT": "stop",
+        "CURVATURE": "exact",
+        "LATENT": "8",
+        "ACTIVATION": "tanh",
+        "LIKELIHOOD": "gaussian",
+        "VARIANCE": "shared",
+        "EPOCHS": "2",
+        "BATCH_SIZE": "32",
+        "LEARNING_RATE": "1e-3",
+        "SEED": "7",
+        "IMPORTANCE_SAMPLES": "100",
+        "TEST_IMAGES": "50",
+        "CHUNK_SIZE": "10",
+        "RUN_DIR": "runs/one",
+        "RUNS_DIR": "runs",
+    }
+    (listed,) = re.findall(r"^OPTIONS := ((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
+    assert {*variables, "HIDDEN"} == set(listed.replace("\\", "").split())
+    done = recorded.make(
+        "experiment",
+        *[f"{name}={value}" for name, value in variables.items()],
+        "HIDDEN=500 300",
+        "RESUME=1",
+        "OVERWRITE=0",
+        "ARGS=--warmup-steps '1 2'",
+    )
+    assert done.returncode == 0, done.stderr
+    (call,) = recorded.calls()
+    assert call[:2] == ["vlae_jax", "train"]
+    given = call[2:]
+    assert given[-3:] == ["--resume", "--warmup-steps", "1 2"]
+    at = given.index("--hidden")
+    assert given[at : at + 3] == ["--hidden", "500", "300"]
+    del given[at : at + 3]
+    options = {f"--{name.lower().replace('_', '-')}": value for name, value in variables.items()}
+    assert dict(zip(given[:-3:2], given[1:-3:2], strict=True)) == options
+
+
+@needs_make
+def test_nothing_set_means_no_option(recorded):
+    assert recorded.make("experiment").returncode == 0
+    assert recorded.calls() == [["vlae_jax", "train"]]
+
+
+@needs_make
+@pytest.mark.parametrize("where", ["command line", "environment"])
+def test_values_reach_the_program_as_they_were_typed(recorded, where):
+    folder = '/a  b/it\'s $HOME, "so" #1'
+    if where == "environment":
+        done = recorded.make("experiment", DATA_DIR=folder, SEED="3")
+    else:
+        done = recorded.make("experiment", f"DATA_DIR={folder}", "SEED=3")
+    assert done.returncode == 0, done.stderr
+    assert recorded.calls() == [["vlae_jax", "train", "--data-dir", folder, "--seed", "3"]]
+
+
+@needs_make
+def test_dry_run_prints_the_command_and_runs_nothing(recorded):
+    done = recorded.make("-n", "experiment", "DATASET=mnist", "STEPS=4", "DATA_DIR=/a b")
+    assert "vlae_jax train --dataset 'mnist' --data-dir '/a b' --steps '4'\n" in done.stdout
+    assert recorded.calls() == []
+
+
+CHECK = ["vlae_jax", "prepare", "--check", "mnist", "--data-dir", "/a b"]
+PREPARE = ["vlae_jax", "prepare", "mnist"]
+TRAIN = ["vlae_jax", "train", "--dataset", "mnist", "--data-dir", "/a b"]
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("answer", "calls"),
+    [
+        (0, [CHECK, TRAIN]),
+        (4, [CHECK, installed("prepare"), PREPARE, TRAIN]),
+        (1, [CHECK]),
+        (2, [CHECK]),
+        (3, [CHECK, installed("tfds"), TRAIN]),
+    ],
+)
+def test_data_is_prepared_only_where_it_must_be(recorded, answer, calls):
+    done = recorded.make("experiment", "DATASET=mnist", "DATA_DIR=/a b", CHECK_EXIT=str(answer))
+    assert (done.returncode == 0) == (answer not in (1, 2)), done.stderr
+    assert recorded.calls() == calls
+
+
+@needs_make
+def test_accelerator_and_tensorboard_extras_are_installed_once(recorded):
+    arguments = ("experiment", "PLATFORM=cuda", "TENSORBOARD=1")
+    train = ["vlae_jax", "train", "--tensorboard"]
+    assert recorded.make(*arguments).returncode == 0
+    assert recorded.calls() == [installed("cuda"), installed("tensorboard"), train]
+    assert "JAX_PLATFORMS=cuda,cpu" in recorded.make(*arguments).stdout
+    assert recorded.calls()[3:] == [train]
+
+
+@needs_make
+def test_failed_installation_stops_everything_and_is_tried_again(recorded):
+    for _ in range(2):
+        assert recorded.make("experiment", "PLATFORM=tpu", PIP_EXIT="1").returncode != 0
+    assert recorded.calls() == [installed("tpu")] * 2
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["PLATFORM=gpu"], "PLATFORM=gpu is not one of cpu, cuda, tpu"),
+        (["PLATFORM=cpu cuda"], "PLATFORM=cpu cuda is not one of cpu, cuda, tpu"),
+        (["RESUME=yes"], "RESUME=yes is neither 1 (on) nor 0"),
+        (["DATSET=mnist"], "Unknown variable DATSET"),
+    ],
+)
+def test_mistake_is_refused_in_one_line(recorded, arguments, complaint):
+    done = recorded.make("experiment", *arguments)
+    assert done.returncode != 0
+    complaints = [line for line in done.stderr.splitlines() if complaint in line]
+    assert len(complaints) == 1, done.stderr
+    assert recorded.calls() == []
+
+
+@needs_make
+def test_old_python_is_refused(recorded, tmp_path):
+    (recorded.venv / "bin/pip").unlink()
+    old = tmp_path / "old-python"
+    pretend = "import sys; sys.version_info = (3, 9, 1); exec(sys.argv[2])"
+    recorded.write_program(old, f'#!/bin/sh\nexec "{sys.executable}" -c "{pretend}" "$@"\n')
+    (recorded.venv / ".with-train").unlink()
+    done = recorded.make("experiment", f"PYTHON={old}")
+    assert done.returncode != 0
+    assert f"vlae_jax needs Python 3.11 or newer, but {old} is 3.9" in done.stderr
+    assert recorded.calls() == []

@@ -1,0 +1,273 @@
+"""Mode searches against closed forms, scipy, and the promises of `RefinementInfo`."""
+
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+from problems import (
+    DIM,
+    INDEFINITE,
+    LATENT,
+    Network,
+    assert_close,
+    indefinite_kernel,
+    random_layers,
+    random_vector,
+)
+
+from vlae_jax import (
+    bernoulli,
+    exact_expansion,
+    gauss_newton_expansion,
+    gaussian,
+    gradient_refine,
+    newton_refine,
+    standard_normal,
+)
+from vlae_jax.refinement import Damping
+
+DAMPINGS = get_args(Damping)
+NETWORK = Network("tanh", "bernoulli")
+
+
+@functools.partial(jax.jit, static_argnames=("damping", "num_steps"))
+def refine(layers, z_init, *, damping, num_steps):
+    """A search of the smooth Bernoulli network, and its log joint recomputed along the way."""
+    mode, info = newton_refine(
+        NETWORK.gauss_newton(layers), z_init, num_steps=num_steps, damping=damping
+    )
+    return mode, info, jax.vmap(functools.partial(NETWORK.log_joint, layers))(info.path)
+
+
+# ---------------------------------------------------------------- linear decoders
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def paper_steps(problem, *, num_steps):
+    return {
+        name: newton_refine(expand, problem.z_init, num_steps=num_steps, damping="paper")[0]
+        for name, expand in problem.expansions().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "factor"), [(1, 0.5), (2, 0.375), (4, 0.2734375), (8, 0.196380615234375)]
+)
+def test_paper_steps_leave_a_known_factor_of_the_initial_error(linear_gaussian, num_steps, factor):
+    """Π (1 - 0.5/(t + 1)), whatever the linear decoder and its expansion."""
+    problem, truth = linear_gaussian
+    for mode in paper_steps(problem, num_steps=num_steps).values():
+        expected = truth.mode + factor * (np.float64(problem.z_init) - truth.mode)
+        assert_close(mode, expected)
+
+
+@functools.partial(jax.jit, static_argnames="damping")
+def one_step(problem, *, damping):
+    return {
+        name: newton_refine(expand, problem.z_init, num_steps=1, damping=damping)
+        for name, expand in problem.expansions().items()
+    }
+
+
+@pytest.mark.parametrize("damping", ["line_search", "trust_region"])
+def test_one_full_step_reaches_the_mode_of_a_linear_decoder(linear_gaussian, damping):
+    problem, truth = linear_gaussian
+    for mode, info in one_step(problem, damping=damping).values():
+        assert_close(mode, truth.mode)
+        assert info.converged and info.is_pd and info.steps_used == 1
+        assert info.newton_decrement < 1e-6
+
+
+# ---------------------------------------------------------------- monotone searches
+
+
+@functools.partial(jax.jit, static_argnames="damping")
+def search_many(seeds, *, damping):
+    """Random ReLU and tanh decoders, of weak to violent weights, searched from far and near."""
+
+    def one(key):
+        keys = jax.random.split(key, 7)
+        weight_scale = jnp.exp(jax.random.uniform(keys[0], minval=-1.0, maxval=2.0))
+        log_var = jax.random.uniform(keys[1], minval=-7.0, maxval=0.0)
+        first = weight_scale * jax.random.normal(keys[2], (LATENT, 8))
+        second = weight_scale * jax.random.normal(keys[3], (8, DIM))
+        is_smooth = jax.random.bernoulli(keys[4])
+        x = 3 * jax.random.normal(keys[5], (DIM,))
+
+        def decode(z):
+            hidden = z @ first
+            return jnp.where(is_smooth, jnp.tanh(hidden), jax.nn.relu(hidden)) @ second
+
+        def log_joint(z):
+            return gaussian(x, decode(z), log_var) + standard_normal(z)
+
+        expand = gauss_newton_expansion(decode, lambda eta: gaussian(x, eta, log_var))
+        z_init = 2 * jax.random.normal(keys[6], (LATENT,))
+        mode, info = newton_refine(expand, z_init, num_steps=6, damping=damping)
+        start = expand(z_init)
+        full_step = z_init + jnp.linalg.solve(start.precision, start.grad)
+        return mode, info, jax.vmap(log_joint)(info.path), log_joint(full_step)
+
+    return jax.vmap(one)(seeds)
+
+
+@pytest.mark.parametrize("damping", ["line_search", "trust_region"])
+def test_the_log_joint_never_falls_on_thousands_of_random_decoders(x64, damping):
+    keys = jax.random.split(jax.random.key(0), 4096)
+    mode, info, along_path, after_full_step = search_many(keys, damping=damping)
+    rounding = 1e-12 * np.max(np.abs(along_path), axis=1)
+    assert np.all(np.diff(along_path, axis=1) >= -rounding[:, None])
+    np.testing.assert_array_equal(info.path[:, -1], mode)
+    # The property is not free: undamped steps would often fall, and these do climb.
+    assert np.mean(after_full_step < along_path[:, 0]) > 0.2
+    assert np.mean(along_path[:, -1] > along_path[:, 0]) > 0.95
+
+
+# ---------------------------------------------------------------- what is reported
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_info_log_joint_is_the_log_joint_along_the_path(x64, damping):
+    z_init = random_vector(1, LATENT)
+    mode, info, recomputed = refine(random_layers(1), z_init, damping=damping, num_steps=5)
+    assert info.path.shape == (6, LATENT) and info.log_joint.shape == (6,)
+    np.testing.assert_array_equal(info.path[0], z_init)
+    np.testing.assert_array_equal(info.path[-1], mode)
+    assert_close(info.log_joint, np.asarray(recomputed))
+    assert info.steps_used == np.sum(np.any(np.diff(info.path, axis=0) != 0, axis=1))
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_no_steps_return_the_first_guess(x64, damping):
+    z_init = random_vector(1, LATENT)
+    mode, info, recomputed = refine(random_layers(1), z_init, damping=damping, num_steps=0)
+    np.testing.assert_array_equal(mode, z_init)
+    np.testing.assert_array_equal(info.path, z_init[None])
+    assert_close(info.log_joint, np.asarray(recomputed))
+    assert info.steps_used == 0 and info.is_pd and not info.converged
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_newton_decrement_is_half_the_gradient_in_the_metric_of_the_precision(x64, num_steps):
+    layers = random_layers(1)
+    mode, info, _ = refine(layers, 3 * jnp.ones(LATENT), damping="paper", num_steps=num_steps)
+    _, grad, precision = jax.jit(NETWORK.gauss_newton(layers))(mode)
+    expected = 0.5 * np.asarray(grad) @ np.linalg.inv(precision) @ np.asarray(grad)
+    assert_close(info.newton_decrement, expected)
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_converged_is_true_at_a_mode_and_false_far_from_it(x64, damping):
+    """One step from far away gains much more than 0.01 nats, and much is left."""
+    layers = random_layers(1)
+    mode, _, _ = refine(layers, jnp.zeros(LATENT), damping="line_search", num_steps=30)
+    assert jnp.max(jnp.abs(jax.grad(NETWORK.log_joint, argnums=1)(layers, mode))) < 1e-6
+    _, at_mode, _ = refine(layers, mode, damping=damping, num_steps=1)
+    assert at_mode.converged and at_mode.newton_decrement < 1e-9
+    _, far_away, _ = refine(layers, mode + 5.0, damping=damping, num_steps=1)
+    assert far_away.newton_decrement > 0.1 and not far_away.converged
+
+
+# ---------------------------------------------------------------- indefinite precisions
+
+
+@pytest.mark.parametrize("damping", ["paper", "line_search"])
+@pytest.mark.parametrize("name", INDEFINITE)
+def test_an_indefinite_precision_does_not_move_without_a_repair(x64, name, damping):
+    problem, kernel = INDEFINITE[name], indefinite_kernel()
+
+    @jax.jit
+    def search(x):
+        expand = exact_expansion(functools.partial(problem.log_joint, kernel, x))
+        z_init, stand_in = jnp.zeros(LATENT), problem.stand_in(kernel, x)
+        alone = newton_refine(expand, z_init, num_steps=3, damping=damping)
+        repaired = newton_refine(expand, z_init, num_steps=3, damping=damping, repair=stand_in)
+        return alone, repaired
+
+    (mode, info), (repaired_mode, repaired_info) = search(problem.bad_x)
+    np.testing.assert_array_equal(mode, np.zeros(LATENT))
+    assert np.all(np.isfinite(info.log_joint)) and info.steps_used == 0
+    assert not info.is_pd and not info.converged and np.isnan(info.newton_decrement)
+    assert np.any(repaired_mode != 0) and np.all(np.isfinite(repaired_mode))
+    assert repaired_info.steps_used == 3 and repaired_info.newton_decrement >= 0
+
+
+@pytest.mark.parametrize("name", INDEFINITE)
+def test_trust_region_finds_its_own_way_out_of_an_indefinite_precision(x64, name):
+    problem, kernel = INDEFINITE[name], indefinite_kernel()
+
+    @jax.jit
+    def search(x):
+        expand = exact_expansion(functools.partial(problem.log_joint, kernel, x))
+        return newton_refine(expand, jnp.zeros(LATENT), num_steps=30, damping="trust_region")
+
+    mode, info = search(problem.bad_x)
+    assert info.is_pd and info.newton_decrement < 1e-6
+    grad = jax.grad(problem.log_joint, argnums=2)(kernel, problem.bad_x, mode)
+    assert np.max(np.abs(grad)) < 1e-2
+
+
+# ---------------------------------------------------------------- first-order searches
+
+OPTIMIZERS = {
+    "adam": (optax.adam(optax.exponential_decay(0.3, 50, 0.5)), 500),
+    "momentum": (optax.sgd(0.05, momentum=0.8), 300),
+    "lbfgs": (optax.lbfgs(), 30),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradient_refine_reaches_the_maximum_scipy_finds(x64, name):
+    """Logistic regression with a Gaussian prior: smooth and strictly concave."""
+    kernel, bias = random_layers(2, (LATENT, DIM))[0]
+    x = jnp.asarray(np.arange(DIM) % 2, float)
+
+    def log_joint(z):
+        return bernoulli(x, z @ kernel + bias) + standard_normal(z)
+
+    grad = jax.jit(jax.grad(log_joint))
+    found = scipy.optimize.minimize(
+        lambda z: -float(log_joint(z)), np.zeros(LATENT), jac=lambda z: -grad(z), tol=1e-9
+    )
+    optimizer, num_steps = OPTIMIZERS[name]
+
+    @jax.jit
+    def search(z_init):
+        return gradient_refine(log_joint, z_init, optimizer=optimizer, num_steps=num_steps)
+
+    mode, info = search(random_vector(2, LATENT))
+    assert_close(mode, found.x, rtol=1e-6)
+    assert_close(info.log_joint[-1], -found.fun)
+    assert info.converged and info.is_pd and info.newton_decrement < 1e-9
+    assert info.path.shape == (num_steps + 1, LATENT)
+
+
+class SteepestDescent:
+    """Nothing of optax but the two functions; counts its steps in its state."""
+
+    def init(self, params):
+        return jnp.zeros((), int)
+
+    def update(self, grads, state, params=None):
+        return -0.1 * grads, state + 1
+
+
+def test_a_hand_written_optimizer_works(x64):
+    """On -½|z|² every step keeps nine tenths of z."""
+    z_init = random_vector(3, LATENT)
+    mode, info = gradient_refine(standard_normal, z_init, optimizer=SteepestDescent(), num_steps=5)
+    kept = 0.9 ** np.arange(6)
+    assert_close(info.path, kept[:, None] * np.asarray(z_init))
+    assert_close(info.newton_decrement, 0.5 * np.sum(np.square(mode)))
+
+
+def test_gradient_refine_with_no_steps_returns_the_first_guess():
+    z_init = random_vector(3, LATENT, jnp.float32)
+    mode, info = gradient_refine(standard_normal, z_init, optimizer=SteepestDescent(), num_steps=0)
+    np.testing.assert_array_equal(mode, z_init)
+    assert info.log_joint.shape == (1,)

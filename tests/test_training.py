@@ -1,0 +1,309 @@
+"""Training end to end on small real images: it learns, replays, resumes and fails as it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlae_jax.checkpoints import Checkpoints
+from vlae_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    InferenceConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from vlae_jax.errors import RunFailure, UserError
+from vlae_jax.experiment import build_experiment, map_images
+from vlae_jax.run_folder import RunFolder
+from vlae_jax.training import FitOptions, Trainer, fit, loss_fn, make_optimizer
+
+SMALL = [
+    *("--hidden", "16", "--latent", "3", "--epochs", "6"),
+    *("--importance-samples", "8", "--test-images", "16"),
+]
+
+
+def small_config(**sections):
+    defaults = {
+        "model": ModelConfig(latent=3, hidden=(16,)),
+        "training": TrainingConfig(epochs=2),
+        "evaluation": EvaluationConfig(importance_samples=8, test_images=16),
+    }
+    return Config(**{**defaults, **sections})
+
+
+def train(config, folder, *, resume=False, **options):
+    run = RunFolder(Path(folder))
+    if not resume:
+        run.create(config, overwrite=False)
+    experiment = build_experiment(config)
+    fit(experiment, run, resume=resume, options=FitOptions(**options))
+    return experiment, run
+
+
+def last_state(experiment, run):
+    like = Trainer(experiment).init()
+    return Checkpoints(run.checkpoints, read_only=True).restore_last(like).state
+
+
+def records(run, split):
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+def command(folder, *more):
+    return [sys.executable, "-m", "vlae_jax", "train", "--run-dir", str(folder), *SMALL, *more]
+
+
+@pytest.mark.parametrize("method", ["vae", "vlae"])
+def test_training_raises_the_validation_elbo(tmp_path, method):
+    config = small_config(
+        inference=InferenceConfig(method=method, steps=2),
+        training=TrainingConfig(epochs=4, learning_rate=1e-2),
+    )
+    _, run = train(config, tmp_path / "run")
+    elbos = [record["elbo"] for record in records(run, "validation")]
+    assert len(elbos) == 4
+    assert elbos == sorted(elbos)
+    assert elbos[-1] > elbos[0] + 5
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "stop", "unroll"])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_every_gradient_and_activation_gives_finite_updates_to_every_weight(gradient, activation):
+    config = small_config(
+        inference=InferenceConfig(steps=2, gradient=gradient),
+        model=ModelConfig(latent=3, hidden=(16,), activation=activation),
+    )
+    experiment = build_experiment(config)
+    xs = jax.random.normal(jax.random.key(0), (8, experiment.preprocessor.dim))
+    keys = jax.random.split(jax.random.key(1), 8)
+    grads = jax.grad(lambda p: loss_fn(p, experiment, xs, keys)[0])(experiment.initial_params)
+    flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(grads)}
+    assert all(jnp.isfinite(value).all() for value in flat.values())
+    # A Laplace posterior has no use for the encoder's own spread; all else must learn.
+    untrained = {name for name, value in flat.items() if not jnp.any(value)}
+    assert untrained == {name for name in flat if "log_std" in name}
+
+
+def test_the_loss_is_minus_the_mean_objective_of_single_images():
+    experiment = build_experiment(small_config(inference=InferenceConfig(method="vae")))
+    params = experiment.initial_params
+    xs = jax.random.normal(jax.random.key(0), (5, experiment.preprocessor.dim))
+    keys = jax.random.split(jax.random.key(1), 5)
+    whole, _ = loss_fn(params, experiment, xs, keys)
+    singles = [loss_fn(params, experiment, xs[i : i + 1], keys[i : i + 1])[0] for i in range(5)]
+    np.testing.assert_allclose(whole, np.mean(singles), rtol=1e-5)
+
+
+def test_the_same_seed_replays_a_run_and_another_does_not(tmp_path):
+    first = last_state(*train(small_config(), tmp_path / "a"))
+    again = last_state(*train(small_config(), tmp_path / "b"))
+    other = last_state(
+        *train(small_config(training=TrainingConfig(epochs=2, seed=1)), tmp_path / "c")
+    )
+    chex.assert_trees_all_equal(first, again)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(first.params, other.params)
+
+
+def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
+    trainer = Trainer(build_experiment(small_config()))
+    first, second = np.asarray(trainer.order(0)), np.asarray(trainer.order(1))
+    assert first.shape == (trainer.steps_per_epoch, 128)
+    assert len(np.unique(first)) == first.size
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, trainer.order(0))
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_moment_and_resumed_equals_the_unbroken_run(tmp_path):
+    """SIGKILL, wherever it falls, loses only the steps since the last complete checkpoint."""
+    config = small_config(training=TrainingConfig(epochs=6))
+    whole, whole_run = train(config, tmp_path / "whole", checkpoint_every=3)
+
+    broken = tmp_path / "broken"
+    metrics = broken / "metrics.jsonl"
+    every = ("--checkpoint-every", "3", "--log-every", "1")
+    process = subprocess.Popen(
+        command(broken, *every), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wanted = int(np.random.default_rng(time.time_ns()).integers(4, 50))
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= wanted:
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert any((broken / "checkpoints").iterdir()), "killed before the first checkpoint"
+
+    resumed = subprocess.run(
+        command(broken, *every, "--resume"), capture_output=True, text=True, timeout=240
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    run = RunFolder(broken)
+    chex.assert_trees_all_equal(last_state(whole, whole_run).params, last_state(whole, run).params)
+    chex.assert_trees_all_equal(
+        last_state(whole, whole_run).opt_state, last_state(whole, run).opt_state
+    )
+    steps = [record["step"] for record in records(run, "train")]
+    assert steps == sorted(set(steps))
+    strip = ("elbo", "kl", "step", "best")
+    assert [[record[name] for name in strip] for record in records(run, "validation")] == [
+        [record[name] for name in strip] for record in records(whole_run, "validation")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_and_the_run_can_be_resumed(tmp_path, number):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(folder, "--epochs", "100000", "--log-every", "1"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert "--resume continues" in err
+
+    steps = Checkpoints(folder / "checkpoints", read_only=True).steps()
+    logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps[-1] == logged[-1], "the last step done is the one saved"
+    epochs = str(steps[-1] // 10 + 1)
+    done = subprocess.run(
+        command(folder, "--epochs", epochs, "--resume"), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "results.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
+    config = small_config(training=TrainingConfig(epochs=50, learning_rate=1e18))
+    run = RunFolder(tmp_path / "run")
+    run.create(config, overwrite=False)
+    experiment = build_experiment(config)
+    with pytest.raises(RunFailure, match=r"not finite at step \d+; .*learning-rate"):
+        fit(experiment, run, resume=False, options=FitOptions(checkpoint_every=1, log_every=2))
+    good = last_state(experiment, run)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good.params))
+
+
+def test_a_bad_step_changes_nothing_but_its_own_record():
+    experiment = build_experiment(small_config(inference=InferenceConfig(method="vae")))
+    trainer = Trainer(experiment)
+    poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, experiment.initial_params)
+    before = trainer.init()._replace(params=poisoned)
+    kept = jax.tree.map(np.array, before)
+    after, _ = trainer.step(before, trainer.images, trainer.order(0))
+    assert int(after.bad_step) == 0
+    chex.assert_trees_all_equal(after._replace(bad_step=kept.bad_step), kept)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
+    config = small_config(training=TrainingConfig(epochs=3))
+    experiment, run = train(config, tmp_path / "run")
+    newest = max(Checkpoints(run.checkpoints, read_only=True).steps())
+    damage(run.checkpoints / str(newest))
+    like = Trainer(experiment).init()
+    restored = Checkpoints(run.checkpoints).restore_last(like)
+    assert restored.step < newest
+    assert f"checkpoint {newest} is damaged" in restored.damaged[0]
+    assert f"using checkpoint {restored.step} instead" in restored.damaged[0]
+
+    train(config, tmp_path / "run", resume=True)
+    whole = train(config, tmp_path / "whole")
+    chex.assert_trees_all_equal(last_state(experiment, run), last_state(*whole))
+
+
+def test_no_readable_checkpoint_is_an_error_of_one_line(tmp_path):
+    experiment, run = train(small_config(training=TrainingConfig(epochs=1)), tmp_path / "run")
+    for step in run.checkpoints.iterdir():
+        damage(step)
+    like = Trainer(experiment).init()
+    with pytest.raises(UserError, match=r"no readable checkpoint.*damaged") as error:
+        Checkpoints(run.checkpoints, read_only=True).restore_best(like)
+    assert "\n" not in str(error.value)
+
+
+def damage(checkpoint):
+    files = [file for file in checkpoint.rglob("*") if file.is_file()]
+    for file in files:
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_validation_elbo(tmp_path):
+    """A learning rate far too large makes later epochs worse than earlier ones."""
+    config = small_config(training=TrainingConfig(epochs=6, learning_rate=0.3))
+    experiment, run = train(config, tmp_path / "run")
+    validation = records(run, "validation")
+    best = max(validation, key=lambda record: record["elbo"])
+    assert best["step"] != validation[-1]["step"]
+    restored = Checkpoints(run.checkpoints, read_only=True).restore_best(Trainer(experiment).init())
+    assert restored.step == best["step"]
+    assert [r["step"] for r in validation if r["best"]][-1] == best["step"]
+
+
+def test_map_images_counts_every_image_once_whatever_the_batch():
+    images = np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1)
+    for batch_size in (1, 3, 7, 100):
+        total = map_images(
+            lambda scale, image, offset: scale * image.sum() + offset,
+            images,
+            np.arange(7),
+            batch_size=batch_size,
+        )
+        expected = 2 * images.reshape(7, -1).sum(1) + np.arange(7)
+        np.testing.assert_array_equal(total(2), expected)
+
+
+def test_the_learning_rate_follows_its_schedule():
+    grads = {"w": jnp.ones(3)}
+
+    def update_sizes(config, steps):
+        optimizer = make_optimizer(config, steps)
+        state = optimizer.init(grads)
+        sizes = []
+        for _ in range(steps):
+            update, state = optimizer.update(grads, state, grads)
+            sizes.append(-float(update["w"][0]))
+        return np.array(sizes)
+
+    constant = update_sizes(TrainingConfig(learning_rate=0.1), 4)
+    np.testing.assert_allclose(constant, 0.1, rtol=1e-4)
+    warm = update_sizes(TrainingConfig(learning_rate=0.1, warmup_steps=4), 6)
+    np.testing.assert_allclose(warm, [0, 0.025, 0.05, 0.075, 0.1, 0.1], atol=1e-6)
+    cosine = update_sizes(TrainingConfig(learning_rate=0.1, schedule="cosine"), 10)
+    np.testing.assert_allclose(cosine, 0.05 * (1 + np.cos(np.pi * np.arange(10) / 10)), rtol=1e-3)
+
+
+def test_static_binarisation_gives_the_same_image_each_time_and_dynamic_does_not():
+    def first_batch(kind, step):
+        experiment = build_experiment(
+            small_config(data=DataConfig(preprocess=kind), inference=InferenceConfig(method="vae"))
+        )
+        key = jax.random.key(step)
+        x, _ = experiment.preprocessor.apply(key, experiment.dataset.train[0])
+        return np.asarray(x)
+
+    assert set(np.unique(first_batch("static_binary", 0))) <= {0.0, 1.0}
+    np.testing.assert_array_equal(first_batch("static_binary", 0), first_batch("static_binary", 1))
+    assert not np.array_equal(first_batch("dynamic_binary", 0), first_batch("dynamic_binary", 1))
