@@ -229,7 +229,7 @@ def test_resuming_with_another_configuration_names_the_differences(finished, cap
         *("--latent", "5", "--learning-rate", "0.1"),
     )
     assert "model.latent is 5, was 2" in line
-    assert "training.learning_rate is 0.1, was 0.0005" in line
+    assert "training.learning_rate is 0.1, was 0.001" in line
     assert "hidden" not in line
 
 

@@ -47,37 +47,28 @@ def refine(layers, z_init, *, damping, num_steps):
 # ---------------------------------------------------------------- linear decoders
 
 
-@functools.partial(jax.jit, static_argnames="num_steps")
-def paper_steps(problem, *, num_steps):
+@functools.partial(jax.jit, static_argnames=("damping", "num_steps"))
+def refine_linear(problem, *, damping, num_steps):
     return {
-        name: newton_refine(expand, problem.z_init, num_steps=num_steps, damping="paper")[0]
+        name: newton_refine(expand, problem.z_init, num_steps=num_steps, damping=damping)
         for name, expand in problem.expansions().items()
     }
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "factor"), [(1, 0.5), (2, 0.375), (4, 0.2734375), (8, 0.196380615234375)]
-)
-def test_paper_steps_leave_a_known_factor_of_the_initial_error(linear_gaussian, num_steps, factor):
+def test_paper_steps_leave_a_known_factor_of_the_initial_error(linear_gaussian):
     """Π (1 - 0.5/(t + 1)), whatever the linear decoder and its expansion."""
     problem, truth = linear_gaussian
-    for mode in paper_steps(problem, num_steps=num_steps).values():
-        expected = truth.mode + factor * (np.float64(problem.z_init) - truth.mode)
-        assert_close(mode, expected)
-
-
-@functools.partial(jax.jit, static_argnames="damping")
-def one_step(problem, *, damping):
-    return {
-        name: newton_refine(expand, problem.z_init, num_steps=1, damping=damping)
-        for name, expand in problem.expansions().items()
-    }
+    for mode, info in refine_linear(problem, damping="paper", num_steps=8).values():
+        error = np.float64(problem.z_init) - truth.mode
+        for num_steps, factor in [(1, 0.5), (2, 0.375), (4, 0.2734375), (8, 0.196380615234375)]:
+            assert_close(info.path[num_steps], truth.mode + factor * error)
+        np.testing.assert_array_equal(info.path[8], mode)
 
 
 @pytest.mark.parametrize("damping", ["line_search", "trust_region"])
 def test_one_full_step_reaches_the_mode_of_a_linear_decoder(linear_gaussian, damping):
     problem, truth = linear_gaussian
-    for mode, info in one_step(problem, damping=damping).values():
+    for mode, info in refine_linear(problem, damping=damping, num_steps=1).values():
         assert_close(mode, truth.mode)
         assert info.converged and info.is_pd and info.steps_used == 1
         assert info.newton_decrement < 1e-6
@@ -142,20 +133,18 @@ def test_info_log_joint_is_the_log_joint_along_the_path(x64, damping):
     assert info.steps_used == np.sum(np.any(np.diff(info.path, axis=0) != 0, axis=1))
 
 
-@pytest.mark.parametrize("damping", DAMPINGS)
-def test_no_steps_return_the_first_guess(x64, damping):
+def test_no_steps_return_the_first_guess(x64):
     z_init = random_vector(1, LATENT)
-    mode, info, recomputed = refine(random_layers(1), z_init, damping=damping, num_steps=0)
+    mode, info, recomputed = refine(random_layers(1), z_init, damping="line_search", num_steps=0)
     np.testing.assert_array_equal(mode, z_init)
     np.testing.assert_array_equal(info.path, z_init[None])
     assert_close(info.log_joint, np.asarray(recomputed))
     assert info.steps_used == 0 and info.is_pd and not info.converged
 
 
-@pytest.mark.parametrize("num_steps", [0, 2])
-def test_newton_decrement_is_half_the_gradient_in_the_metric_of_the_precision(x64, num_steps):
+def test_newton_decrement_is_half_the_gradient_in_the_metric_of_the_precision(x64):
     layers = random_layers(1)
-    mode, info, _ = refine(layers, 3 * jnp.ones(LATENT), damping="paper", num_steps=num_steps)
+    mode, info, _ = refine(layers, 3 * jnp.ones(LATENT), damping="paper", num_steps=5)
     _, grad, precision = jax.jit(NETWORK.gauss_newton(layers))(mode)
     expected = 0.5 * np.asarray(grad) @ np.linalg.inv(precision) @ np.asarray(grad)
     assert_close(info.newton_decrement, expected)
@@ -165,8 +154,11 @@ def test_newton_decrement_is_half_the_gradient_in_the_metric_of_the_precision(x6
 def test_converged_is_true_at_a_mode_and_false_far_from_it(x64, damping):
     """One step from far away gains much more than 0.01 nats, and much is left."""
     layers = random_layers(1)
-    mode, _, _ = refine(layers, jnp.zeros(LATENT), damping="line_search", num_steps=30)
-    assert jnp.max(jnp.abs(jax.grad(NETWORK.log_joint, argnums=1)(layers, mode))) < 1e-6
+    mode = jnp.zeros(LATENT)
+    for _ in range(6):
+        mode, _, _ = refine(layers, mode, damping="line_search", num_steps=5)
+    slope = jax.jit(jax.grad(NETWORK.log_joint, argnums=1))(layers, mode)
+    assert np.max(np.abs(slope)) < 1e-6
     _, at_mode, _ = refine(layers, mode, damping=damping, num_steps=1)
     assert at_mode.converged and at_mode.newton_decrement < 1e-9
     _, far_away, _ = refine(layers, mode + 5.0, damping=damping, num_steps=1)
@@ -176,8 +168,9 @@ def test_converged_is_true_at_a_mode_and_false_far_from_it(x64, damping):
 # ---------------------------------------------------------------- indefinite precisions
 
 
-@pytest.mark.parametrize("damping", ["paper", "line_search"])
-@pytest.mark.parametrize("name", INDEFINITE)
+@pytest.mark.parametrize(
+    ("name", "damping"), [("heteroscedastic", "line_search"), ("student_t", "paper")]
+)
 def test_an_indefinite_precision_does_not_move_without_a_repair(x64, name, damping):
     problem, kernel = INDEFINITE[name], indefinite_kernel()
 
@@ -197,9 +190,8 @@ def test_an_indefinite_precision_does_not_move_without_a_repair(x64, name, dampi
     assert repaired_info.steps_used == 3 and repaired_info.newton_decrement >= 0
 
 
-@pytest.mark.parametrize("name", INDEFINITE)
-def test_trust_region_finds_its_own_way_out_of_an_indefinite_precision(x64, name):
-    problem, kernel = INDEFINITE[name], indefinite_kernel()
+def test_trust_region_finds_its_own_way_out_of_an_indefinite_precision(x64):
+    problem, kernel = INDEFINITE["student_t"], indefinite_kernel()
 
     @jax.jit
     def search(x):
@@ -257,17 +249,24 @@ class SteepestDescent:
         return -0.1 * grads, state + 1
 
 
+@jax.jit
+def descend(z_init):
+    """With five steps and with none."""
+    search = functools.partial(gradient_refine, standard_normal, optimizer=SteepestDescent())
+    return search(z_init, num_steps=5), search(z_init, num_steps=0)
+
+
 def test_a_hand_written_optimizer_works(x64):
     """On -½|z|² every step keeps nine tenths of z."""
     z_init = random_vector(3, LATENT)
-    mode, info = gradient_refine(standard_normal, z_init, optimizer=SteepestDescent(), num_steps=5)
+    (mode, info), _ = descend(z_init)
     kept = 0.9 ** np.arange(6)
     assert_close(info.path, kept[:, None] * np.asarray(z_init))
     assert_close(info.newton_decrement, 0.5 * np.sum(np.square(mode)))
 
 
-def test_gradient_refine_with_no_steps_returns_the_first_guess():
-    z_init = random_vector(3, LATENT, jnp.float32)
-    mode, info = gradient_refine(standard_normal, z_init, optimizer=SteepestDescent(), num_steps=0)
+def test_gradient_refine_with_no_steps_returns_the_first_guess(x64):
+    z_init = random_vector(3, LATENT)
+    _, (mode, info) = descend(z_init)
     np.testing.assert_array_equal(mode, z_init)
-    assert info.log_joint.shape == (1,)
+    assert info.log_joint.shape == (1,) and info.steps_used == 0

@@ -188,7 +188,7 @@ def test_a_signal_saves_and_leaves_and_the_run_can_be_resumed(tmp_path, number):
     steps = Checkpoints(folder / "checkpoints", read_only=True).steps()
     logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps[-1] == logged[-1], "the last step done is the one saved"
-    epochs = str(steps[-1] // 10 + 1)
+    epochs = str(steps[-1] // 20 + 1)
     done = subprocess.run(
         command(folder, "--epochs", epochs, "--resume"), capture_output=True, text=True, timeout=240
     )

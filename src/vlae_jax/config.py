@@ -185,7 +185,7 @@ class Config:
         _require(
             not (self.model.likelihood == "bernoulli" and not self.binary),
             "a bernoulli likelihood needs binary images, but preprocess is "
-            f"{self.data.preprocess!r}: choose static_binary or dynamic_binary, or likelihood gaussian",
+            f"{self.data.preprocess!r}: choose static_binary or dynamic_binary, or a gaussian",
         )
 
     @property
@@ -234,7 +234,7 @@ def default_config(dataset: str) -> Config:
     return dataclasses.replace(
         config,
         model=ModelConfig(latent=16, hidden=(200, 200)),
-        training=TrainingConfig(epochs=100),
+        training=TrainingConfig(epochs=120, batch_size=64, learning_rate=1e-3),
     )
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from vlae_jax.densities import LogDensity, gaussian, standard_normal
@@ -107,7 +106,8 @@ def gauss_newton_expansion(
             eta, push = jax.linearize(decode, z)
             if eta.ndim != 1:
                 raise ValueError(f"decode must return shape (out,), got {eta.shape}")
-            jacobian_t = jax.vmap(push)(jnp.eye(z.size, dtype=z.dtype))
+            basis = jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)  # varies as z does
+            jacobian_t = jax.vmap(push)(basis)
             weigh = jax.linearize(jax.grad(log_likelihood), eta)[1]
             precision = -jacobian_t @ jax.vmap(weigh)(jacobian_t).T - jax.hessian(log_prior)(z)
             return Quadratic(value, grad, precision)
@@ -245,15 +245,18 @@ def factorize(
 ) -> tuple[Quadratic, Factor]:
     """Expand at `z` and factor the precision, or that of `repair` where it is not PD."""
     quadratic = expand(z)
-    chol, is_pd = _safe_cholesky(_symmetric(quadratic.precision))
+    chol, is_pd = _safe_factor(quadratic.precision)
     if repair is None:
         return quadratic, Factor(chol, is_pd, is_pd)
-    repaired, is_repaired = _safe_cholesky(_symmetric(repair(z).precision))
+    repaired, is_repaired = _safe_factor(repair(z).precision)
     return quadratic, Factor(jnp.where(is_pd, chol, repaired), is_pd, is_pd | is_repaired)
 
 
-def _symmetric(matrix: Float[Array, "latent latent"]) -> Float[Array, "latent latent"]:
-    return 0.5 * (matrix + matrix.T)
+def _safe_factor(
+    precision: Float[Array, "latent latent"],
+) -> tuple[Float[Array, "latent latent"], Bool[Array, ""]]:
+    chol, is_pd = _safe_cholesky(0.5 * (precision + precision.T))
+    return chol, is_pd > 0
 
 
 def _cholesky(matrix: Float[Array, "latent latent"]) -> Float[Array, "latent latent"]:
@@ -263,20 +266,22 @@ def _cholesky(matrix: Float[Array, "latent latent"]) -> Float[Array, "latent lat
 @jax.custom_jvp
 def _safe_cholesky(
     matrix: Float[Array, "latent latent"],
-) -> tuple[Float[Array, "latent latent"], Bool[Array, ""]]:
-    """The factor and whether there is one; where there is none, the identity without gradient.
+) -> tuple[Float[Array, "latent latent"], Float[Array, ""]]:
+    """The factor and 1; where there is none, the identity without gradient, and 0.
 
     A plain Cholesky of an indefinite matrix gives NaN, and NaN gradients even behind a `where`.
+    The flag is a float because `jax.shard_map` accepts no symbolic zero tangent of a boolean.
     """
     chol = _cholesky(matrix)
     is_pd = jnp.all(jnp.isfinite(chol))
-    return jnp.where(is_pd, chol, jnp.eye(len(matrix), dtype=matrix.dtype)), is_pd
+    safe = jnp.where(is_pd, chol, jnp.eye(len(matrix), dtype=matrix.dtype))
+    return safe, is_pd.astype(matrix.dtype)
 
 
 @_safe_cholesky.defjvp
 def _safe_cholesky_jvp(primals, tangents):
     (matrix,), (matrix_dot,) = primals, tangents
     chol, is_pd = _safe_cholesky(matrix)
-    safe = jnp.where(is_pd, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
-    _, chol_dot = jax.jvp(_cholesky, (safe,), (jnp.where(is_pd, matrix_dot, 0.0),))
-    return (chol, is_pd), (chol_dot, np.zeros((), jax.dtypes.float0))
+    safe = jnp.where(is_pd > 0, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
+    _, chol_dot = jax.jvp(_cholesky, (safe,), (jnp.where(is_pd > 0, matrix_dot, 0.0),))
+    return (chol, is_pd), (chol_dot, jnp.zeros_like(is_pd))

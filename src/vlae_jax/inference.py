@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
-from vlae_jax.curvature import Expansion, Factor, Quadratic, factorize
+from vlae_jax.curvature import Expansion, Factor, Quadratic, depend_on_data, factorize
 from vlae_jax.posterior import GaussianPosterior, posterior_from_factor
 from vlae_jax.refinement import Damping, RefinementInfo, newton_search, search_info
 
@@ -60,7 +60,7 @@ def infer_posterior(
         mode = search.mode
         quadratic, factor = curvature(mode)
     else:
-        z_init = jax.lax.stop_gradient(z_init)
+        z_init = depend_on_data(lambda z: expand(z).value, jax.lax.stop_gradient(z_init))
         search = newton_search(
             _without_gradients(expand, z_init),
             z_init,

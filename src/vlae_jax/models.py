@@ -44,11 +44,7 @@ class MLP(nnx.Module):
         self, in_size: int, widths: Sequence[int], activation: str, *, rngs: nnx.Rngs
     ) -> None:
         sizes = (in_size, *widths)
-        # Variance 2 / fan-in keeps the signal's scale through rectifiers (He et al., 2015).
-        init = nnx.initializers.he_normal()
-        self.layers = nnx.List(
-            nnx.Linear(a, b, kernel_init=init, rngs=rngs) for a, b in itertools.pairwise(sizes)
-        )
+        self.layers = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes))
         self.activation = activation
         self.out_size = sizes[-1]
 
@@ -91,7 +87,10 @@ class VariationalAutoencoder(nnx.Module):
         self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.features = MLP(latent, tuple(reversed(hidden)), activation, rngs=rngs)
-        self.head = nnx.Linear(self.features.out_size, dim, rngs=rngs)
+        # The decoder starts close to the data's mean. A louder start, sampled through, teaches a
+        # VAE to shut the latent off first: after four epochs of MNIST it was 90 nats behind.
+        quiet = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
+        self.head = nnx.Linear(self.features.out_size, dim, kernel_init=quiet, rngs=rngs)
         self.likelihood = likelihood
         self.min_log_var = 2.0 * float(np.log(min_std))
         if likelihood == "gaussian":

@@ -35,7 +35,7 @@ class RefinementInfo(NamedTuple):
     newton_decrement: Float[Array, ""]
     """½ gᵀP⁻¹g at the mode: how far below its local maximum it lies, nats. NaN if P is not PD."""
     converged: Bool[Array, ""]
-    """The decrement, or a monotone search's last gain, is below 0.01 nats, and P is PD."""
+    """The decrement, or a line search's last gain, is below 0.01 nats, and P is PD."""
     is_pd: Bool[Array, ""]
     """Whether the precision at the mode was positive definite, before any repair."""
     steps_used: Int[Array, ""]
@@ -98,8 +98,8 @@ class Search(NamedTuple):
     """Where each step began."""
     log_joint: Float[Array, " steps"]
     """The log joint there, nats."""
-    is_monotone: bool
-    """Whether steps that lower the log joint were refused."""
+    stalls_at_modes: bool
+    """Whether a step that gains nothing means that there is nothing to gain nearby."""
 
 
 def newton_search(
@@ -135,7 +135,8 @@ def newton_search(
 
     carry = (z_init, jnp.zeros_like(z_init[0]))
     (mode, _), (path, values) = jax.lax.scan(step, carry, jnp.arange(num_steps))
-    return Search(mode, path, values, is_monotone=damping != "paper")
+    # A trust region also refuses steps that were only too long.
+    return Search(mode, path, values, stalls_at_modes=damping == "line_search")
 
 
 def gradient_refine(
@@ -185,7 +186,7 @@ def gradient_refine(
 
     state = optimizer.init(z_init)
     (mode, _), (path, values) = jax.lax.scan(step, (z_init, state), length=num_steps)
-    search = Search(mode, path, values, is_monotone=False)
+    search = Search(mode, path, values, stalls_at_modes=False)
     return mode, search_info(search, *factorize(exact_expansion(log_joint), mode))
 
 
@@ -226,7 +227,7 @@ def search_info(search: Search, quadratic: Quadratic, factor: Factor) -> Refinem
     path = jnp.concatenate([search.path, search.mode[None]])
     values = jnp.append(search.log_joint, quadratic.value)
     converged = decrement <= _STALLED
-    if search.is_monotone and values.size > 1:
+    if search.stalls_at_modes and values.size > 1:
         converged |= values[-1] - values[-2] <= _STALLED
     moved = jnp.any(path[1:] != path[:-1], axis=1)
     info = RefinementInfo(

@@ -1,0 +1,1 @@
+"""Studies: each a module that runs its experiments and prints their table."""

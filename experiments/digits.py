@@ -1,0 +1,18 @@
+"""VAE against VLAE on scikit-learn's 8 x 8 digits, to convergence, 3 seeds.
+
+.venv/bin/python -m experiments.digits
+"""
+
+from experiments.study import main
+
+if __name__ == "__main__":
+    main(
+        "digits",
+        {
+            "VAE": ["--method", "vae"],
+            "VLAE T=1": ["--steps", "1"],
+            "VLAE T=4": ["--steps", "4"],
+        },
+        ["--dataset", "digits", "--epochs", "200"],
+        seeds=(0, 1, 2),
+    )

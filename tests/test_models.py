@@ -1,0 +1,164 @@
+"""The shipped networks: densities, expansions and where they start."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+from vlae_jax.config import InferenceConfig
+from vlae_jax.curvature import exact_expansion
+from vlae_jax.errors import UserError
+from vlae_jax.models import ACTIVATIONS, PIECEWISE_LINEAR, VariationalAutoencoder
+from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior
+from vlae_jax.systems import build_system, vlae
+
+DIM = 40
+
+
+def make_model(*, hidden=(7, 9), latent=3, likelihood="gaussian", activation="relu", **more):
+    return VariationalAutoencoder(
+        DIM,
+        latent=latent,
+        hidden=hidden,
+        activation=activation,
+        likelihood=likelihood,
+        variance=np.linspace(0.5, 1.5, DIM),
+        rngs=nnx.Rngs(0),
+        **more,
+    )
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(0), (DIM,))
+
+
+def test_the_log_joint_is_prior_plus_likelihood(x):
+    model, z = make_model(per_pixel=True), jnp.array([0.3, -1.0, 2.0])
+    std = np.exp(0.5 * np.asarray(model.log_var))
+    likelihood = stats.norm(np.asarray(model.decode(z)), std).logpdf(np.asarray(x)).sum()
+    truth = likelihood + stats.norm.logpdf(np.asarray(z)).sum()
+    np.testing.assert_allclose(model.log_joint(x)(z), truth, rtol=1e-5)
+
+    model = make_model(likelihood="bernoulli")
+    bits = (x > 0).astype(jnp.float32)
+    probability = 1 / (1 + np.exp(-np.asarray(model.decode(z))))
+    truth = stats.bernoulli(probability).logpmf(np.asarray(bits)).sum()
+    truth += stats.norm.logpdf(np.asarray(z)).sum()
+    np.testing.assert_allclose(model.log_joint(bits)(z), truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "hidden", "per_pixel"),
+    [
+        *((activation, (7, 9), True) for activation in sorted(ACTIVATIONS)),
+        *(("relu", hidden, False) for hidden in ((7, 9), (64, 64), ())),
+        ("tanh", (64, 64), False),
+    ],
+)
+def test_expansions_are_exact_whether_or_not_compression_pays(x, hidden, per_pixel, activation):
+    model = make_model(hidden=hidden, per_pixel=per_pixel, activation=activation)
+    z = jnp.array([0.3, -1.0, 2.0])
+    expand, repair = model.expansions(x)
+    truth = jax.jit(exact_expansion(model.log_joint(x)))(z)
+    for found, true in zip(jax.jit(expand)(z), truth, strict=True):
+        np.testing.assert_allclose(found, true, rtol=2e-4, atol=2e-4)
+    smooth = activation not in PIECEWISE_LINEAR and hidden != ()
+    assert (repair is not None) == smooth
+    if repair is not None:
+        assert np.linalg.eigvalsh(repair(z).precision).min() > 0.99
+
+
+def test_bernoulli_expansions_are_exact(x):
+    model = make_model(likelihood="bernoulli")
+    bits = (x > 0).astype(jnp.float32)
+    z = jnp.array([0.3, -1.0, 2.0])
+    truth = exact_expansion(model.log_joint(bits))(z)
+    for found, true in zip(model.expansions(bits)[0](z), truth, strict=True):
+        np.testing.assert_allclose(found, true, rtol=2e-4, atol=2e-4)
+
+
+def test_both_forms_of_the_expansion_are_chosen():
+    assert make_model(hidden=(7, 9))._compression_pays()
+    assert not make_model(hidden=(64, 64))._compression_pays()
+
+
+def test_the_output_variance_starts_from_the_data_and_keeps_its_floor():
+    np.testing.assert_allclose(np.exp(make_model().log_var), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(make_model(per_pixel=True).log_var), np.linspace(0.5, 1.5, DIM), rtol=1e-5
+    )
+    model = make_model(min_std=0.01)
+    model.scaled_log_var[...] = jnp.float32(-100.0)
+    np.testing.assert_allclose(np.exp(0.5 * model.log_var), 0.01, rtol=1e-5)
+    # Constant pixels start above the floor, where the variance can still learn.
+    black = VariationalAutoencoder(
+        4,
+        latent=1,
+        hidden=(),
+        activation="relu",
+        likelihood="gaussian",
+        variance=np.zeros(4),
+        per_pixel=True,
+        min_std=0.01,
+        rngs=nnx.Rngs(0),
+    )
+    assert (np.exp(0.5 * black.log_var) > 0.01).all()
+
+
+def test_the_decoder_takes_the_hidden_widths_reversed():
+    model = make_model(hidden=(7, 9))
+    assert [layer.kernel.shape for layer in model.features.layers] == [(3, 9), (9, 7)]
+    assert [layer.kernel.shape for layer in model.encoder.layers] == [(DIM, 7), (7, 9)]
+
+
+def test_the_decoder_starts_near_the_datas_mean():
+    model = make_model(hidden=(300, 300), latent=50)
+    zs = jax.random.normal(jax.random.key(1), (100, 50))
+    assert jnp.abs(jax.vmap(model.decode)(zs)).max() < 0.5
+
+
+def test_systems_give_their_kind_of_posterior(x):
+    model = make_model()
+    inference = build_system(InferenceConfig(method="vae"))(model, x)
+    assert isinstance(inference.posterior, DiagonalPosterior)
+    np.testing.assert_array_equal(inference.path[0], model.encode(x)[0])
+    inference = build_system(InferenceConfig(steps=3))(model, x)
+    assert isinstance(inference.posterior, GaussianPosterior)
+    assert inference.path.shape == (4, 3)
+    np.testing.assert_array_equal(inference.path[0], model.encode(x)[0])
+    with pytest.raises(UserError, match="did you mean 'vlae'"):
+        build_system(InferenceConfig(method="vlaes"))
+
+
+def test_the_amortisation_loss_is_the_excess_energy_of_the_first_guess(x):
+    """For a linear decoder the energy is quadratic, so the loss is the true difference."""
+    model = make_model(hidden=())
+    inference = vlae(model, x, InferenceConfig(steps=1))
+    log_joint = model.log_joint(x)
+    first, mode = inference.path[0], inference.posterior.mean
+    excess = log_joint(mode) - log_joint(first)
+    np.testing.assert_allclose(inference.amortization_loss, excess, rtol=1e-3)
+    for other in (InferenceConfig(steps=1, gradient="unroll"), InferenceConfig(steps=0)):
+        assert vlae(model, x, other).amortization_loss == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("gradient", ["implicit", "stop", "unroll"])
+def test_the_encoder_learns_in_every_mode(x, steps, gradient):
+    model = make_model(activation="tanh")
+    graphdef, params = nnx.split(model)
+
+    def objective(params):
+        # A line search may rightly stay where it is; the paper's damping always moves.
+        config = InferenceConfig(steps=steps, gradient=gradient, damping="paper")
+        inference = vlae(nnx.merge(graphdef, params), x, config)
+        z, log_q = inference.posterior.sample_and_log_prob(jax.random.key(0))
+        bound = nnx.merge(graphdef, params).log_joint(x)(z) - log_q
+        return bound - inference.amortization_loss
+
+    grads = nnx.merge(graphdef, jax.jit(jax.grad(objective))(params))
+    assert jnp.abs(grads.mean.kernel[...]).max() > 1e-6
+    assert jnp.isfinite(grads.mean.kernel[...]).all()
