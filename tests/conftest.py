@@ -6,6 +6,18 @@ import problems
 import pytest
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compile with few optimisations: the core's tests compile for minutes and run for seconds.
+
+    One test runs a full-size step, in a process of its own, with all of them.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def x64():
     """64-bit mode for one test; what was set before returns after it."""

@@ -1,6 +1,7 @@
 """Small problems with known answers, the truths they are held to, and the one comparison."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def random_layers(seed: int, sizes=(LATENT, HIDDEN, HIDDEN, DIM), dtype: type = 
             jnp.asarray(rng.normal(size=(a, b)) * np.sqrt(2 / a), dtype),
             jnp.asarray(0.5 * rng.normal(size=b), dtype),
         )
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        for a, b in itertools.pairwise(sizes)
     ]
 
 

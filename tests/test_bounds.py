@@ -22,6 +22,8 @@ from vlae_jax import (
     standard_normal,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # ---------------------------------------------------------------- linear decoders
 
 

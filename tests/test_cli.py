@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -257,22 +258,36 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
     assert "cannot be written" in line
 
 
-@pytest.mark.skipif(os.name != "posix", reason="limits file sizes by setrlimit")
-def test_a_full_disk_ends_in_one_line_and_leaves_no_half_files(tmp_path):
-    """A limit on the size of files fails writes as a full disk does: part of the way through."""
+def test_a_full_disk_is_told_in_one_line_before_anything_is_half_written(
+    tmp_path, monkeypatch, capsys
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    line = refused(capsys, "train", *QUICK, "--run-dir", tmp_path / "run")
+    assert "no space left" in line
+    assert "--resume" in line
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files by setrlimit")
+def test_a_write_that_breaks_off_leaves_the_old_results_whole(finished):
+    """A limit on the size of files fails a write as a full disk does: part of the way through."""
+    folder, _ = finished
+    before = (folder / "results.json").read_bytes()
     program = (
         "import resource, signal, sys; from vlae_jax.cli import main;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); main(sys.argv[1:])"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); main(sys.argv[1:])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, "train", *QUICK, "--run-dir", tmp_path / "run"],
+        [sys.executable, "-c", program, "evaluate", folder, "--importance-samples", "3"],
         capture_output=True,
         text=True,
         timeout=240,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("vlae_jax: error: ")]
-    assert not list((tmp_path / "run").glob("*.partial"))
-    assert not (tmp_path / "run" / "results.json").exists()
+    assert "results.json cannot be written: File too large" in done.stderr
+    assert (folder / "results.json").read_bytes() == before
+    assert not list(folder.glob("*.partial"))

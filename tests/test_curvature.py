@@ -33,6 +33,8 @@ from vlae_jax import (
 )
 from vlae_jax.curvature import compress_affine_gaussian
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @functools.cache
 def expand_all(activation):

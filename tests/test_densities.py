@@ -12,6 +12,8 @@ from problems import DIM, LATENT, assert_close, random_vector
 
 from vlae_jax import bernoulli, gaussian, standard_normal
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def test_standard_normal_is_scipys(dtype):
     z = random_vector(0, LATENT, dtype)

@@ -5,14 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, PartitionSpec
 from problems import (
+    DIM,
     FINITE_DIFFERENCE,
+    HIDDEN,
     LATENT,
     Network,
     assert_close,
     central_differences,
+    decode,
     flatten,
     kink_margin,
     random_layers,
@@ -20,7 +24,20 @@ from problems import (
     run_in_subprocess,
 )
 
-from vlae_jax import elbo, infer_posterior, laplace_posterior, newton_refine
+from vlae_jax import (
+    elbo,
+    exact_expansion,
+    gauss_newton_expansion,
+    gaussian,
+    gradient_refine,
+    importance_weighted_log_prob,
+    infer_posterior,
+    laplace_posterior,
+    newton_refine,
+    standard_normal,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SMOOTH, RELU = Network("tanh", "gaussian"), Network("relu", "bernoulli")
 EXPANSIONS = {
@@ -237,30 +254,15 @@ def test_the_three_gradients_share_one_value_and_one_info(x64):
 
 
 WAYS = [
-    ("exact", "unroll"),
     ("exact", "implicit"),
     ("gauss_newton", "unroll"),
     ("gauss_newton", "stop"),
-    ("gauss_newton", "implicit"),
     ("gradient_refine", "unroll"),
 ]
 
 
 def compare_inside_and_outside_shard_map() -> None:
     """Run on eight devices: a first guess that is the same on all must not mix their examples."""
-    import optax
-    from jax.sharding import AxisType, PartitionSpec
-
-    from vlae_jax import (
-        exact_expansion,
-        gauss_newton_expansion,
-        gaussian,
-        gradient_refine,
-        importance_weighted_log_prob,
-        standard_normal,
-    )
-    from problems import DIM, HIDDEN, decode
-
     assert jax.device_count() == 8
     layers = random_layers(0, (LATENT, HIDDEN, DIM), jnp.float32)
     layers = jax.tree.map(lambda weights: 0.5 * weights, layers)
@@ -283,8 +285,11 @@ def compare_inside_and_outside_shard_map() -> None:
                 functools.partial(decode, layers, "tanh"), log_likelihood
             ),
         }[name]
-        posterior, info = infer_posterior(expand, z_init, num_steps=2, gradient=gradient)
-        if (name, gradient) != ("gauss_newton", "implicit"):
+        # The best of several steps may change with rounding; these do not.
+        posterior, info = infer_posterior(
+            expand, z_init, num_steps=2, damping="paper", gradient=gradient
+        )
+        if gradient != "implicit":
             return (posterior, info), weigh(posterior)
         log_prob, importance = importance_weighted_log_prob(
             jax.random.key(1), log_joint, posterior, num_samples=5, chunk_size=2
@@ -316,7 +321,7 @@ def compare_inside_and_outside_shard_map() -> None:
                 strict=True,
             ):
                 np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4, err_msg=name)
-        assert np.all(np.isfinite(ravel_pytree(outside[name])[0])), name
+        assert np.all(np.isfinite(flatten(outside[name]))), name
     print("agrees:", ", ".join(outside))
 
 

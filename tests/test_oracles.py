@@ -1,17 +1,19 @@
 """numpyro's Laplace approximation of the same model: another mode search, another Hessian."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
+import pytest
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation
 from problems import DIM, HIDDEN, LATENT, assert_close, decode, random_layers
 
 from vlae_jax import bernoulli, exact_expansion, infer_posterior, standard_normal
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_numpyro_finds_the_same_mode_and_covariance(x64):
@@ -24,9 +26,11 @@ def test_numpyro_finds_the_same_mode_and_covariance(x64):
         logits = decode(layers, "tanh", z)
         numpyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
+    settling = optax.adam(optax.exponential_decay(0.1, 60, 0.5))
+
     def by_numpyro(x):
         guide = AutoLaplaceApproximation(model)
-        optimizer = numpyro.optim.optax_to_numpyro(_adam_that_settles())
+        optimizer = numpyro.optim.optax_to_numpyro(settling)
         svi = SVI(model, guide, optimizer, Trace_ELBO())
         state = svi.init(jax.random.key(0), x)
         state, _ = jax.lax.scan(lambda s, _: svi.update(s, x), state, length=600)
@@ -47,9 +51,3 @@ def test_numpyro_finds_the_same_mode_and_covariance(x64):
     expected_mean, expected_covariance = jax.jit(jax.vmap(by_numpyro))(x)
     assert_close(mean, np.asarray(expected_mean), rtol=1e-5)
     assert_close(covariance, np.asarray(expected_covariance), rtol=1e-5)
-
-
-def _adam_that_settles():
-    import optax
-
-    return optax.adam(optax.exponential_decay(0.1, 60, 0.5))

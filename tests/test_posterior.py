@@ -32,6 +32,8 @@ from vlae_jax import (
     standard_normal,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KINDS = ["gaussian", "diagonal"]
 
 

@@ -31,6 +31,8 @@ from vlae_jax import (
 )
 from vlae_jax.refinement import Damping
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DAMPINGS = get_args(Damping)
 NETWORK = Network("tanh", "bernoulli")
 

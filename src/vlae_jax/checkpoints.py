@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ from vlae_jax.errors import UserError
 State = TypeVar("State")
 
 _KEPT = 2
+_ROOM = 1.5  # times the size of the state, for what is stored around it
 _METRIC = "validation_elbo"
 
 
@@ -33,8 +35,8 @@ class Checkpoints:
     """The checkpoints of one run folder, one per step."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
-        # Orbax reports the progress of every save; what matters of it is raised anyway.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs tracebacks of its threads; what they mean is raised too, and told in one line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
         self.folder = folder.absolute()
         keep = policies.AnyPreservationPolicy(
             [
@@ -61,8 +63,12 @@ class Checkpoints:
         """Save in the background; a step saved already is left as it is.
 
         The training step donates its state's memory, so what is saved is a copy.
+
+        Raises:
+            UserError: If it cannot be written, or an earlier one could not be.
         """
-        with _one_line(f"checkpoint {step} cannot be written to {self.folder}"):
+        self._require_space(state)
+        with self._saving(f"checkpoint {step} cannot be written to {self.folder}"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -86,7 +92,7 @@ class Checkpoints:
         Raises:
             UserError: If it could not be written.
         """
-        with _one_line(f"a checkpoint could not be written to {self.folder}"):
+        with self._saving(f"a checkpoint could not be written to {self.folder}"):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -116,6 +122,27 @@ class Checkpoints:
             UserError: If there is none.
         """
         return self._restore(sorted(self.steps(), key=self._rank, reverse=True), like)
+
+    def _require_space(self, state: Any) -> None:
+        # Asked first, since the storage layer reports a full disk in many tracebacks.
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < _ROOM * needed:
+            raise UserError(
+                f"no space left for a checkpoint in {self.folder}: {free / 1e6:.1f} MB free, "
+                f"{_ROOM * needed / 1e6:.1f} MB needed; make room, then --resume"
+            )
+
+    @contextlib.contextmanager
+    def _saving(self, failure: str) -> Iterator[None]:
+        """Leave no half checkpoint behind a save that fails."""
+        try:
+            with _one_line(failure):
+                yield
+        except UserError:
+            for partial in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _rank(self, step: int) -> tuple[float, int]:
         try:
@@ -156,4 +183,5 @@ def _one_line(what: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+    # The cause stands at the end of what the storage layer says.
+    return text if len(text) <= 160 else f"{text[:60]} ... {text[-95:]}"

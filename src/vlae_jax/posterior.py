@@ -1,7 +1,7 @@
 """Gaussian posteriors over the latent of one example, as NamedTuples of arrays."""
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from vlae_jax.curvature import Expansion, Factor, factorize
 LOG_2PI = math.log(2 * math.pi)
 
 
+@runtime_checkable
 class Posterior(Protocol):
     """What bounds and systems ask of an approximate posterior q(z | x)."""
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class RefinementInfo(NamedTuple):
     """Steps that moved the point."""
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """An optax gradient transformation, or anything with the same two functions."""
 

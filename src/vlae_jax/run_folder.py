@@ -143,7 +143,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"{path} cannot be written: {reason}; free the space or choose another folder"
+            f"{path} cannot be written: {reason}; choose another folder, or make room there"
         ) from None
 
 

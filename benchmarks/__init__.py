@@ -1,0 +1,1 @@
+"""What the package costs: training steps, log-likelihoods, posteriors, beside their baselines."""

@@ -1,0 +1,139 @@
+"""Compiled programs with what they cost, and timings taken in turns."""
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+GEMM = (6400, 500, 500)
+"""Rows, inner size and columns of the product that machines and libraries are rated by."""
+
+
+class Program(NamedTuple):
+    """A compiled JAX function, and its price before it runs."""
+
+    run: Callable[..., Any]
+    compile_seconds: float
+    """Tracing included."""
+    flops: float
+    """Of all matrix products, each counted as often as its loops run."""
+    temp_bytes: int
+    """What the program allocates beside arguments and results."""
+
+
+class Timing(NamedTuple):
+    """Seconds of single calls after a warm-up."""
+
+    best: float
+    median: float
+    calls: int
+
+
+def compile_program(function: Callable[..., Any], *arguments: Any) -> Program:
+    """Compile `function` for these arguments."""
+    began = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    temp_bytes = 0 if memory is None else memory.temp_size_in_bytes
+    return Program(compiled, seconds, matmul_flops(compiled.as_text() or ""), temp_bytes)
+
+
+def time_in_turns(
+    calls: dict[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    seconds_each: float,
+    seconds_total: float = 14.0,
+) -> dict[str, Timing]:
+    """Call each function once to warm up, then let them take turns.
+
+    In turns, so that whatever else the machine does falls on all alike. A quick function is called
+    repeatedly in its turn, for `seconds_each`; a slow one once.
+
+    Args:
+        calls: Functions that return when their work is done, or return JAX arrays.
+        rounds: Turns each.
+        seconds_each: Least seconds of calls in one turn.
+        seconds_total: After so many seconds of its own a function gets no further turn.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if sum(samples[name]) > seconds_total:
+                continue
+            time.sleep(0.05)  # the other library's idle threads stop spinning
+            spent = 0.0
+            while True:
+                began = time.perf_counter()
+                jax.block_until_ready(call())
+                samples[name].append(time.perf_counter() - began)
+                spent += samples[name][-1]
+                if spent >= seconds_each:
+                    break
+    return {
+        name: Timing(min(times), statistics.median(times), len(times))
+        for name, times in samples.items()
+    }
+
+
+def gemm_rate() -> float:
+    """This machine's float32 FLOPs a second in one well-shaped product."""
+    rows, inner, columns = GEMM
+    a, b = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
+    timing = time_in_turns({"gemm": lambda: product(a, b)}, rounds=5, seconds_each=0.2)
+    return 2 * rows * inner * columns / timing["gemm"].best
+
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def matmul_flops(hlo: str) -> float:
+    """FLOPs of the matrix products in a compiled program's text.
+
+    XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here it counts
+    as often as the compiler knows it to. A multiply-add is two FLOPs; elementwise work and
+    factorisations count nothing.
+    """
+    own: dict[str, float] = {}
+    calls: dict[str, list[tuple[str, int]]] = {}
+    shapes: dict[str, list[int]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            name = header[2]
+            entry = name if header[1] else entry
+            own[name], calls[name], shapes = 0.0, [], {}
+        elif instruction := _INSTRUCTION.match(line):
+            result, shape, operation, rest = instruction.groups()
+            shapes[result] = _dimensions(shape)
+            if operation == "dot":
+                lhs = shapes[rest.split(",")[0].split(")")[0].split()[-1].lstrip("%")]
+                summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
+                axes = summed[1].split(",") if summed and summed[1] else []
+                inner = math.prod(lhs[int(axis)] for axis in axes)
+                own[name] += 2.0 * math.prod(shapes[result]) * inner
+            known = _TRIPS.search(rest)
+            times = int(known[1]) if known else 1
+            calls[name] += [(called, times) for called in _CALLED.findall(rest)]
+
+    def total(computation: str) -> float:
+        return own[computation] + sum(times * total(called) for called, times in calls[computation])
+
+    return total(entry)
+
+
+def _dimensions(shape: str) -> list[int]:
+    inside = re.match(r"\w+\[([\d,]*)\]", shape)
+    return [int(size) for size in inside[1].split(",") if size] if inside else []

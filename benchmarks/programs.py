@@ -1,0 +1,145 @@
+"""The programs that are timed: the package's own functions, batched, and their JAX baselines."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlae_jax.bounds import elbo, importance_weighted_log_prob
+from vlae_jax.config import InferenceConfig
+from vlae_jax.curvature import Expansion, exact_expansion, gauss_newton_expansion
+from vlae_jax.inference import infer_posterior
+from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.posterior import GaussianPosterior
+from vlae_jax.systems import vlae
+
+
+class Sizes(NamedTuple):
+    """One point of the benchmark: the decoder latent-hidden-hidden-dim, and how it is used."""
+
+    dim: int = 784
+    latent: int = 50
+    hidden: int = 500
+    batch: int = 128
+    steps: int = 4
+    images: int = 16
+    """Images at once in a log-likelihood."""
+    samples: int = 5000
+    """Importance samples K an image."""
+    chunk: int = 500
+
+
+class ExplicitJacobian(VariationalAutoencoder):
+    """The same model, its curvature JᵀWJ from the whole decoder's Jacobian J (dim, latent)."""
+
+    def expansions(self, x: jax.Array) -> tuple[Expansion, Expansion | None]:
+        """Gauss-Newton, nothing compressed."""
+        return gauss_newton_expansion(self.decode, self.log_likelihood(x)), None
+
+
+class ExactHessian(VariationalAutoencoder):
+    """The same model, its curvature from `jax.hessian`."""
+
+    def expansions(self, x: jax.Array) -> tuple[Expansion, Expansion | None]:
+        """Forward over reverse through the whole decoder."""
+        return exact_expansion(self.log_joint(x)), None
+
+
+CURVATURES: dict[str, type[VariationalAutoencoder]] = {
+    "gram": VariationalAutoencoder,
+    "jacobian": ExplicitJacobian,
+    "hessian": ExactHessian,
+}
+"""gram is what the package does by itself for a Gaussian of this shape."""
+
+
+class Problem(NamedTuple):
+    """Weights and data of given sizes."""
+
+    sizes: Sizes
+    graphdefs: dict[str, Any]
+    """The structure of each model of `CURVATURES`, which all share the parameters."""
+    params: Any
+    xs: jax.Array
+    """(batch, dim), drawn from the model, so that there is a mode to find."""
+    keys: jax.Array
+
+    def model(self, curvature: str, params: Any) -> VariationalAutoencoder:
+        """The model with these parameters."""
+        return nnx.merge(self.graphdefs[curvature], params)
+
+
+def build_problem(sizes: Sizes) -> Problem:
+    """Random weights, and images drawn from them."""
+    graphdefs = {}
+    for name, kind in CURVATURES.items():
+        model = kind(
+            sizes.dim,
+            latent=sizes.latent,
+            hidden=(sizes.hidden, sizes.hidden),
+            activation="relu",
+            likelihood="gaussian",
+            variance=np.full(sizes.dim, 0.1),
+            rngs=nnx.Rngs(0),
+        )
+        model.head.kernel[...] *= 10.0  # a decoder that has learned something
+        graphdefs[name], params = nnx.split(model)
+    key_z, key_x, key = jax.random.split(jax.random.key(1), 3)
+    zs = jax.random.normal(key_z, (sizes.batch, sizes.latent))
+    noise = jnp.exp(0.5 * model.log_var) * jax.random.normal(key_x, (sizes.batch, sizes.dim))
+    xs = jax.vmap(model.decode)(zs) + noise
+    return Problem(sizes, graphdefs, params, xs, jax.random.split(key, sizes.batch))
+
+
+def training_gradient(
+    problem: Problem, curvature: str, gradient: Any, damping: Any
+) -> Callable[..., Any]:
+    """(params, xs, keys) → what training minimises, and its gradient; encoder included."""
+    config = InferenceConfig(steps=problem.sizes.steps, gradient=gradient, damping=damping)
+
+    def loss(params, xs, keys):
+        def one(x, key):
+            model = problem.model(curvature, params)
+            inference = vlae(model, x, config)
+            bound = elbo(key, model.log_joint(x), inference.posterior)
+            return bound - inference.amortization_loss
+
+        return -jnp.mean(jax.vmap(one)(xs, keys))
+
+    return jax.value_and_grad(loss)
+
+
+def posteriors(problem: Problem, curvature: str, damping: Any) -> Callable[..., Any]:
+    """(params, xs) → the Laplace posterior of each image; nothing is differentiated."""
+
+    def one(params, x):
+        model = problem.model(curvature, params)
+        z_init, _ = model.encode(x)
+        expand, repair = model.expansions(x)
+        posterior, _ = infer_posterior(
+            expand, z_init, num_steps=problem.sizes.steps, damping=damping, repair=repair
+        )
+        return posterior
+
+    return jax.vmap(one, in_axes=(None, 0))
+
+
+def log_probs(problem: Problem) -> Callable[..., Any]:
+    """(params, xs, means, precisions, keys) → log p(x) of each image by importance sampling."""
+    sizes = problem.sizes
+
+    def one(params, x, mean, precision, key):
+        posterior = GaussianPosterior(mean, jnp.linalg.cholesky(precision))
+        estimate, info = importance_weighted_log_prob(
+            key,
+            problem.model("gram", params).log_joint(x),
+            posterior,
+            num_samples=sizes.samples,
+            chunk_size=sizes.chunk,
+        )
+        return estimate, info.standard_error
+
+    return jax.vmap(one, in_axes=(None, 0, 0, 0, 0))

@@ -1,0 +1,82 @@
+"""The benchmarks run, at sizes of no interest, and their FLOPs are counted right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks").is_dir(), reason="the benchmarks come with the repository only"
+)
+STEPS = {
+    f"{curvature} {gradient} paper"
+    for curvature, gradients in {
+        "gram": ("implicit", "stop", "unroll"),
+        "jacobian": ("implicit", "unroll"),
+        "hessian": ("implicit", "unroll"),
+    }.items()
+    for gradient in gradients
+} | {"gram implicit line_search"}
+POSTERIORS = {"gram line_search", "jacobian line_search", "hessian line_search"}
+
+
+def run(folder, *arguments):
+    output = folder / "bench.json"
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--without-torch"]
+    result = subprocess.run(
+        [*command, "--output", output, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads(output.read_text())
+
+
+def names(found, section):
+    return {row["name"] for row in found["rows"] if row["section"] == section}
+
+
+def test_rows_chosen_by_name_are_measured_printed_and_written(tmp_path):
+    printed, found = run(tmp_path, "--only", "posterior jacobian")
+    (row,) = found["rows"]
+    assert row["name"] == "jacobian line_search"
+    assert min(row["best_seconds"], row["compile_seconds"], row["gigaflop"]) > 0
+    assert f"| {row['name']} |" in printed
+    assert "jax" in found["setting"]["versions"]
+
+
+@pytest.mark.slow
+def test_all_rows_are_measured(tmp_path):
+    _, found = run(tmp_path)
+    assert names(found, "step") == STEPS
+    assert names(found, "posterior") == POSTERIORS
+    assert names(found, "log_prob") == {"jax"}
+
+
+@pytest.mark.slow
+def test_curves_vary_one_size_at_a_time(tmp_path):
+    printed, found = run(tmp_path, "--curves", "--only", "batch")
+    assert names(found, "curves") == {"batch 2", "batch 4"}
+    assert [row["sizes"]["batch"] for row in found["rows"]] == [2, 4]
+    assert "| batch 4 |" in printed
+
+
+def test_matrix_products_in_loops_count_as_often_as_they_run(monkeypatch):
+    """A body of 2 · 8 · 8 · 8 FLOPs runs 5 times, after a product of 2 · 4 · 8 · 8."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.measure import compile_program
+
+    def loop(a, b):
+        a = a @ b
+        c, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), b, length=5)
+        return a, c
+
+    program = compile_program(loop, jnp.ones((4, 8)), jnp.ones((8, 8)))
+    assert program.flops == 5 * 2 * 8**3 + 2 * 4 * 8**2

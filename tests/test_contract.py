@@ -1,0 +1,416 @@
+"""What every public core function keeps to, so that it works inside other people's programs."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import (
+    DIM,
+    HIDDEN,
+    LATENT,
+    decode,
+    features,
+    random_layers,
+    random_vector,
+    run_in_subprocess,
+)
+
+import vlae_jax
+from vlae_jax import (
+    DiagonalPosterior,
+    GaussianPosterior,
+    ImportanceInfo,
+    Quadratic,
+    RefinementInfo,
+    affine_head_expansion,
+    bernoulli,
+    elbo,
+    exact_expansion,
+    gauss_newton_expansion,
+    gaussian,
+    gradient_refine,
+    importance_weighted_log_prob,
+    infer_posterior,
+    laplace_evidence,
+    laplace_posterior,
+    newton_refine,
+    standard_normal,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+NUM_STEPS = 3  # a path of four points, unlike any other size
+
+
+class Arguments(NamedTuple):
+    """The float arrays every case is a function of."""
+
+    layers: list
+    log_var: Any
+    x: Any
+    z: Any
+    chol: Any
+
+    def decode(self, z):
+        return decode(self.layers, "tanh", z)
+
+    def log_likelihood(self, eta):
+        return gaussian(self.x, eta, self.log_var)
+
+    def log_joint(self, z):
+        return self.log_likelihood(self.decode(z)) + standard_normal(z)
+
+    def exact(self):
+        return exact_expansion(self.log_joint)
+
+    def gauss_newton(self):
+        return gauss_newton_expansion(self.decode, self.log_likelihood)
+
+    def affine_head(self, **options):
+        hidden = functools.partial(features, self.layers, "tanh")
+        return affine_head_expansion(hidden, *self.layers[-1], self.log_var, self.x, **options)
+
+    def posterior(self):
+        return GaussianPosterior(self.z, self.chol)
+
+
+def arguments(seed: int, dtype: type = jnp.float32) -> Arguments:
+    return Arguments(
+        layers=random_layers(seed, (LATENT, HIDDEN, DIM), dtype),
+        log_var=jnp.asarray(-0.3 + 0.1 * seed, dtype),
+        x=random_vector(seed, DIM, dtype),
+        z=random_vector(seed, LATENT, dtype),
+        chol=jnp.tril(jnp.full((LATENT, LATENT), 0.2 + 0.1 * seed, dtype))
+        + jnp.eye(LATENT).astype(dtype),
+    )
+
+
+def methods(posterior, z):
+    """Every method of a posterior."""
+    return {
+        "sample": posterior.sample_and_log_prob(jax.random.key(0)),
+        "log_prob": posterior.log_prob(z),
+        "entropy": posterior.entropy(),
+        "kl": posterior.kl_to_standard_normal(),
+        "covariance": posterior.covariance(),
+    }
+
+
+class Shape(tuple):
+    """A shape that is one leaf of a tree, of the arguments' dtype unless another is named."""
+
+    dtype: str = "same"
+
+    def of(self, dtype: str) -> "Shape":
+        self.dtype = dtype
+        return self
+
+
+def shape(*sizes: int) -> Shape:
+    return Shape(sizes)
+
+
+QUADRATIC = Quadratic(shape(), shape(LATENT), shape(LATENT, LATENT))
+INFO = RefinementInfo(
+    path=shape(NUM_STEPS + 1, LATENT),
+    log_joint=shape(NUM_STEPS + 1),
+    newton_decrement=shape(),
+    converged=shape().of("bool"),
+    is_pd=shape().of("bool"),
+    steps_used=shape().of("int"),
+)
+POSTERIOR = GaussianPosterior(shape(LATENT), shape(LATENT, LATENT))
+METHODS = {
+    "sample": (shape(LATENT), shape()),
+    "log_prob": shape(),
+    "entropy": shape(),
+    "kl": shape(),
+    "covariance": shape(LATENT, LATENT),
+}
+
+
+class Case(NamedTuple):
+    name: str
+    call: Callable[[Arguments], Any]
+    shapes: Any
+
+
+CASES = [
+    Case("standard_normal", lambda a: standard_normal(a.z), shape()),
+    Case("gaussian", lambda a: gaussian(a.x, a.decode(a.z), a.log_var), shape()),
+    Case("bernoulli", lambda a: bernoulli(a.x, a.decode(a.z)), shape()),
+    Case("exact_expansion", lambda a: a.exact()(a.z), QUADRATIC),
+    Case("gauss_newton_expansion", lambda a: a.gauss_newton()(a.z), QUADRATIC),
+    Case("affine_head_expansion", lambda a: a.affine_head()(a.z), QUADRATIC),
+    Case("affine_head_expansion, exact", lambda a: a.affine_head(exact=True)(a.z), QUADRATIC),
+    *(
+        Case(
+            f"newton_refine, {damping}",
+            lambda a, damping=damping: newton_refine(
+                a.gauss_newton(), a.z, num_steps=NUM_STEPS, damping=damping
+            ),
+            (shape(LATENT), INFO),
+        )
+        for damping in ("paper", "line_search", "trust_region")
+    ),
+    Case(
+        "gradient_refine",
+        lambda a: gradient_refine(a.log_joint, a.z, optimizer=optax.adam(0.1), num_steps=NUM_STEPS),
+        (shape(LATENT), INFO),
+    ),
+    Case(
+        "laplace_posterior",
+        lambda a: laplace_posterior(a.exact(), a.z, repair=a.gauss_newton()),
+        POSTERIOR,
+    ),
+    *(
+        Case(
+            f"infer_posterior, {gradient}",
+            lambda a, gradient=gradient: infer_posterior(
+                a.affine_head(), a.z, num_steps=NUM_STEPS, gradient=gradient
+            ),
+            (POSTERIOR, INFO),
+        )
+        for gradient in ("unroll", "stop", "implicit")
+    ),
+    Case("GaussianPosterior", lambda a: methods(a.posterior(), a.x[:LATENT]), METHODS),
+    Case(
+        "DiagonalPosterior",
+        lambda a: methods(DiagonalPosterior(a.z, jnp.diagonal(a.chol)), a.x[:LATENT]),
+        METHODS,
+    ),
+    Case(
+        "elbo",
+        lambda a: elbo(jax.random.key(0), a.log_joint, a.posterior(), num_samples=4),
+        shape(),
+    ),
+    Case("laplace_evidence", lambda a: laplace_evidence(a.gauss_newton(), a.z), shape()),
+    Case(
+        "importance_weighted_log_prob",
+        lambda a: importance_weighted_log_prob(
+            jax.random.key(0), a.log_joint, a.posterior(), num_samples=4, chunk_size=3
+        ),
+        (shape(), ImportanceInfo(shape(), shape(), shape())),
+    ),
+]
+
+
+def test_every_public_function_is_held_to_the_contract():
+    functions = {
+        name
+        for name in vlae_jax.__all__
+        if inspect.isfunction(getattr(vlae_jax, name)) or name.endswith("nPosterior")
+    }
+    assert {case.name.split(",")[0] for case in CASES} >= functions
+
+
+# ---------------------------------------------------------------- transformations
+
+
+def total(tree: Any) -> jax.Array:
+    """A scalar to differentiate: all floats of a tree."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum(jnp.sum(jnp.sin(leaf)) for leaf in floats)
+
+
+class Compiled(NamedTuple):
+    """One case on three examples, in one program; a program of its own each would take minutes."""
+
+    case: Case
+    rows: list[Arguments]
+    loop: Any
+    """By `jit` and `lax.scan`, one example after the other."""
+    vmapped: Any
+    gradient: Any
+    """Of each example, by reverse mode through `jax.checkpoint`."""
+    num_traces: int
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def compiled(request, quick_compile) -> Compiled:
+    case, traces = request.param, []
+
+    @jax.jit
+    def transform(stacked):
+        traces.append(stacked)
+        _, loop = jax.lax.scan(lambda _, row: (None, case.call(row)), None, stacked)
+        scalar = jax.checkpoint(lambda row: total(case.call(row)))
+        return loop, jax.vmap(case.call)(stacked), jax.vmap(jax.grad(scalar))(stacked)
+
+    rows = [arguments(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    transform(jax.tree.map(jnp.ones_like, stacked))
+    return Compiled(case, rows, *transform(stacked), len(traces))
+
+
+def assert_same(actual, expected):
+    """The same numbers, of order one, in another order: rounding amplified by a solve."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected
+    )
+
+
+def test_jit_and_scan_agree_with_eager(compiled):
+    last = jax.tree.map(lambda leaf: leaf[-1], compiled.loop)
+    assert_same(last, compiled.case.call(compiled.rows[-1]))
+
+
+def test_vmap_equals_a_loop(compiled):
+    assert_same(compiled.vmapped, compiled.loop)
+
+
+def test_a_second_call_does_not_retrace(compiled):
+    """Two calls with different numbers, one trace."""
+    assert compiled.num_traces == 1
+
+
+def test_gradients_are_finite_through_checkpoint(compiled):
+    leaves = jax.tree.leaves(compiled.gradient)
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+    assert any(np.any(leaf != 0) for leaf in leaves)
+
+
+# ---------------------------------------------------------------- shapes and dtypes
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("in_x64", [False, True], ids=["x32", "x64"])
+def test_shapes_are_right_and_the_arguments_precision_is_kept(case, in_x64):
+    """All sizes differ; single precision stays single where double is the default."""
+    with jax.enable_x64(in_x64):
+        for dtype in (jnp.float32, jnp.float64) if in_x64 else (jnp.float32,):
+            names = {"same": dtype, "bool": bool, "int": jnp.asarray(0).dtype}
+            actual = jax.eval_shape(case.call, arguments(0, dtype))
+            expected, tree = jax.tree.flatten(
+                case.shapes, is_leaf=lambda node: isinstance(node, Shape)
+            )
+            assert jax.tree.structure(actual) == tree
+            for leaf, size in zip(jax.tree.leaves(actual), expected, strict=True):
+                assert (leaf.shape, leaf.dtype) == (size, names[size.dtype])
+
+
+def check_annotations() -> None:
+    """Trace every case with jaxtyping's annotations enforced; a wrong shape must be refused."""
+    import jaxtyping
+
+    assert jaxtyping.config.jaxtyping_disable is False
+    for case in CASES:
+        jax.eval_shape(case.call, arguments(0))
+    try:
+        jax.eval_shape(gaussian, jnp.zeros(3), jnp.zeros(4), jnp.zeros(()))
+    except jaxtyping.TypeCheckError:
+        print("enforced")
+
+
+def test_annotations_are_true():
+    output = run_in_subprocess(
+        "import jaxtyping\n"
+        "with jaxtyping.install_import_hook('vlae_jax', 'beartype.beartype'):\n"
+        "    import test_contract\n"
+        "test_contract.check_annotations()\n",
+        timeout=60,
+    )
+    assert output == "enforced\n"
+
+
+# ---------------------------------------------------------------- wrong calls
+
+Z, BATCH = jnp.zeros(LATENT), jnp.zeros((2, LATENT))
+EXPAND = exact_expansion(standard_normal)
+DECODE = gauss_newton_expansion(lambda z: z, standard_normal)
+UNSUMMED = exact_expansion(lambda z: -0.5 * z**2)
+SGD = optax.sgd(0.1)
+UNIT = DiagonalPosterior(Z, Z)
+KEY = jax.random.key(0)
+
+WRONG_CALLS = {
+    "batch to exact": (lambda: EXPAND(BATCH), "vmap"),
+    "batch to Gauss-Newton": (lambda: DECODE(BATCH), "vmap"),
+    "batch to newton_refine": (lambda: newton_refine(EXPAND, BATCH, num_steps=1), "vmap"),
+    "batch to gradient_refine": (
+        lambda: gradient_refine(standard_normal, BATCH, optimizer=SGD, num_steps=1),
+        "vmap",
+    ),
+    "batch to infer_posterior": (lambda: infer_posterior(EXPAND, BATCH, num_steps=1), "vmap"),
+    "batch to laplace_posterior": (lambda: laplace_posterior(EXPAND, BATCH), "vmap"),
+    "batch to laplace_evidence": (lambda: laplace_evidence(EXPAND, BATCH), "vmap"),
+    "integers to exact": (lambda: EXPAND(jnp.arange(3)), "float"),
+    "integers to Gauss-Newton": (lambda: DECODE(jnp.arange(3)), "float"),
+    "integers to newton_refine": (
+        lambda: newton_refine(EXPAND, jnp.arange(3), num_steps=1),
+        "float",
+    ),
+    "integers to gradient_refine": (
+        lambda: gradient_refine(standard_normal, jnp.arange(3), optimizer=SGD, num_steps=1),
+        "float",
+    ),
+    "integers to infer_posterior": (
+        lambda: infer_posterior(EXPAND, jnp.arange(3), num_steps=1),
+        "float",
+    ),
+    "unsummed log joint": (lambda: UNSUMMED(Z), "scalar.*sum it"),
+    "unsummed log joint to newton_refine": (
+        lambda: newton_refine(UNSUMMED, Z, num_steps=1),
+        "scalar.*sum it",
+    ),
+    "unsummed log joint to gradient_refine": (
+        lambda: gradient_refine(lambda z: -0.5 * z**2, Z, optimizer=SGD, num_steps=1),
+        "scalar.*sum it",
+    ),
+    "unsummed log likelihood": (
+        lambda: gauss_newton_expansion(lambda z: z, lambda eta: -(eta**2))(Z),
+        "scalar.*sum it",
+    ),
+    "decoder of images": (
+        lambda: gauss_newton_expansion(lambda z: jnp.outer(z, z), lambda eta: -jnp.sum(eta**2))(Z),
+        r"\(out,\)",
+    ),
+    "unknown damping": (
+        lambda: newton_refine(EXPAND, Z, num_steps=1, damping="papr"),
+        "line_search.*papr",
+    ),
+    "unknown damping to infer_posterior": (
+        lambda: infer_posterior(EXPAND, Z, num_steps=1, damping="papr"),
+        "line_search.*papr",
+    ),
+    "unknown gradient": (
+        lambda: infer_posterior(EXPAND, Z, num_steps=1, gradient="implict"),
+        "implicit.*'implict'",
+    ),
+    "negative steps": (lambda: newton_refine(EXPAND, Z, num_steps=-1), "num_steps.*-1"),
+    "negative steps to gradient_refine": (
+        lambda: gradient_refine(standard_normal, Z, optimizer=SGD, num_steps=-1),
+        "num_steps.*-1",
+    ),
+    "negative steps to infer_posterior": (
+        lambda: infer_posterior(EXPAND, Z, num_steps=-1),
+        "num_steps.*-1",
+    ),
+    "no samples for the ELBO": (
+        lambda: elbo(KEY, standard_normal, UNIT, num_samples=0),
+        "num_samples.*at least 1.*0",
+    ),
+    "no importance samples": (
+        lambda: importance_weighted_log_prob(KEY, standard_normal, UNIT, num_samples=0),
+        "num_samples.*at least 1.*0",
+    ),
+    "empty chunks": (
+        lambda: importance_weighted_log_prob(
+            KEY, standard_normal, UNIT, num_samples=4, chunk_size=0
+        ),
+        "chunk_size.*at least 1.*0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_wrong_call_is_refused_while_tracing(name):
+    call, text = WRONG_CALLS[name]
+    with pytest.raises(ValueError, match=text):
+        jax.eval_shape(call)
