@@ -12,6 +12,7 @@ import pytest
 
 from vlae_jax import cli
 from vlae_jax.config import Config, ModelConfig, TrainingConfig
+from vlae_jax.run_folder import RunFolder
 
 QUICK = [
     *("--hidden", "16", "--latent", "2", "--epochs", "1"),
@@ -112,6 +113,22 @@ def test_resuming_a_finished_run_trains_no_further_and_more_epochs_do(finished, 
     cli.main([*again, "--epochs", "2"])
     assert len((folder / "metrics.jsonl").read_text().splitlines()) > len(lines)
     assert "resuming at step" in capsys.readouterr().err
+
+
+def test_a_missing_best_checkpoint_is_named_and_another_used(finished, tmp_path, capsys):
+    folder, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    steps = sorted(int(path.name) for path in (copy / "checkpoints").iterdir())
+    assert len(steps) > 1
+    best = RunFolder(copy).best_step()
+    shutil.rmtree(copy / "checkpoints" / str(best))
+    cli.main(["evaluate", str(copy)])
+    other = max(step for step in steps if step != best)
+    message = f"the best checkpoint, {best}, is missing; using checkpoint {other} instead"
+    assert message in capsys.readouterr().err
+    shutil.rmtree(copy / "checkpoints")
+    assert "no readable checkpoint" in refused(capsys, "evaluate", copy)
 
 
 def test_report_prints_several_runs(finished, capsys):

@@ -167,6 +167,26 @@ def test_compressed_likelihood_is_the_gaussian(dtype, per_pixel):
     assert_close(compressed(a), np.float64(gaussian(x, a @ kernel + bias, log_var)))
 
 
+def test_compressed_likelihood_has_the_gaussians_gradients(x64):
+    """In the head's weights, the noise, the data and the features."""
+    arguments = (
+        *random_layers(4, (HIDDEN, DIM))[0],
+        jnp.linspace(-1, 1, DIM),
+        random_vector(4, DIM),
+        random_vector(4, HIDDEN),
+    )
+
+    def compressed(kernel, bias, log_var, x, a):
+        return compress_affine_gaussian(kernel, bias, log_var, x)(a)
+
+    def direct(kernel, bias, log_var, x, a):
+        return gaussian(x, a @ kernel + bias, log_var)
+
+    everywhere = range(len(arguments))
+    gradients = jax.jit(jax.grad(compressed, everywhere))(*arguments)
+    assert_close(gradients, jax.jit(jax.grad(direct, everywhere))(*arguments))
+
+
 @pytest.mark.parametrize("name", INDEFINITE)
 def test_exact_expansion_returns_an_indefinite_precision_as_it_is(x64, name):
     problem, kernel, z = INDEFINITE[name], indefinite_kernel(), jnp.zeros(LATENT)

@@ -1,5 +1,6 @@
 """The command line: arguments → config → train, evaluate, report, prepare. No maths."""
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -11,7 +12,7 @@ import tyro
 
 from vlae_jax.config import Config, EvaluationConfig, default_config
 from vlae_jax.errors import RunFailure, Stopped, UserError
-from vlae_jax.run_folder import RunFolder, writing
+from vlae_jax.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Train:
         from vlae_jax.experiment import build_experiment
         from vlae_jax.training import FitOptions, fit
 
+        writer_class = _event_writer_class() if self.tensorboard else None
         config = _with_absolute_data_dir(self.config)
         run = RunFolder(self.run_dir or self.runs_dir / config.run_name)
         if self.resume:
@@ -58,13 +60,12 @@ class Train:
         else:
             run.create(config, overwrite=self.overwrite)
         print(f"run folder: {run.path}", flush=True)
-        writer = _event_writer(run.path) if self.tensorboard else None
-        fit(
-            experiment,
-            run,
-            resume=self.resume,
-            options=FitOptions(self.log_every, self.checkpoint_every, writer),
-        )
+        with contextlib.ExitStack() as open_files:
+            writer = None
+            if writer_class:
+                writer = open_files.enter_context(writer_class(str(run.path / "tensorboard")))
+            options = FitOptions(self.log_every, self.checkpoint_every, writer)
+            fit(experiment, run, resume=self.resume, options=options)
         _evaluate_and_report(experiment, run)
 
 
@@ -203,6 +204,11 @@ def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
 
     trainer = Trainer(experiment)
     restored = Checkpoints(run.checkpoints, read_only=True).restore_best(trainer.init())
+    best = run.best_step()
+    if best not in (None, restored.step) and not restored.damaged:
+        restored.damaged.append(
+            f"the best checkpoint, {best}, is missing; using checkpoint {restored.step} instead"
+        )
     for line in restored.damaged:
         print(f"vlae_jax: {line}", file=sys.stderr)
     params = restored.state.params
@@ -214,15 +220,14 @@ def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
     write_report([run.path])
 
 
-def _event_writer(folder: Path) -> Any:
+def _event_writer_class() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError(
             "--tensorboard needs tensorboardX: pip install 'vlae-jax[tensorboard]'"
         ) from None
-    with writing(folder):
-        return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter
 
 
 def _leave(error: Exception, code: int) -> None:

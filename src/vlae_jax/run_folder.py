@@ -101,9 +101,18 @@ class RunFolder:
         """Forget what was logged after `step`, which is about to be repeated."""
         if not self.metrics.exists():
             return
-        kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+        kept = [
+            line for line in self.metrics.read_text().splitlines() if _record(line)["step"] <= step
+        ]
         text = "".join(line + "\n" for line in kept)
         write_atomically(self.metrics, lambda file: file.write(text.encode()))
+
+    def best_step(self) -> int | None:
+        """The step whose validation ELBO was the best, as logged; None if nothing was."""
+        if not self.metrics.exists():
+            return None
+        records = [_record(line) for line in self.metrics.read_text().splitlines()]
+        return max((r["step"] for r in records if r.get("best")), default=None)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write results.json."""
@@ -147,11 +156,12 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _step(line: str) -> float:
+def _record(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl; one cut short by a crash counts as after every step."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return {"step": math.inf, **json.loads(line)}
+    except (ValueError, TypeError):
+        return {"step": math.inf}
 
 
 def _plain(value: Any) -> Any:
