@@ -103,8 +103,8 @@ def matmul_flops(hlo: str) -> float:
     """FLOPs of the matrix products in a compiled program's text.
 
     XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here it counts
-    as often as the compiler knows it to. A multiply-add is two FLOPs; elementwise work and
-    factorisations count nothing.
+    as often as the compiler knows it to. A multiply-add is two FLOPs. Elementwise work and
+    factorisations count nothing, nor do products handed to a library, as they are on GPUs.
     """
     own: dict[str, float] = {}
     calls: dict[str, list[tuple[str, int]]] = {}

@@ -10,9 +10,8 @@ if __name__ == "__main__":
         "digits",
         {
             "VAE": ["--method", "vae"],
-            "VLAE T=1": ["--steps", "1"],
             "VLAE T=4": ["--steps", "4"],
         },
-        ["--dataset", "digits", "--epochs", "200"],
+        ["--dataset", "digits", "--epochs", "150"],
         seeds=(0, 1, 2),
     )

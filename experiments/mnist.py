@@ -1,4 +1,4 @@
-"""VAE against VLAE on MNIST, Gaussian output on dequantised logits, the paper's network, 12 epochs.
+"""VAE against VLAE on MNIST, Gaussian output on dequantised logits, the paper's network, 8 epochs.
 
 .venv/bin/python -m experiments.mnist
 """
@@ -9,5 +9,5 @@ if __name__ == "__main__":
     main(
         "mnist",
         {"VAE": ["--method", "vae"], "VLAE T=4": ["--steps", "4"]},
-        ["--dataset", "mnist", "--epochs", "12"],
+        ["--dataset", "mnist", "--epochs", "8", "--test-images", "2000"],
     )

@@ -240,8 +240,14 @@ def compiled(request, quick_compile) -> Compiled:
     def transform(stacked):
         traces.append(stacked)
         _, loop = jax.lax.scan(lambda _, row: (None, case.call(row)), None, stacked)
-        scalar = jax.checkpoint(lambda row: total(case.call(row)))
-        return loop, jax.vmap(case.call)(stacked), jax.vmap(jax.grad(scalar))(stacked)
+
+        @jax.checkpoint
+        def scalar(row):
+            value = case.call(row)
+            return total(value), value
+
+        gradient, vmapped = jax.vmap(jax.grad(scalar, has_aux=True))(stacked)
+        return loop, vmapped, gradient
 
     rows = [arguments(seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)

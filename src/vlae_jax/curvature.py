@@ -162,7 +162,7 @@ def _half_square(
 @_half_square.defjvp
 def _half_square_jvp(primals, tangents):
     (gram, a), (gram_dot, a_dot) = primals, tangents
-    slope = gram @ a
+    slope = a @ gram  # in this order a batch of them needs no transposed copies
     return 0.5 * a @ slope, slope @ a_dot + 0.5 * a @ (gram_dot @ a)
 
 
