@@ -32,8 +32,9 @@ def infer_posterior(
         num_steps: Steps T of the search.
         damping: See `newton_refine`.
         gradient: How what `expand` closes over sees the mode μ:
-            "implicit": dμ = P⁻¹ d∇ log p(x, μ), the derivative of one Newton step from μ, which at
-            a mode is the implicit function theorem. Memory does not grow with T.
+            "implicit": dμ = P⁻¹ d∇ log p(x, μ), the derivative of one Newton step from μ. At a
+            mode, with P the exact Hessian, that is the implicit function theorem. Memory does not
+            grow with T.
             "stop": μ is constant.
             "unroll": differentiate the search. The only one that reaches `z_init`.
             The precision is differentiated in all three.
