@@ -15,7 +15,7 @@ from vlae_jax.config import Config, ModelConfig, TrainingConfig
 from vlae_jax.run_folder import RunFolder
 
 QUICK = [
-    *("--hidden", "16", "--latent", "2", "--epochs", "1"),
+    *("--hidden", "16", "--latent", "2", "--epochs", "2"),
     *("--importance-samples", "4", "--test-images", "8"),
 ]
 
@@ -110,7 +110,7 @@ def test_resuming_a_finished_run_trains_no_further_and_more_epochs_do(finished, 
     again = ["train", *QUICK, "--run-dir", str(folder), "--resume"]
     cli.main(again)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    cli.main([*again, "--epochs", "2"])
+    cli.main([*again, "--epochs", "3"])
     assert len((folder / "metrics.jsonl").read_text().splitlines()) > len(lines)
     assert "resuming at step" in capsys.readouterr().err
 

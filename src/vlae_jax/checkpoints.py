@@ -18,14 +18,26 @@ State = TypeVar("State")
 
 _KEPT = 2
 _ROOM = 1.5  # times the size of the state, for what is stored around it
-_METRIC = "validation_elbo"
+
+
+class Notes(NamedTuple):
+    """What a checkpoint tells about its run, besides the state."""
+
+    seconds: float
+    """Time spent training so far."""
+    fingerprint: str
+    """Of the images trained on."""
+    best_step: int | None
+    """The step of the best validation ELBO so far, if there was one."""
+    best_elbo: float
+    """That ELBO, nats."""
 
 
 class Restored(NamedTuple):
     """A checkpoint read back."""
 
     state: Any
-    notes: dict[str, Any]
+    notes: Notes
     step: int
     damaged: list[str]
     """A line for each newer or better checkpoint that could not be read."""
@@ -38,28 +50,14 @@ class Checkpoints:
         # Orbax logs tracebacks of its threads; what they mean is raised too, and told in one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
         self.folder = folder.absolute()
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(_KEPT),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[_METRIC],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
+        self.best_step: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep,
-            best_fn=lambda metrics: metrics[_METRIC],
-            read_only=read_only,
-            create=not read_only,
+            preservation_policy=_KeepBestAndLast(self), read_only=read_only, create=not read_only
         )
         with _one_line(f"{folder} cannot be opened"):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(
-        self, step: int, state: Any, notes: dict[str, Any], validation_elbo: float | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, notes: Notes) -> None:
         """Save in the background; a step saved already is left as it is.
 
         The training step donates its state's memory, so what is saved is a copy.
@@ -68,23 +66,19 @@ class Checkpoints:
             UserError: If it cannot be written, or an earlier one could not be.
         """
         self._require_space(state)
+        self.best_step = notes.best_step
         with self._saving(f"checkpoint {step} cannot be written to {self.folder}"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
-                    notes=ocp.args.JsonSave(notes),
+                    notes=ocp.args.JsonSave(notes._asdict()),
                 ),
-                metrics=None if validation_elbo is None else {_METRIC: validation_elbo},
             )
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of."""
         return sorted(self._manager.all_steps())
-
-    def best_metric(self) -> float:
-        """The highest validation ELBO among them, nats; minus infinity if there is none."""
-        return max((self._rank(step)[0] for step in self.steps()), default=float("-inf"))
 
     def wait(self) -> None:
         """Return once everything saved is on disk.
@@ -116,12 +110,14 @@ class Checkpoints:
         return restored
 
     def restore_best(self, like: Any) -> Restored:
-        """The readable checkpoint with the highest validation ELBO, else the newest.
+        """The checkpoint with the highest validation ELBO, else the newest readable one.
 
         Raises:
             UserError: If there is none.
         """
-        return self._restore(sorted(self.steps(), key=self._rank, reverse=True), like)
+        best = self._noted_best()
+        others = [step for step in self.steps()[::-1] if step not in best]
+        return self._restore([*best, *others], like)
 
     def _require_space(self, state: Any) -> None:
         # Asked first, since the storage layer reports a full disk in many tracebacks.
@@ -144,12 +140,15 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _rank(self, step: int) -> tuple[float, int]:
-        try:
-            metrics = self._manager.metrics(step)
-        except (OSError, ValueError):
-            metrics = None
-        return (metrics[_METRIC] if metrics else float("-inf"), step)
+    def _noted_best(self) -> list[int]:
+        """The best step, as the newest checkpoint that can tell it has noted."""
+        for step in self.steps()[::-1]:
+            with contextlib.suppress(Exception):  # a damaged one, which _restore will name
+                notes = self._manager.restore(
+                    step, args=ocp.args.Composite(notes=ocp.args.JsonRestore())
+                )["notes"]
+                return [notes["best_step"]] if notes["best_step"] in self.steps() else []
+        return []
 
     def _restore(self, steps: Iterable[int], like: Any) -> Restored:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -168,9 +167,20 @@ class Checkpoints:
                 continue
             if damaged:
                 damaged[-1] += f"; using checkpoint {step} instead"
-            return Restored(found["state"], found["notes"], step, damaged)
+            return Restored(found["state"], Notes(**found["notes"]), step, damaged)
         reason = f": {'; '.join(damaged)}" if damaged else ""
         raise UserError(f"{self.folder} holds no readable checkpoint{reason}")
+
+
+class _KeepBestAndLast(policies.PreservationPolicy):
+    """Which checkpoints orbax must not delete: the best one and the last ones."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        last = {info.step for info in checkpoints[-_KEPT:]}
+        return [info.step in last | {self._checkpoints.best_step} for info in checkpoints]
 
 
 @contextlib.contextmanager

@@ -214,7 +214,7 @@ def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
     params = restored.state.params
     figures = evaluate(experiment, params)
     checkpoint = {"step": restored.step, "epoch": restored.step / trainer.steps_per_epoch}
-    seconds = {"training": restored.notes["seconds"]}
+    seconds = {"training": restored.notes.seconds}
     run.write_results(describe(experiment, figures, checkpoint=checkpoint, seconds=seconds))
     run.write_snapshots(take_snapshots(experiment, params))
     write_report([run.path])

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from vlae_jax.errors import UserError
 
@@ -25,9 +25,14 @@ def _require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+_FORBID: dict[str, Any] = {"extra": "forbid"}  # a file with an unknown option is no config
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which images, and how they become vectors."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
 
     dataset: str = "digits"
     """digits, mnist, fashion_mnist, omniglot, svhn, cifar10;
@@ -61,6 +66,8 @@ class DataConfig:
 class ModelConfig:
     """The encoder and decoder networks."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+
     latent: int = 50
     """Dimensions of the latent space."""
     hidden: tuple[int, ...] = (500, 500)
@@ -89,6 +96,8 @@ class ModelConfig:
 class InferenceConfig:
     """How the posterior is found."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+
     method: str = "vlae"
     """vlae: mode search and Laplace posterior. vae: amortised diagonal Gaussian."""
     steps: int = 4
@@ -110,6 +119,8 @@ class InferenceConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """The optimisation."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
 
     epochs: int = 20
     """Passes over the training images."""
@@ -151,6 +162,8 @@ class TrainingConfig:
 class EvaluationConfig:
     """The final reading of the test set."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
+
     importance_samples: int = 5000
     """K of the importance-weighted log-likelihood."""
     chunk_size: int = 500
@@ -174,6 +187,8 @@ class EvaluationConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment, whole. Saved as config.json in its run folder."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vlae_jax.bounds import elbo
-from vlae_jax.checkpoints import Checkpoints, Restored
+from vlae_jax.checkpoints import Checkpoints, Notes
 from vlae_jax.config import TrainingConfig
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.experiment import Experiment, map_images
@@ -211,14 +211,15 @@ def fit(experiment: Experiment, run: RunFolder, *, resume: bool, options: FitOpt
     """
     trainer = Trainer(experiment)
     checkpoints = Checkpoints(run.checkpoints)
-    state, seconds = trainer.init(), 0.0
+    state = trainer.init()
+    notes = Notes(0.0, experiment.dataset.fingerprint, None, float("-inf"))
     if resume:
         restored = checkpoints.restore_last(state)
-        state, seconds = restored.state, restored.notes["seconds"]
-        _check_data(restored, experiment)
+        state, notes = restored.state, restored.notes
+        _check_data(notes, experiment)
         run.drop_metrics_after(restored.step)
     start = int(state.step)
-    loop = _Loop(trainer, run, checkpoints, options, seconds)
+    loop = _Loop(trainer, run, checkpoints, options, notes)
     what = f"{experiment.dataset.name} {experiment.config.inference.method}"
     with ProgressLine(what, trainer.total_steps, start=start) as progress, _signals() as received:
         if resume:
@@ -238,14 +239,13 @@ class _Loop:
         run: RunFolder,
         checkpoints: Checkpoints,
         options: FitOptions,
-        seconds: float,
+        notes: Notes,
     ) -> None:
         self.trainer, self.run_folder, self.checkpoints = trainer, run, checkpoints
         self.options = options
-        self.seconds_before = seconds
+        self.notes = notes
         self.began = time.monotonic()
         self.logged = (self.began, 0)
-        self.best = checkpoints.best_metric()
 
     def run(self, state: TrainState, progress: ProgressLine, received: list[int]) -> None:
         trainer, options = self.trainer, self.options
@@ -300,13 +300,14 @@ class _Loop:
         metrics = self.trainer.validate(self._checked(state).params)
         # A bound that is not finite can never be the best.
         value = metrics["elbo"] if np.isfinite(metrics["elbo"]) else float("-inf")
-        is_best = value > self.best
-        self.best = max(self.best, value)
+        is_best = value > self.notes.best_elbo
+        if is_best:
+            self.notes = self.notes._replace(best_step=step, best_elbo=value)
         self._record("validation", step, {**metrics, "best": is_best})
         epoch = step // self.trainer.steps_per_epoch
         mark = "  (best)" if is_best else ""
         progress.say(f"epoch {epoch}: validation {_summary(metrics)}{mark}")
-        self.checkpoints.save(step, state, self._notes(), validation_elbo=value)
+        self.checkpoints.save(step, state, self._notes())
         # Validation is no training time: the next rate must not count it.
         then, step_then = self.logged
         self.logged = (then + time.monotonic() - began, step_then)
@@ -323,13 +324,13 @@ class _Loop:
             )
         return state
 
-    def _notes(self) -> dict[str, Any]:
-        seconds = self.seconds_before + time.monotonic() - self.began
-        return {"seconds": seconds, "fingerprint": self.trainer.experiment.dataset.fingerprint}
+    def _notes(self) -> Notes:
+        seconds = self.notes.seconds + time.monotonic() - self.began
+        return self.notes._replace(seconds=seconds)
 
     def _record(self, split: str, step: int, values: dict[str, Any]) -> None:
         epoch = step / self.trainer.steps_per_epoch
-        seconds = self._notes()["seconds"]
+        seconds = self._notes().seconds
         record = {"split": split, "step": step, "epoch": epoch, **values, "seconds": seconds}
         self.run_folder.append_metrics(record)
         if self.options.writer:
@@ -342,8 +343,8 @@ def _summary(metrics: dict[str, Any]) -> str:
     return "  ".join(f"{label} {metrics[name]:.2f}" for name, label in names.items())
 
 
-def _check_data(restored: Restored, experiment: Experiment) -> None:
-    if restored.notes["fingerprint"] != experiment.dataset.fingerprint:
+def _check_data(notes: Notes, experiment: Experiment) -> None:
+    if notes.fingerprint != experiment.dataset.fingerprint:
         raise UserError(
             f"the images of {experiment.dataset.name} are not those the run was started with; "
             "give their old place with --data-dir, or start a new run"
