@@ -12,6 +12,6 @@ if __name__ == "__main__":
             "VAE": ["--method", "vae"],
             "VLAE T=4": ["--steps", "4"],
         },
-        ["--dataset", "digits", "--epochs", "150"],
+        ["--dataset", "digits", "--epochs", "400"],
         seeds=(0, 1, 2),
     )
