@@ -67,18 +67,24 @@ def gauss_newton_expansion(
     decode: Callable[[Float[Array, " latent"]], Float[Array, " out"]],
     log_likelihood: LogDensity,
     log_prior: LogDensity = standard_normal,
+    *,
+    fisher: Callable[[Float[Array, " out"]], Float[Array, " out"]] | None = None,
 ) -> Expansion:
     """Expand log p(x | decode(z)) + log p(z) with the decoder linearised: JᵀWJ + prior precision.
 
     W is minus the Hessian of the log likelihood with respect to the decoder's output, J the
     Jacobian of the decoder. For a concave log likelihood and prior the precision is positive
-    definite by form. It is the exact Hessian wherever the decoder is piecewise linear.
+    definite by form. It is the exact Hessian wherever the decoder is piecewise linear. For a log
+    likelihood that is not concave (a learned variance per pixel, Student-t), give its Fisher
+    information as W.
 
     Args:
         decode: z of shape (latent,) → η of shape (out,), the likelihood's natural parameter
             (a Gaussian's mean, a Bernoulli's logits).
         log_likelihood: η → log p(x | η), a scalar in nats. Closes over x.
         log_prior: z → log p(z), a scalar in nats.
+        fisher: η → the diagonal of the likelihood's Fisher information at η, (out,), to take for
+            W. See `densities` for those that need one.
 
     Returns:
         A function of z giving the value in nats, the exact gradient (latent,), and the
@@ -108,8 +114,12 @@ def gauss_newton_expansion(
                 raise ValueError(f"decode must return shape (out,), got {eta.shape}")
             basis = jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)  # varies as z does
             jacobian_t = jax.vmap(push)(basis)
-            weigh = jax.linearize(jax.grad(log_likelihood), eta)[1]
-            precision = -jacobian_t @ jax.vmap(weigh)(jacobian_t).T - jax.hessian(log_prior)(z)
+            if fisher is None:
+                weigh = jax.linearize(jax.grad(log_likelihood), eta)[1]
+                weighted = -jax.vmap(weigh)(jacobian_t)
+            else:
+                weighted = jacobian_t * fisher(eta)
+            precision = jacobian_t @ weighted.T - jax.hessian(log_prior)(z)
             return Quadratic(value, grad, precision)
 
     return expand
