@@ -8,6 +8,8 @@ The names here are pure functions of one example, for use inside your own `jit`,
 from vlae_jax.bounds import ImportanceInfo, elbo, importance_weighted_log_prob, laplace_evidence
 from vlae_jax.curvature import (
     Expansion,
+    MatrixFreeExpansion,
+    Products,
     Quadratic,
     affine_head_expansion,
     exact_expansion,
@@ -31,7 +33,9 @@ __all__ = [
     "GaussianPosterior",
     "ImportanceInfo",
     "LogDensity",
+    "MatrixFreeExpansion",
     "Posterior",
+    "Products",
     "Quadratic",
     "RefinementInfo",
     "affine_head_expansion",

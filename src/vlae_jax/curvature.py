@@ -5,11 +5,14 @@ one and never ask where it came from, so a faster curvature is one more function
 tested equal to `exact_expansion`.
 """
 
+import dataclasses
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
 from vlae_jax.densities import LogDensity, gaussian, standard_normal
@@ -26,10 +29,33 @@ class Quadratic(NamedTuple):
     """Minus its Hessian, or a positive-definite stand-in for it."""
 
 
+class Products(NamedTuple):
+    """The same without the matrix, for use within one trace."""
+
+    value: Float[Array, ""]
+    grad: Float[Array, " latent"]
+    times: Callable[[Float[Array, " latent"]], Float[Array, " latent"]]
+    """v → precision @ v."""
+
+
 Expansion = Callable[[Float[Array, " latent"]], Quadratic]
+"""z → `Quadratic`. One that also has a method `products`, z → `Products`, can be searched by
+conjugate gradients."""
 
 
-def exact_expansion(log_joint: LogDensity) -> Expansion:
+@dataclasses.dataclass(frozen=True, eq=False)
+class MatrixFreeExpansion:
+    """An `Expansion` that can also multiply by its precision without forming it."""
+
+    quadratic: Callable[[Float[Array, " latent"]], Quadratic]
+    products: Callable[[Float[Array, " latent"]], Products]
+
+    def __call__(self, z: Float[Array, " latent"]) -> Quadratic:
+        """The quadratic at z."""
+        return self.quadratic(z)
+
+
+def exact_expansion(log_joint: LogDensity, *, chunk_size: int | None = None) -> MatrixFreeExpansion:
     """Expand any log joint by `jax.grad` and `jax.hessian`: the reference truth.
 
     For a piecewise-linear (ReLU) decoder with a likelihood in its natural parameter this equals
@@ -38,6 +64,8 @@ def exact_expansion(log_joint: LogDensity) -> Expansion:
     Args:
         log_joint: z of shape (latent,) → log p(x, z), a scalar in nats. Closes over x and the
             parameters.
+        chunk_size: Columns of the Hessian computed at once, to bound the memory; all by default.
+            Reverse mode then computes them again instead of keeping what led to them.
 
     Returns:
         A function of z, shape (latent,), giving the value in nats, the gradient (latent,) and
@@ -54,13 +82,21 @@ def exact_expansion(log_joint: LogDensity) -> Expansion:
         Park, Kim and Kim (2019), Variational Laplace Autoencoders, ICML.
     """
 
-    def expand(z: Float[Array, " latent"]) -> Quadratic:
+    def quadratic(z: Float[Array, " latent"]) -> Quadratic:
         z = depend_on_data(log_joint, z)
         with jax.default_matmul_precision("highest"):
+            if chunk_size is not None:
+                return _by_columns(products(z), z, chunk_size)
             value, grad = jax.value_and_grad(log_joint)(z)
             return Quadratic(value, grad, -jax.hessian(log_joint)(z))
 
-    return expand
+    def products(z: Float[Array, " latent"]) -> Products:
+        z = depend_on_data(log_joint, z)
+        with jax.default_matmul_precision("highest"):
+            (value, grad), push = jax.linearize(jax.value_and_grad(log_joint), z)
+            return Products(value, grad, lambda v: -push(v)[1])
+
+    return MatrixFreeExpansion(quadratic, products)
 
 
 def gauss_newton_expansion(
@@ -69,7 +105,8 @@ def gauss_newton_expansion(
     log_prior: LogDensity = standard_normal,
     *,
     fisher: Callable[[Float[Array, " out"]], Float[Array, " out"]] | None = None,
-) -> Expansion:
+    chunk_size: int | None = None,
+) -> MatrixFreeExpansion:
     """Expand log p(x | decode(z)) + log p(z) with the decoder linearised: JᵀWJ + prior precision.
 
     W is minus the Hessian of the log likelihood with respect to the decoder's output, J the
@@ -85,6 +122,9 @@ def gauss_newton_expansion(
         log_prior: z → log p(z), a scalar in nats.
         fisher: η → the diagonal of the likelihood's Fisher information at η, (out,), to take for
             W. See `densities` for those that need one.
+        chunk_size: Columns of the precision computed at once, each by one pass forward and one
+            back; the Jacobian is then never held, nor kept for reverse mode. By default it is
+            formed, in one pass.
 
     Returns:
         A function of z giving the value in nats, the exact gradient (latent,), and the
@@ -104,25 +144,94 @@ def gauss_newton_expansion(
     def log_joint(z: Float[Array, " latent"]) -> Float[Array, ""]:
         return log_likelihood(decode(z)) + log_prior(z)
 
-    def expand(z: Float[Array, " latent"]) -> Quadratic:
-        z = depend_on_data(log_joint, z)
-        # Accelerators multiply float32 in reduced precision unless asked; a Cholesky needs better.
-        with jax.default_matmul_precision("highest"):
-            value, grad = jax.value_and_grad(log_joint)(z)
-            eta, push = jax.linearize(decode, z)
-            if eta.ndim != 1:
-                raise ValueError(f"decode must return shape (out,), got {eta.shape}")
-            basis = jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)  # varies as z does
-            jacobian_t = jax.vmap(push)(basis)
-            if fisher is None:
-                weigh = jax.linearize(jax.grad(log_likelihood), eta)[1]
-                weighted = -jax.vmap(weigh)(jacobian_t)
-            else:
-                weighted = jacobian_t * fisher(eta)
-            precision = jacobian_t @ weighted.T - jax.hessian(log_prior)(z)
-            return Quadratic(value, grad, precision)
+    def linearized(z):
+        """The value, the gradient, the decoder's tangent map and the product with W."""
+        value, grad = jax.value_and_grad(log_joint)(z)
+        eta, push = jax.linearize(decode, z)
+        if eta.ndim != 1:
+            raise ValueError(f"decode must return shape (out,), got {eta.shape}")
+        if fisher is not None:
+            return value, grad, push, Partial(jnp.multiply, fisher(eta))
+        slope_push = jax.linearize(jax.grad(log_likelihood), eta)[1]
+        return value, grad, push, Partial(_minus, slope_push)
 
-    return expand
+    # Accelerators multiply float32 in reduced precision unless asked; a Cholesky needs better.
+    def quadratic(z: Float[Array, " latent"]) -> Quadratic:
+        z = depend_on_data(log_joint, z)
+        with jax.default_matmul_precision("highest"):
+            if chunk_size is not None:
+                return _by_columns(products(z), z, chunk_size)
+            value, grad, push, weigh = linearized(z)
+            _require_memory(z, jax.eval_shape(push, z).size)
+            basis = jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)  # varies as z does
+            fit = _sandwich(jax.vmap(push)(basis), weigh)
+            return Quadratic(value, grad, fit - jax.hessian(log_prior)(z))
+
+    def products(z: Float[Array, " latent"]) -> Products:
+        z = depend_on_data(log_joint, z)
+        with jax.default_matmul_precision("highest"):
+            value, grad, push, weigh = linearized(z)
+            pull = jax.linear_transpose(push, z)
+            prior_push = jax.linearize(jax.grad(log_prior), z)[1]
+            return Products(value, grad, lambda v: pull(weigh(push(v)))[0] - prior_push(v))
+
+    return MatrixFreeExpansion(quadratic, products)
+
+
+def _by_columns(products: Products, z: Float[Array, " latent"], chunk_size: int) -> Quadratic:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    basis = jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)  # varies as z does
+    columns = jax.lax.map(jax.checkpoint(products.times), basis, batch_size=min(chunk_size, z.size))
+    return Quadratic(products.value, products.grad, columns)
+
+
+def _require_memory(z: Float[Array, " latent"], out: int) -> None:
+    """Refuse a Jacobian that cannot fit, before the allocator does in words of its own."""
+    needed, there = z.size * out * z.dtype.itemsize, _memory_bytes()
+    if there is not None and needed > there:
+        raise ValueError(
+            f"the Jacobian of one example, {z.size} latent dimensions by {out} outputs, takes "
+            f"{needed / 2**30:.1f} GiB, and there are {there / 2**30:.1f} GiB of memory; bound it "
+            "by chunk_size=, the number of columns held at once"
+        )
+
+
+def _memory_bytes() -> int | None:
+    """Memory of the first device, as far as it can be known."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats:
+        return stats.get("bytes_limit")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _minus(push: Callable[[Array], Array], tangent: Array) -> Array:
+    return -push(tangent)
+
+
+@jax.custom_jvp
+def _sandwich(
+    jacobian_t: Float[Array, "latent out"], weigh: Partial
+) -> Float[Array, "latent latent"]:
+    """JᵀWJ. Told that W is symmetric, its derivative multiplies by W once less.
+
+    `weigh` is a pytree of all that it depends on, as a derivative rule needs it.
+    """
+    return jacobian_t @ jax.vmap(weigh)(jacobian_t).T
+
+
+@_sandwich.defjvp
+def _sandwich_jvp(primals, tangents):
+    (jacobian_t, weigh), (jacobian_t_dot, weigh_dot) = primals, tangents
+    weighted, weighted_dot = jax.jvp(
+        lambda weigh: jax.vmap(weigh)(jacobian_t), (weigh,), (weigh_dot,)
+    )
+    half = jacobian_t_dot @ weighted.T
+    return jacobian_t @ weighted.T, half + half.T + jacobian_t @ weighted_dot.T
 
 
 def compress_affine_gaussian(
@@ -161,6 +270,67 @@ def compress_affine_gaussian(
     return log_likelihood
 
 
+class WhitenedHead(NamedTuple):
+    """An affine Gaussian head as |R a - d|²: what is left of it when the data are projected."""
+
+    factor: Float[Array, "rank hidden"]
+    """R, upper triangular."""
+    basis: Float[Array, "dim rank"]
+    """Q, orthonormal columns; Q R is the whitened kernel, transposed."""
+
+
+def whiten_affine_head(
+    kernel: Float[Array, "hidden dim"], log_var: Float[Array, "..."]
+) -> WhitenedHead:
+    """Factor a last layer once for all examples and samples: one QR of (dim, hidden).
+
+    For evaluation. Differentiating it needs dim ≥ hidden and a kernel of full rank.
+
+    Args:
+        kernel: Last layer's weights, (hidden, dim).
+        log_var: Log noise variance; a scalar or shape (dim,).
+    """
+    scale = jnp.broadcast_to(jnp.exp(-0.5 * log_var), kernel.shape[1:])
+    with jax.default_matmul_precision("highest"):
+        basis, factor = jnp.linalg.qr((kernel * scale).T)
+    return WhitenedHead(factor, basis)
+
+
+def whitened_affine_gaussian(
+    head: WhitenedHead,
+    bias: Float[Array, " dim"],
+    log_var: Float[Array, "..."],
+    x: Float[Array, " dim"],
+) -> LogDensity:
+    """The log likelihood of features `a` under N(x; a @ kernel + bias, exp(log_var)).
+
+    With e the whitened x - bias, |e - Q R a|² = |R a - d|² + |e - Q d|², d = Qᵀe: the last term
+    is the example's alone, and what remains per sample is of the hidden width. Unlike
+    `compress_affine_gaussian` nothing cancels: values agree with the direct form to rounding.
+
+    Args:
+        head: `whiten_affine_head` of the kernel and `log_var`.
+        bias: Last layer's bias, (dim,).
+        log_var: Log noise variance; a scalar or shape (dim,).
+        x: The example, (dim,).
+
+    Returns:
+        a of shape (hidden,) → log p(x | a), nats.
+    """
+    factor, basis = head
+    with jax.default_matmul_precision("highest"):
+        whitened = (x - bias) * jnp.exp(-0.5 * log_var)
+        target = whitened @ basis
+        outside = whitened - basis @ target
+        constant = gaussian(x, x, log_var) - 0.5 * outside @ outside
+
+    def log_likelihood(a: Float[Array, " hidden"]) -> Float[Array, ""]:
+        residual = factor @ a - target
+        return constant - 0.5 * residual @ residual
+
+    return log_likelihood
+
+
 @jax.custom_jvp
 def _half_square(
     gram: Float[Array, "hidden hidden"], a: Float[Array, " hidden"]
@@ -185,7 +355,7 @@ def affine_head_expansion(
     *,
     log_prior: LogDensity = standard_normal,
     exact: bool = False,
-) -> Expansion:
+) -> MatrixFreeExpansion:
     """Expand a Gaussian decoder that ends in an affine layer, free of the data dimension.
 
     The Gram form Aᵀ G A + prior precision, A the Jacobian of the features: the same quadratic as

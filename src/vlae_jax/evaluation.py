@@ -50,14 +50,15 @@ def evaluate(experiment: Experiment, params: Any) -> list[Figure]:
     config = experiment.config.evaluation
     images = experiment.dataset.test[: config.test_images]
 
-    def one(params: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+    def one(given: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        params, head = given
         noise_key, sample_key = jax.random.split(key)
         x, log_det = experiment.preprocessor.apply(noise_key, pixels)
         model = experiment.merge(params)
         inference = experiment.system(model, x)
         log_prob, info = importance_weighted_log_prob(
             sample_key,
-            model.log_joint(x),
+            model.log_joint(x, head),
             inference.posterior,
             num_samples=config.importance_samples,
             chunk_size=config.chunk_size,
@@ -81,7 +82,8 @@ def evaluate(experiment: Experiment, params: Any) -> list[Figure]:
         def show(done: int) -> None:
             progress.update(done, f"{done / (time.monotonic() - began):.1f} images/s")
 
-        measured = measure(params, show)
+        head = jax.jit(lambda params: experiment.merge(params).whitened_head())(params)
+        measured = measure((params, head), show)
     return _figures(experiment, measured)
 
 

@@ -8,9 +8,24 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
-from vlae_jax.curvature import Expansion, Factor, Quadratic, depend_on_data, factorize
+from vlae_jax.curvature import (
+    Expansion,
+    Factor,
+    MatrixFreeExpansion,
+    Products,
+    Quadratic,
+    depend_on_data,
+    factorize,
+)
 from vlae_jax.posterior import GaussianPosterior, posterior_from_factor
-from vlae_jax.refinement import Damping, RefinementInfo, newton_search, search_info
+from vlae_jax.refinement import (
+    SHORTFALL,
+    Damping,
+    RefinementInfo,
+    Solver,
+    newton_search,
+    search_info,
+)
 
 Gradient = Literal["implicit", "stop", "unroll"]
 
@@ -23,6 +38,7 @@ def infer_posterior(
     damping: Damping = "line_search",
     gradient: Gradient = "implicit",
     repair: Expansion | None = None,
+    solver: Solver = "auto",
 ) -> tuple[GaussianPosterior, RefinementInfo]:
     """Refine `z_init` to a mode of the log joint and take the Laplace posterior there.
 
@@ -39,6 +55,8 @@ def infer_posterior(
             "unroll": differentiate the search. The only one that reaches `z_init`.
             The precision is differentiated in all three.
         repair: Expansion whose precision replaces one that is not positive definite.
+        solver: How the steps of the search are solved for; see `newton_refine`. The precision at
+            the mode is always formed, and factored once.
 
     Returns:
         The posterior and the `RefinementInfo`. Where the precision at the mode is neither positive
@@ -57,7 +75,15 @@ def infer_posterior(
         return factorize(expand, z, repair)
 
     if gradient == "unroll":
-        search = newton_search(expand, z_init, num_steps=num_steps, damping=damping, repair=repair)
+        search = newton_search(
+            expand,
+            z_init,
+            num_steps=num_steps,
+            damping=damping,
+            repair=repair,
+            solver=solver,
+            shortfall=None,
+        )
         mode = search.mode
         quadratic, factor = curvature(mode)
     else:
@@ -68,6 +94,8 @@ def infer_posterior(
             num_steps=num_steps,
             damping=damping,
             repair=None if repair is None else _without_gradients(repair, z_init),
+            solver=solver,
+            shortfall=SHORTFALL,
         )
         mode = search.mode
         if gradient == "implicit":
@@ -82,9 +110,23 @@ def _without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansi
 
     Stopping gradients here, not at the mode, keeps reverse mode from ever entering the search.
     """
-    pure, closed_over = jax.closure_convert(expand, z)
-    closed_over = jax.lax.stop_gradient(closed_over)
-    return lambda z: pure(z, *closed_over)
+    quadratic, closed_over = jax.closure_convert(expand, z)
+    held = jax.lax.stop_gradient(closed_over)
+    if not hasattr(expand, "products"):
+        return lambda z: quadratic(z, *held)
+
+    def multiply(z, v):
+        value, grad, times = expand.products(z)
+        return value, grad, times(v)
+
+    pure, closed_over = jax.closure_convert(multiply, z, z)
+    also_held = jax.lax.stop_gradient(closed_over)
+
+    def products(z):
+        value, grad, _ = pure(z, z, *also_held)
+        return Products(value, grad, jax.linearize(lambda v: pure(z, v, *also_held)[2], z)[1])
+
+    return MatrixFreeExpansion(lambda z: quadratic(z, *held), products)
 
 
 def _at_implicit_mode(

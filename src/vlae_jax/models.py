@@ -16,9 +16,12 @@ from jaxtyping import Array, Float
 
 from vlae_jax.curvature import (
     Expansion,
+    WhitenedHead,
     compress_affine_gaussian,
     exact_expansion,
     gauss_newton_expansion,
+    whiten_affine_head,
+    whitened_affine_gaussian,
 )
 from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
 
@@ -125,10 +128,32 @@ class VariationalAutoencoder(nnx.Module):
             return lambda eta: bernoulli(x, eta)
         return lambda eta: gaussian(x, eta, self.log_var)
 
-    def log_joint(self, x: Float[Array, " dim"]) -> LogDensity:
-        """The function from z (latent,) to log p(x, z), nats."""
-        log_likelihood = self.log_likelihood(x)
-        return lambda z: log_likelihood(self.decode(z)) + standard_normal(z)
+    def log_joint(self, x: Float[Array, " dim"], head: WhitenedHead | None = None) -> LogDensity:
+        """The function from z (latent,) to log p(x, z), nats.
+
+        Args:
+            x: The example, (dim,).
+            head: What `whitened_head` gave; with it the function is the same up to rounding and
+                does not touch the data dimension.
+        """
+        if head is None:
+            decode: Callable[[Array], Array] = self.decode
+            log_likelihood = self.log_likelihood(x)
+        else:
+            decode = self.features
+            log_likelihood = whitened_affine_gaussian(
+                head,
+                self.head.bias[...],  # type: ignore[index]
+                self.log_var,
+                x,
+            )
+        return lambda z: log_likelihood(decode(z)) + standard_normal(z)
+
+    def whitened_head(self) -> WhitenedHead | None:
+        """The output layer, factored for evaluations at many z; None where that saves nothing."""
+        if self.likelihood != "gaussian" or self.head.out_features <= self.features.out_size:
+            return None
+        return whiten_affine_head(self.head.kernel[...], self.log_var)
 
     def expansions(self, x: Float[Array, " dim"]) -> tuple[Expansion, Expansion | None]:
         """The exact expansion of the log joint, and its Gauss-Newton repair where that differs.

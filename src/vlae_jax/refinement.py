@@ -1,5 +1,6 @@
 """Mode search: from a first guess towards the maximum of one example's log joint."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlae_jax.curvature import (
     Expansion,
     Factor,
+    MatrixFreeExpansion,
     Quadratic,
     depend_on_data,
     exact_expansion,
@@ -20,7 +22,14 @@ from vlae_jax.curvature import (
 from vlae_jax.densities import LogDensity
 
 Damping = Literal["paper", "line_search", "trust_region"]
+Solver = Literal["auto", "cholesky", "cg"]
 
+SHORTFALL = 0.1
+"""Share of the Newton decrement that conjugate gradients may leave out."""
+_NEGLIGIBLE = 1e-2
+"""Nats, times the share, that are never worth another product."""
+_CG_LATENT = 24
+"""Dimensions from which conjugate gradients cost less than forming the precision."""
 _STEP_SIZES = (1.0, 0.5, 0.25, 0.125)
 _STALLED = 1e-2
 
@@ -57,6 +66,7 @@ def newton_refine(
     num_steps: int,
     damping: Damping = "line_search",
     repair: Expansion | None = None,
+    solver: Solver = "auto",
 ) -> tuple[Float[Array, " latent"], RefinementInfo]:
     """Search the mode by damped steps z + α P⁻¹∇ log p(x, z).
 
@@ -73,6 +83,12 @@ def newton_refine(
             P + λI and accepts only what raises the log joint.
         repair: Expansion whose precision is used for a step where that of `expand` is not
             positive definite. Without it such a step does not move.
+        solver: How P⁻¹∇ is found. "cholesky" forms and factors P. "cg" multiplies by P without
+            forming it, until the direction provably holds 90 % of the Newton decrement (for
+            P ≥ I: a Gauss-Newton precision with a standard normal prior); where P is indefinite
+            it stops at the first direction of negative curvature, and needs no repair. "auto"
+            takes "cg" where `expand` has products, z has at least 24 dimensions and damping is
+            not "paper", whose steps are meant to be those of the paper.
 
     Returns:
         The mode (latent,) and the `RefinementInfo`.
@@ -87,7 +103,15 @@ def newton_refine(
     References:
         Park, Kim and Kim (2019), section 3.1 and algorithm 1; Levenberg (1944); Marquardt (1963).
     """
-    search = newton_search(expand, z_init, num_steps=num_steps, damping=damping, repair=repair)
+    search = newton_search(
+        expand,
+        z_init,
+        num_steps=num_steps,
+        damping=damping,
+        repair=repair,
+        solver=solver,
+        shortfall=None,
+    )
     return search.mode, search_info(search, *factorize(expand, search.mode, repair))
 
 
@@ -110,34 +134,155 @@ def newton_search(
     num_steps: int,
     damping: Damping,
     repair: Expansion | None,
+    solver: Solver,
+    shortfall: float | None,
 ) -> Search:
-    """`newton_refine` without its last expansion, for callers that need that one themselves."""
+    """`newton_refine` without its last expansion, for callers that need that one themselves.
+
+    A search that is differentiated, as if its directions were exact, needs them to rounding:
+    `shortfall` None.
+    """
     if num_steps < 0:
         raise ValueError(f"num_steps must be at least 0, got {num_steps}")
     if damping not in get_args(Damping):
         raise ValueError(f"damping must be one of {get_args(Damping)}, got {damping!r}")
     z_init = depend_on_data(lambda z: expand(z).value, z_init)
-    identity = jnp.eye(z_init.size, dtype=z_init.dtype)
+    if shortfall is None:
+        shortfall = 10 * float(jnp.finfo(z_init.dtype).eps)
+    if _choose(solver, expand, z_init.size, damping) == "cg":
+        look = functools.partial(_by_products, expand, shortfall)
+    else:
+        look = functools.partial(_by_factor, expand, repair)
 
     def step(carry, t):
         z, ridge = carry
-        ridged = _add_ridge(expand, ridge * identity)
-        quadratic, factor = factorize(
-            ridged, z, None if repair is None else _add_ridge(repair, ridge * identity)
-        )
-        direction = jnp.where(factor.is_finite, cho_solve((factor.chol, True), quadratic.grad), 0.0)
+        local = look(z, ridge)
         if damping == "paper":
-            next_z = z + (0.5 / (t + 1)).astype(z.dtype) * direction
+            next_z = z + (0.5 / (t + 1)).astype(z.dtype) * local.direction
         elif damping == "line_search":
-            next_z = _best_on_ray(expand, z, direction, quadratic.value)
+            next_z = _best_on_ray(expand, z, local)
         else:
-            next_z, ridge = _trust_or_retry(expand, z, direction, quadratic, ridge)
-        return (next_z, ridge), (z, quadratic.value)
+            next_z, ridge = _trust_or_retry(expand, z, local, ridge)
+        return (next_z, ridge), (z, local.value)
 
     carry = (z_init, jnp.zeros_like(z_init[0]))
     (mode, _), (path, values) = jax.lax.scan(step, carry, jnp.arange(num_steps))
     # A trust region also refuses steps that were only too long.
     return Search(mode, path, values, stalls_at_modes=damping == "line_search")
+
+
+class _Local(NamedTuple):
+    """What a step knows of where it begins."""
+
+    value: Float[Array, ""]
+    grad: Float[Array, " latent"]
+    direction: Float[Array, " latent"]
+    """(P + ridge I)⁻¹ grad, or close to it."""
+
+
+def _choose(solver: Solver, expand: Expansion, latent: int, damping: Damping) -> Solver:
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver must be one of {get_args(Solver)}, got {solver!r}")
+    has_products = hasattr(expand, "products")
+    if solver == "cg" and not has_products:
+        raise ValueError(
+            "solver 'cg' needs an expansion with a method `products`, as those of vlae_jax have "
+            "and `MatrixFreeExpansion` gives to any other; or use solver='cholesky'"
+        )
+    if solver == "auto":
+        pays = has_products and latent >= _CG_LATENT and damping != "paper"
+        return "cg" if pays else "cholesky"
+    return solver
+
+
+def _by_factor(expand, repair, z, ridge) -> _Local:
+    """Form the precision and factor it."""
+    ridge_matrix = ridge * jnp.eye(z.size, dtype=z.dtype)
+    quadratic, factor = factorize(
+        _add_ridge(expand, ridge_matrix),
+        z,
+        None if repair is None else _add_ridge(repair, ridge_matrix),
+    )
+    direction = jnp.where(factor.is_finite, cho_solve((factor.chol, True), quadratic.grad), 0.0)
+    return _Local(quadratic.value, quadratic.grad, direction)
+
+
+def _by_products(expand: MatrixFreeExpansion, shortfall, z, ridge) -> _Local:
+    """Multiply by the precision until the direction is good enough."""
+    value, grad, times = expand.products(z)
+
+    def ridged(v):
+        return times(v) + ridge * v
+
+    def solve(matvec, rhs):
+        return conjugate_gradients(matvec, rhs, shortfall=shortfall)
+
+    direction = jax.lax.custom_linear_solve(ridged, grad, solve, symmetric=True)
+    return _Local(value, grad, direction)
+
+
+def conjugate_gradients(
+    times: Callable[[Float[Array, " latent"]], Float[Array, " latent"]],
+    rhs: Float[Array, " latent"],
+    *,
+    shortfall: float,
+) -> Float[Array, " latent"]:
+    """Solve P v = rhs until at most this share of the decrement ½ rhsᵀP⁻¹rhs can be missing.
+
+    What is missing is bounded by Gauss-Radau quadrature from the coefficients of the iteration
+    and a lower bound of 1 on the eigenvalues of P. Stops early, with the best v so far, where P
+    shows negative curvature; if that is at once, v = rhs.
+
+    References:
+        Meurant and Tichý (2013), On computing quadrature-based bounds for the A-norm of the error
+        in conjugate gradients, for the bound; Nash (2000) for truncation.
+    """
+    one = jnp.ones_like(rhs[0])
+    square = rhs @ rhs
+    zero = jnp.zeros_like(rhs)
+    first = _Krylov(zero, rhs, rhs, square, one, square > 0, 0 * square)
+
+    def advance(state: _Krylov) -> _Krylov:
+        product = times(state.search)
+        curvature = state.search @ product
+        is_convex = curvature > 0
+        size = state.square / jnp.where(is_convex, curvature, 1.0)
+        solution = state.solution + size * state.search
+        residual = state.residual - size * product
+        square = residual @ residual
+        ratio = square / state.square
+        excess = jnp.maximum(state.radau - size, jnp.finfo(rhs.dtype).tiny)
+        radau = excess / (excess + ratio)
+        missing = 0.5 * radau * square
+        enough = missing <= jnp.maximum(shortfall * 0.5 * (rhs @ solution), _NEGLIGIBLE * shortfall)
+        steps = state.steps + 1
+        go_on = is_convex & ~enough & (steps < 2 * rhs.size)
+        fallback = jnp.where(state.steps == 0, rhs, state.solution)
+        return _Krylov(
+            solution=jnp.where(is_convex, solution, fallback),
+            residual=residual,
+            search=residual + ratio * state.search,
+            square=square,
+            radau=radau,
+            go_on=go_on,
+            steps=steps,
+        )
+
+    return jax.lax.while_loop(lambda state: state.go_on, advance, first).solution
+
+
+class _Krylov(NamedTuple):
+    """The state of conjugate gradients."""
+
+    solution: Float[Array, " latent"]
+    residual: Float[Array, " latent"]
+    search: Float[Array, " latent"]
+    square: Float[Array, ""]
+    """Of the residual."""
+    radau: Float[Array, ""]
+    """Times `square`: an upper bound of the squared error in the norm of P."""
+    go_on: Bool[Array, ""]
+    steps: Float[Array, ""]
 
 
 def gradient_refine(
@@ -199,8 +344,9 @@ def _add_ridge(expand: Expansion, ridge: Float[Array, "latent latent"]) -> Expan
     return ridged
 
 
-def _best_on_ray(expand, z, direction, value):
+def _best_on_ray(expand, z, local):
     """The best of a few step lengths, all tried in one batch; 0 is among them."""
+    value, direction = local.value, local.direction
     sizes = jnp.asarray(_STEP_SIZES, z.dtype)
     tried = jax.lax.stop_gradient(jax.vmap(lambda size: expand(z + size * direction).value)(sizes))
     tried = jnp.where(jnp.isnan(tried), -jnp.inf, tried)
@@ -209,14 +355,19 @@ def _best_on_ray(expand, z, direction, value):
     return z + size * direction
 
 
-def _trust_or_retry(expand, z, direction, quadratic, ridge):
+def _trust_or_retry(expand, z, local, ridge):
     """Accept a step that keeps at least a little of its promise; else stay, and damp more."""
-    promised = 0.5 * (quadratic.grad @ direction + ridge * direction @ direction)
-    gained = expand(z + direction).value - quadratic.value
-    scale = jnp.trace(quadratic.precision) / z.size
+    direction = local.direction
+    promised = 0.5 * (local.grad @ direction + ridge * direction @ direction)
+    gained = expand(z + direction).value - local.value
     accept = gained > 1e-4 * promised
     lowered = jnp.where(gained > 0.75 * promised, ridge / 10, ridge)
-    raised = jnp.maximum(10 * ridge, 0.1 * jnp.abs(scale))
+    # A first ridge: the curvature along the step that went too far; or, where the precision had
+    # no factor and there was no step, what keeps the next one at about unit length.
+    square = direction @ direction
+    along = local.grad @ direction / jnp.where(square > 0, square, 1.0)
+    scale = jnp.where(square > 0, along, jnp.sqrt(local.grad @ local.grad))
+    raised = jnp.maximum(10 * ridge, scale)
     ridge = jax.lax.stop_gradient(jnp.where(accept, lowered, raised))
     return jnp.where(accept, z + direction, z), ridge
 
