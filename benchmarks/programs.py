@@ -1,5 +1,6 @@
 """The programs that are timed: the package's own functions, batched, and their JAX baselines."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from flax import nnx
 from vlae_jax.bounds import elbo, importance_weighted_log_prob
 from vlae_jax.config import InferenceConfig
 from vlae_jax.curvature import Expansion, exact_expansion, gauss_newton_expansion
+from vlae_jax.densities import gaussian, standard_normal
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.posterior import GaussianPosterior
@@ -95,10 +97,12 @@ def build_problem(sizes: Sizes) -> Problem:
 
 
 def training_gradient(
-    problem: Problem, curvature: str, gradient: Any, damping: Any
+    problem: Problem, curvature: str, gradient: Any, damping: Any, solver: Any
 ) -> Callable[..., Any]:
     """(params, xs, keys) → what training minimises, and its gradient; encoder included."""
-    config = InferenceConfig(steps=problem.sizes.steps, gradient=gradient, damping=damping)
+    config = InferenceConfig(
+        steps=problem.sizes.steps, gradient=gradient, damping=damping, solver=solver
+    )
 
     def loss(params, xs, keys):
         def one(x, key):
@@ -112,7 +116,7 @@ def training_gradient(
     return jax.value_and_grad(loss)
 
 
-def posteriors(problem: Problem, curvature: str, damping: Any) -> Callable[..., Any]:
+def posteriors(problem: Problem, curvature: str, damping: Any, solver: Any) -> Callable[..., Any]:
     """(params, xs) → the Laplace posterior of each image; nothing is differentiated."""
 
     def one(params, x):
@@ -120,7 +124,12 @@ def posteriors(problem: Problem, curvature: str, damping: Any) -> Callable[..., 
         z_init, _ = model.encode(x)
         expand, repair = model.expansions(x)
         posterior, _ = infer_posterior(
-            expand, z_init, num_steps=problem.sizes.steps, damping=damping, repair=repair
+            expand,
+            z_init,
+            num_steps=problem.sizes.steps,
+            damping=damping,
+            repair=repair,
+            solver=solver,
         )
         return posterior
 
@@ -128,18 +137,78 @@ def posteriors(problem: Problem, curvature: str, damping: Any) -> Callable[..., 
 
 
 def log_probs(problem: Problem) -> Callable[..., Any]:
-    """(params, xs, means, precisions, keys) → log p(x) of each image by importance sampling."""
+    """(params, head, xs, means, precisions, keys) → log p(x) of each image by importance sampling.
+
+    `head` is the whitened output layer, or None to decode every sample to the pixels.
+    """
     sizes = problem.sizes
 
-    def one(params, x, mean, precision, key):
+    def one(params, head, x, mean, precision, key):
         posterior = GaussianPosterior(mean, jnp.linalg.cholesky(precision))
         estimate, info = importance_weighted_log_prob(
             key,
-            problem.model("gram", params).log_joint(x),
+            problem.model("gram", params).log_joint(x, head),
             posterior,
             num_samples=sizes.samples,
             chunk_size=sizes.chunk,
         )
         return estimate, info.standard_error
 
-    return jax.vmap(one, in_axes=(None, 0, 0, 0, 0))
+    return jax.vmap(one, in_axes=(None, None, 0, 0, 0, 0))
+
+
+class ConvolutionalDecoder(NamedTuple):
+    """z → 28 × 28 pixels by two transposed convolutions; (dense, first, second) are its weights."""
+
+    latent: int
+    channels: int = 32
+
+    def init(self, key: jax.Array) -> tuple[jax.Array, ...]:
+        """Random weights of He's scale."""
+        keys = jax.random.split(key, 3)
+        shapes = (
+            (self.latent, 7 * 7 * self.channels),
+            (4, 4, self.channels, self.channels),
+            (4, 4, self.channels, 1),
+        )
+        fans = (self.latent, 4 * self.channels, 4 * self.channels)
+        return tuple(
+            jax.random.normal(key, shape) * np.sqrt(2 / fan)
+            for key, shape, fan in zip(keys, shapes, fans, strict=True)
+        )
+
+    def decode(self, weights: tuple[jax.Array, ...], z: jax.Array) -> jax.Array:
+        """The mean of the pixels, (784,)."""
+        dense, *kernels = weights
+        image = jax.nn.relu(z @ dense).reshape(1, 7, 7, self.channels)
+        for i, kernel in enumerate(kernels):
+            image = jax.nn.relu(image) if i else image
+            image = jax.lax.conv_transpose(image, kernel, (2, 2), "SAME")
+        return image.reshape(-1)
+
+
+def convolutional_step(
+    decoder: ConvolutionalDecoder, curvature: str, chunk_size: int | None, steps: int
+) -> Callable[..., Any]:
+    """(weights, xs, keys) → the one-sample ELBO's gradient, the search starting from zeros."""
+
+    def loss(weights, xs, keys):
+        def one(x, key):
+            decode = functools.partial(decoder.decode, weights)
+
+            def log_likelihood(eta):
+                return gaussian(x, eta, jnp.log(0.1))
+
+            def log_joint(z):
+                return log_likelihood(decode(z)) + standard_normal(z)
+
+            if curvature == "hessian":
+                expand = exact_expansion(log_joint, chunk_size=chunk_size)
+            else:
+                expand = gauss_newton_expansion(decode, log_likelihood, chunk_size=chunk_size)
+            posterior, _ = infer_posterior(expand, jnp.zeros(decoder.latent), num_steps=steps)
+            return elbo(key, log_joint, posterior)
+
+        return -jnp.mean(jax.vmap(one)(xs, keys))
+
+    return jax.grad(loss)

@@ -24,9 +24,11 @@ import numpy as np
 
 from benchmarks.measure import Program, compile_program, gemm_rate, time_in_turns
 from benchmarks.programs import (
+    ConvolutionalDecoder,
     Problem,
     Sizes,
     build_problem,
+    convolutional_step,
     log_probs,
     posteriors,
     training_gradient,
@@ -36,23 +38,43 @@ SECTIONS = {
     "step": "Training step: value and gradient of the loss, encoder included",
     "log_prob": "Importance-weighted log-likelihood, per image",
     "posterior": "Posterior only",
+    "convolutions": "Step with a convolutional decoder of 28 × 28 pixels, batch 32, no encoder",
 }
 BASELINES = {
-    "step": ("torch jacobian unroll paper", "hessian implicit paper", "jacobian implicit paper"),
-    "log_prob": ("torch",),
-    "posterior": ("hessian line_search", "jacobian line_search"),
+    "step": (
+        "torch jacobian unroll paper",
+        "torch gram unroll paper",
+        "hessian implicit paper cholesky",
+    ),
+    "log_prob": ("torch", "torch distributions", "full decode"),
+    "posterior": ("hessian line_search cholesky", "jacobian line_search cholesky"),
+    "convolutions": ("hessian",),
 }
 """What the speed-ups of a section are relative to. Torch's step is the paper's algorithm."""
 STEPS = (
-    ("gram", "implicit", "line_search"),
-    ("gram", "implicit", "paper"),
-    ("gram", "stop", "paper"),
-    ("gram", "unroll", "paper"),
-    ("jacobian", "implicit", "paper"),
-    ("jacobian", "unroll", "paper"),
-    ("hessian", "implicit", "paper"),
-    ("hessian", "unroll", "paper"),
+    ("gram", "implicit", "line_search", "cg"),
+    ("gram", "implicit", "line_search", "cholesky"),
+    ("gram", "stop", "line_search", "cg"),
+    ("gram", "unroll", "line_search", "cg"),
+    ("gram", "unroll", "paper", "cg"),
+    ("gram", "unroll", "paper", "cholesky"),
+    ("jacobian", "implicit", "paper", "cholesky"),
+    ("jacobian", "unroll", "paper", "cholesky"),
+    ("hessian", "implicit", "paper", "cholesky"),
+    ("hessian", "unroll", "paper", "cholesky"),
 )
+POSTERIORS = (
+    ("gram", "line_search", "cg"),
+    ("gram", "line_search", "cholesky"),
+    ("jacobian", "line_search", "cholesky"),
+    ("hessian", "line_search", "cholesky"),
+)
+CONVOLUTIONS = {
+    "gauss_newton": ("gauss_newton", None),
+    "gauss_newton chunks of 5": ("gauss_newton", 5),
+    "hessian": ("hessian", None),
+    "hessian chunks of 5": ("hessian", 5),
+}
 QUICK = Sizes(dim=48, latent=3, hidden=16, batch=4, steps=2, images=2, samples=20, chunk=10)
 CURVES: dict[str, tuple[int, ...]] = {
     "steps": (1, 2, 4, 8, 16),
@@ -108,6 +130,7 @@ def compare(options: argparse.Namespace, setting: dict[str, Any], torch: Any) ->
             *step_cases(problem, options.only, torch),
             *log_prob_cases(problem, options.only, torch),
             *posterior_cases(problem, options.only),
+            *(convolution_cases(sizes, options.only) if sizes.dim != 3072 else ()),
         ]
         rows += measure(cases, setting, options)
         calls = {(case.section, case.name): case.call for case in cases}
@@ -216,18 +239,35 @@ def step_cases(problem: Problem, only: str, torch: Any) -> Iterator[Case]:
 
 def posterior_cases(problem: Problem, only: str) -> Iterator[Case]:
     """The inference alone."""
-    for curvature in ("gram", "jacobian", "hessian"):
-        name = f"{curvature} line_search"
+    for choice in POSTERIORS:
+        name = " ".join(choice)
         if only in f"posterior {name}":
-            function = posteriors(problem, curvature, "line_search")
+            function = posteriors(problem, *choice)
             yield jax_case("posterior", name, problem.sizes, function, problem.params, problem.xs)
+
+
+def convolution_cases(sizes: Sizes, only: str) -> Iterator[Case]:
+    """A generic decoder: the Jacobian and the Hessian at once and in chunks of columns."""
+    decoder = ConvolutionalDecoder(sizes.latent)
+    batch = min(sizes.batch, 32)
+    key_w, key_z, key = jax.random.split(jax.random.key(3), 3)
+    weights = decoder.init(key_w)
+    zs = jax.random.normal(key_z, (batch, sizes.latent))
+    xs = jax.vmap(functools.partial(decoder.decode, weights))(zs)
+    sizes = sizes._replace(dim=xs.shape[1], batch=batch)
+    for name, (curvature, chunk_size) in CONVOLUTIONS.items():
+        if only in f"convolutions {name}":
+            function = convolutional_step(decoder, curvature, chunk_size, sizes.steps)
+            arguments = (weights, xs, jax.random.split(key, batch))
+            yield jax_case("convolutions", name, sizes, function, *arguments)
 
 
 def given_posteriors(problem: Problem) -> tuple[jax.Array, ...]:
     """Some images with the means and precisions to propose from, and keys."""
     images = problem.sizes.images
     xs = jnp.resize(problem.xs, (images, problem.sizes.dim))
-    found = jax.jit(posteriors(problem, "gram", "line_search"))(problem.params, xs)
+    infer = posteriors(problem, "gram", "line_search", "auto")
+    found = jax.jit(infer)(problem.params, xs)
     precisions = found.chol_precision @ found.chol_precision.mT
     return xs, found.mean, precisions, jax.random.split(jax.random.key(2), images)
 
@@ -235,21 +275,27 @@ def given_posteriors(problem: Problem) -> tuple[jax.Array, ...]:
 def log_prob_cases(problem: Problem, only: str, torch: Any) -> Iterator[Case]:
     """Log-likelihood estimates from the same proposals, of this package and of PyTorch."""
     sizes = problem.sizes
-    names = [name for name in ("jax", "torch") if only in f"log_prob {name}"]
+    names = ["whitened head", "full decode", *(("torch", "torch distributions") if torch else ())]
+    names = [name for name in names if only in f"log_prob {name}"]
     if not names:
         return
     xs, means, precisions, keys = given_posteriors(problem)
-    if "jax" in names:
-        arguments = (problem.params, xs, means, precisions, keys)
-        yield jax_case("log_prob", "jax", sizes, log_probs(problem), *arguments, per=sizes.images)
-    if torch and "torch" in names:
-        model = torch.TorchVLAE(problem.model("gram", problem.params))
-        given = [torch.tensor(array) for array in (xs, means, precisions)]
-
-        def estimate() -> np.ndarray:
-            return model.log_prob(*given, samples=sizes.samples, chunk=sizes.chunk).numpy()
-
-        yield Case("log_prob", "torch", sizes, estimate, None, sizes.images)
+    for name in names:
+        if name.startswith("torch"):
+            model = torch.TorchVLAE(problem.model("gram", problem.params))
+            given = [torch.tensor(array) for array in (xs, means, precisions)]
+            function = model.log_prob if name == "torch" else model.log_prob_by_distributions
+            call = functools.partial(function, *given, samples=sizes.samples, chunk=sizes.chunk)
+            yield Case(
+                "log_prob", name, sizes, lambda call=call: call().numpy(), None, sizes.images
+            )
+        else:
+            # The factorisation is one for a whole test set, and not timed.
+            model = problem.model("gram", problem.params)
+            head = model.whitened_head() if name == "whitened head" else None
+            arguments = (problem.params, head, xs, means, precisions, keys)
+            function = log_probs(problem)
+            yield jax_case("log_prob", name, sizes, function, *arguments, per=sizes.images)
 
 
 def curve_cases(problem: Problem, varied: str, only: str) -> Iterator[Case]:
@@ -260,11 +306,12 @@ def curve_cases(problem: Problem, varied: str, only: str) -> Iterator[Case]:
         return
     if varied == "samples":
         given = given_posteriors(problem)
-        function = log_probs(problem)
-        yield jax_case("curves", name, sizes, function, problem.params, *given, per=sizes.images)
+        head = problem.model("gram", problem.params).whitened_head()
+        arguments = (problem.params, head, *given)
+        yield jax_case("curves", name, sizes, log_probs(problem), *arguments, per=sizes.images)
     else:
         given = (problem.xs, problem.keys)
-        function = training_gradient(problem, "gram", "implicit", "line_search")
+        function = training_gradient(problem, "gram", "implicit", "line_search", "auto")
         yield jax_case("curves", name, sizes, function, problem.params, *given)
 
 
@@ -319,11 +366,12 @@ def compare_with_torch(
     """Whether both libraries compute the same numbers, as far as the rows that ran can tell."""
     lines = []
     sizes = problem.sizes
-    if torch and ("step", "gram unroll paper") in calls:
+    paper = "gram unroll paper cholesky"
+    if torch and ("step", paper) in calls:
         model = torch.TorchVLAE(problem.model("gram", problem.params))
         first = jax.vmap(jax.random.fold_in, in_axes=(0, None))(problem.keys, 0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (sizes.latent,)))(first)
-        loss, gradient = calls["step", "gram unroll paper"]()
+        loss, gradient = calls["step", paper]()
         ours = np.asarray(problem.model("gram", gradient).head.kernel[...]).T
         head = next(i for i, p in enumerate(model.parameters) if p is model.decoder[-1][0])
         for curvature, by_gram in (("jacobian", False), ("gram", True)):
@@ -333,18 +381,22 @@ def compare_with_torch(
             difference = gradients[head].numpy() - ours
             error = np.linalg.norm(difference) / np.linalg.norm(ours)
             lines.append(
-                f"D={sizes.dim}, loss: gram unroll paper {float(loss):.4f}, torch {curvature} "
+                f"D={sizes.dim}, loss: {paper} {float(loss):.4f}, torch {curvature} "
                 f"unroll paper {float(theirs):.4f} nats; relative difference of the gradient "
                 f"of the last layer: {error:.1e}"
             )
-    if ("log_prob", "jax") in calls and ("log_prob", "torch") in calls:
-        estimates, errors = calls["log_prob", "jax"]()
-        mean_difference = np.mean(calls["log_prob", "torch"]() - np.asarray(estimates))
-        standard_error = np.sqrt(2 * np.sum(np.square(errors))) / sizes.images
-        lines.append(
-            f"D={sizes.dim}, mean log p(x): torch - jax = {mean_difference:.3f} nats, "
-            f"standard error {standard_error:.3f}"
-        )
+    default = calls.get(("log_prob", "whitened head"))
+    for name in ("full decode", "torch", "torch distributions"):
+        if default and (other := calls.get(("log_prob", name))):
+            estimates, errors = default()
+            theirs = other()[0] if name == "full decode" else other()
+            difference = np.mean(np.asarray(theirs) - np.asarray(estimates))
+            standard_error = np.sqrt(2 * np.sum(np.square(errors))) / sizes.images
+            same = "same samples" if name == "full decode" else f"error {standard_error:.3f}"
+            lines.append(
+                f"D={sizes.dim}, mean log p(x): {name} - whitened head = {difference:.4f} nats "
+                f"of {np.mean(estimates):.1f}; {same}"
+            )
     return lines
 
 
@@ -365,7 +417,9 @@ def print_rows(section: str, rows: list[dict[str, Any]]) -> None:
 def print_curves(rows: list[dict[str, Any]]) -> None:
     """The table of growth, with the exponent of each size between neighbouring points."""
     head = ["varied", "ms", "compile s", "GFLOP", "temp MB", "% of GEMM", "exponent"]
-    print("\n### Growth: gram implicit line_search step; K: log-likelihood per image\n")
+    print(
+        "\n### Growth: the default step (gram implicit line_search cg); K: log-likelihood per image\n"
+    )
     print_table(head)
     before: tuple[str, int, float] = ("", 0, 0.0)
     for row in rows:

@@ -104,6 +104,10 @@ class InferenceConfig:
     """vlae: mode-search steps T from the encoder's mean."""
     damping: Literal["line_search", "paper"] = "line_search"
     """vlae: step lengths; line_search never lowers the log joint, paper is 0.5 / (t + 1)."""
+    solver: Literal["auto", "cholesky", "cg"] = "auto"
+    """vlae: how a step's direction is found: by factoring the precision, or by conjugate gradients
+    that never form it (at least 90 % of the Newton decrement). auto takes cg from 24 latent
+    dimensions on, except for the steps of the paper."""
     gradient: Literal["implicit", "stop", "unroll"] = "implicit"
     """vlae: how parameters see the mode in training.
     implicit: by the implicit function theorem. stop: not at all. unroll: through the steps.

@@ -61,6 +61,7 @@ def vlae(
         damping=config.damping,
         gradient=gradient,
         repair=repair,
+        solver=config.solver,
     )
     if gradient == "unroll":
         amortization_loss = jnp.zeros(())
