@@ -417,9 +417,7 @@ def print_rows(section: str, rows: list[dict[str, Any]]) -> None:
 def print_curves(rows: list[dict[str, Any]]) -> None:
     """The table of growth, with the exponent of each size between neighbouring points."""
     head = ["varied", "ms", "compile s", "GFLOP", "temp MB", "% of GEMM", "exponent"]
-    print(
-        "\n### Growth: the default step (gram implicit line_search cg); K: log-likelihood per image\n"
-    )
+    print("\n### Growth of the default step; K: of a log-likelihood, per image\n")
     print_table(head)
     before: tuple[str, int, float] = ("", 0, 0.0)
     for row in rows:

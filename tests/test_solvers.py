@@ -89,13 +89,16 @@ def test_negative_curvature_ends_the_loop_with_a_direction_of_ascent(x64):
     found = solve(matrices, rhs, 1e-6)
     assert np.all(np.isfinite(found))
     assert np.all(np.einsum("bi,bi->b", rhs, found) > 0)
-    concave = np.stack([-np.eye(SIZE)])
-    assert_close(solve(concave, rhs[:1], 0.1), rhs[:1])
+    concave = -4 * np.eye(SIZE)[None]
+    assert_close(solve(concave, rhs[:1], 0.1), rhs[:1] / 4)
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan])
 def test_nothing_to_solve_gives_no_direction(bad):
-    found = solve(np.float32(precisions(1, 1.0)), jnp.full((1, SIZE), bad), 0.1)
+    matrix = np.float32(precisions(1, 1.0))
+    found = solve(matrix, jnp.full((1, SIZE), bad), 0.1)
+    assert_close(found, np.zeros((1, SIZE)))
+    found = solve(np.full_like(matrix, np.nan), jnp.ones((1, SIZE)), 0.1)
     assert_close(found, np.zeros((1, SIZE)))
 
 

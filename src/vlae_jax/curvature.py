@@ -8,7 +8,7 @@ tested equal to `exact_expansion`.
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -355,6 +355,7 @@ def affine_head_expansion(
     *,
     log_prior: LogDensity = standard_normal,
     exact: bool = False,
+    form: Literal["auto", "gram", "explicit"] = "auto",
 ) -> MatrixFreeExpansion:
     """Expand a Gaussian decoder that ends in an affine layer, free of the data dimension.
 
@@ -369,19 +370,43 @@ def affine_head_expansion(
         log_var: Log noise variance; a scalar or shape (dim,).
         x: The example, (dim,).
         log_prior: z → log p(z), nats.
-        exact: Take the Hessian of the compressed log joint. The default linearises the features,
-            which is the same almost everywhere if they are piecewise linear.
+        exact: Take the Hessian of the log joint. The default linearises the features, which is
+            the same almost everywhere if they are piecewise linear.
+        form: "gram"; "explicit", by the Jacobian of the whole decoder; or what costs less for
+            these sizes (`gram_is_cheaper`).
 
     Returns:
         As `exact_expansion`.
 
+    Raises:
+        ValueError: As `exact_expansion`; and for an unknown `form`.
+
     Gradients:
         Flow through z, the parameters and x.
     """
-    log_likelihood = compress_affine_gaussian(kernel, bias, log_var, x)
-    if exact:
-        return exact_expansion(lambda z: log_likelihood(features(z)) + log_prior(z))
-    return gauss_newton_expansion(features, log_likelihood, log_prior)
+    if form not in ("auto", "gram", "explicit"):
+        raise ValueError(f"form must be 'auto', 'gram' or 'explicit', got {form!r}")
+    hidden, dim = kernel.shape
+
+    def build(decode: Callable[[Array], Array], log_likelihood: LogDensity) -> MatrixFreeExpansion:
+        if exact:
+            return exact_expansion(lambda z: log_likelihood(decode(z)) + log_prior(z))
+        return gauss_newton_expansion(decode, log_likelihood, log_prior)
+
+    gram = build(features, compress_affine_gaussian(kernel, bias, log_var, x))
+    explicit = build(lambda z: features(z) @ kernel + bias, lambda eta: gaussian(x, eta, log_var))
+
+    def choose(z: Float[Array, " latent"]) -> MatrixFreeExpansion:
+        if form == "auto":
+            return gram if gram_is_cheaper(z.size, hidden, dim) else explicit
+        return gram if form == "gram" else explicit
+
+    return MatrixFreeExpansion(lambda z: choose(z).quadratic(z), lambda z: choose(z).products(z))
+
+
+def gram_is_cheaper(latent: int, hidden: int, dim: int) -> bool:
+    """Whether A and GA take fewer multiply-adds a latent dimension than J and JᵀJ."""
+    return hidden**2 + hidden * latent < dim * hidden + dim * latent
 
 
 def depend_on_data(log_joint: LogDensity, z: Float[Array, " latent"]) -> Float[Array, " latent"]:

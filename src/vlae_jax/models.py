@@ -20,6 +20,7 @@ from vlae_jax.curvature import (
     compress_affine_gaussian,
     exact_expansion,
     gauss_newton_expansion,
+    gram_is_cheaper,
     whiten_affine_head,
     whitened_affine_gaussian,
 )
@@ -162,7 +163,8 @@ class VariationalAutoencoder(nnx.Module):
         taken and there is nothing to repair. The data dimension is compressed away where that
         costs less.
         """
-        if self.likelihood == "gaussian" and self._compression_pays():
+        latent, width, dim = self.mean.out_features, self.features.out_size, self.head.out_features
+        if self.likelihood == "gaussian" and gram_is_cheaper(latent, width, dim):
             decode: Callable[[Array], Array] = self.features
             log_likelihood = compress_affine_gaussian(
                 self.head.kernel[...],
@@ -177,8 +179,3 @@ class VariationalAutoencoder(nnx.Module):
             return gauss_newton, None
         exact = exact_expansion(lambda z: log_likelihood(decode(z)) + standard_normal(z))
         return exact, gauss_newton
-
-    def _compression_pays(self) -> bool:
-        """Compare multiply-adds a latent dimension: A and GA against J and JᵀJ."""
-        width, dim, latent = self.features.out_size, self.head.out_features, self.mean.out_features
-        return width**2 + width * latent < dim * width + dim * latent

@@ -85,8 +85,9 @@ def newton_refine(
             positive definite. Without it such a step does not move.
         solver: How P⁻¹∇ is found. "cholesky" forms and factors P. "cg" multiplies by P without
             forming it, until the direction provably holds 90 % of the Newton decrement (for
-            P ≥ I: a Gauss-Newton precision with a standard normal prior); where P is indefinite
-            it stops at the first direction of negative curvature, and needs no repair. "auto"
+            P ≥ I: a Gauss-Newton precision with a standard normal prior; to rounding where the
+            search is differentiated); where P is indefinite it stops at the first direction of
+            negative curvature, and needs no repair. "auto"
             takes "cg" where `expand` has products, z has at least 24 dimensions and damping is
             not "paper", whose steps are meant to be those of the paper.
 
@@ -231,7 +232,7 @@ def conjugate_gradients(
 
     What is missing is bounded by Gauss-Radau quadrature from the coefficients of the iteration
     and a lower bound of 1 on the eigenvalues of P. Stops early, with the best v so far, where P
-    shows negative curvature; if that is at once, v = rhs.
+    shows negative curvature; if that is at once, v is rhs over the size of that curvature.
 
     References:
         Meurant and Tichý (2013), On computing quadrature-based bounds for the A-norm of the error
@@ -246,7 +247,7 @@ def conjugate_gradients(
         product = times(state.search)
         curvature = state.search @ product
         is_convex = curvature > 0
-        size = state.square / jnp.where(is_convex, curvature, 1.0)
+        size = state.square / jnp.where(curvature == 0, 1.0, jnp.abs(curvature))
         solution = state.solution + size * state.search
         residual = state.residual - size * product
         square = residual @ residual
@@ -257,9 +258,9 @@ def conjugate_gradients(
         enough = missing <= jnp.maximum(shortfall * 0.5 * (rhs @ solution), _NEGLIGIBLE * shortfall)
         steps = state.steps + 1
         go_on = is_convex & ~enough & (steps < 2 * rhs.size)
-        fallback = jnp.where(state.steps == 0, rhs, state.solution)
+        keep = is_convex | ((state.steps == 0) & jnp.isfinite(size))
         return _Krylov(
-            solution=jnp.where(is_convex, solution, fallback),
+            solution=jnp.where(keep, solution, state.solution),
             residual=residual,
             search=residual + ratio * state.search,
             square=square,
