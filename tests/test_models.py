@@ -80,11 +80,6 @@ def test_bernoulli_expansions_are_exact(x):
         np.testing.assert_allclose(found, true, rtol=2e-4, atol=2e-4)
 
 
-def test_both_forms_of_the_expansion_are_chosen():
-    assert make_model(hidden=(7, 9))._compression_pays()
-    assert not make_model(hidden=(64, 64))._compression_pays()
-
-
 def test_the_output_variance_starts_from_the_data_and_keeps_its_floor():
     np.testing.assert_allclose(np.exp(make_model().log_var), 1.0, rtol=1e-5)
     np.testing.assert_allclose(
