@@ -33,18 +33,25 @@ POSTERIORS = {
 }
 
 
-def run(folder, *arguments):
-    output = folder / "bench.json"
-    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--without-torch"]
-    result = subprocess.run(
-        [*command, "--output", output, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout, json.loads(output.read_text())
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    """Where the benchmarks are a package."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(ROOT)
+
+
+def options(folder, *arguments):
+    return ["--quick", "--without-torch", "--output", str(folder / "bench.json"), *arguments]
+
+
+def run(monkeypatch, folder, *arguments):
+    """In this process, without rating the machine and with two of the curves."""
+    from benchmarks import run as program
+
+    monkeypatch.setattr(program, "gemm_rate", lambda: 1e9)
+    monkeypatch.setattr(program, "CURVES", {"steps": (1,), "batch": (1,)})
+    program.main(options(folder, *arguments))
+    return json.loads((folder / "bench.json").read_text())
 
 
 def names(found, section):
@@ -52,7 +59,12 @@ def names(found, section):
 
 
 def test_rows_chosen_by_name_are_measured_printed_and_written(tmp_path):
-    printed, found = run(tmp_path, "--only", "posterior jacobian")
+    """By the command as it is printed, in a process of its own."""
+    arguments = options(tmp_path, "--only", "posterior jacobian")
+    command = [sys.executable, "-m", "benchmarks.run", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    printed, found = result.stdout, json.loads((tmp_path / "bench.json").read_text())
     (row,) = found["rows"]
     assert row["name"] == "jacobian line_search cholesky"
     assert min(row["best_seconds"], row["compile_seconds"], row["gigaflop"]) > 0
@@ -61,24 +73,23 @@ def test_rows_chosen_by_name_are_measured_printed_and_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_rows_are_measured(tmp_path):
-    _, found = run(tmp_path)
+def test_all_rows_are_measured(quick_compile, monkeypatch, tmp_path):
+    found = run(monkeypatch, tmp_path)
     assert names(found, "step") == STEPS
     assert names(found, "posterior") == POSTERIORS
     assert names(found, "log_prob") == {"whitened head", "full decode"}
 
 
 @pytest.mark.slow
-def test_curves_vary_one_size_at_a_time(tmp_path):
-    printed, found = run(tmp_path, "--curves", "--only", "batch")
+def test_curves_vary_one_size_at_a_time(quick_compile, monkeypatch, tmp_path, capsys):
+    found = run(monkeypatch, tmp_path, "--curves", "--only", "batch")
     assert names(found, "curves") == {"batch 2", "batch 4"}
     assert [row["sizes"]["batch"] for row in found["rows"]] == [2, 4]
-    assert "| batch 4 |" in printed
+    assert "| batch 4 |" in capsys.readouterr().out
 
 
-def test_matrix_products_in_loops_count_as_often_as_they_run(monkeypatch):
+def test_matrix_products_in_loops_count_as_often_as_they_run():
     """A body of 2 · 8 · 8 · 8 FLOPs runs 5 times, after a product of 2 · 4 · 8 · 8."""
-    monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.measure import compile_program
 
     def loop(a, b):

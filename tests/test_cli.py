@@ -1,11 +1,11 @@
 """The command line: what it prints, what it leaves behind, and how it refuses."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ import pytest
 from vlae_jax import cli
 from vlae_jax.config import Config, ModelConfig, TrainingConfig
 from vlae_jax.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 QUICK = [
     *("--hidden", "16", "--latent", "2", "--epochs", "2"),
@@ -55,21 +57,23 @@ def own(folder, *more):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run from beginning to end, in a process of its own."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "vlae_jax", "train", *QUICK, "--run-dir", folder, "--tensorboard"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done
+def finished(tmp_path_factory, quick_compile):
+    """A run from beginning to end and what it said, for tests that leave it as it is."""
+    folder, said = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
+    with contextlib.redirect_stderr(said):
+        cli.main(["train", *QUICK, "--run-dir", str(folder), "--tensorboard"])
+    return folder, said.getvalue()
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same run, to be changed."""
+    folder, _ = finished
+    return shutil.copytree(folder, tmp_path / "run")
 
 
 def test_a_run_leaves_everything_a_reader_needs(finished):
-    folder, done = finished
+    folder, said = finished
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         *("config.json", "metrics.jsonl", "results.json", "snapshots.npz", "report.html"),
@@ -80,7 +84,7 @@ def test_a_run_leaves_everything_a_reader_needs(finished):
         "training_curve.png",
     }
     assert not list(folder.rglob("*.partial"))
-    assert "epoch 1: validation ELBO" in done.stderr
+    assert "epoch 1: validation ELBO" in said
     results = json.loads((folder / "results.json").read_text())
     assert results["run"]["seed"] == 0
     assert results["versions"]["jax"]
@@ -94,41 +98,54 @@ def test_a_run_leaves_everything_a_reader_needs(finished):
     }
 
 
-def test_evaluate_repeats_the_figures_and_takes_another_number_of_samples(finished):
-    folder, _ = finished
-    before = json.loads((folder / "results.json").read_text())["figures"]
-    cli.main(["evaluate", str(folder)])
-    assert json.loads((folder / "results.json").read_text())["figures"] == before
-    cli.main(["evaluate", str(folder), "--importance-samples", "9", "--chunk-size", "4"])
-    again = json.loads((folder / "results.json").read_text())["figures"]
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Evaluate, and leave out the report that `finished` has had drawn."""
+    monkeypatch.setattr("vlae_jax.diagnostics.take_snapshots", lambda *_: {})
+    monkeypatch.setattr("vlae_jax.report.write_report", lambda _: None)
+
+
+def test_evaluate_repeats_the_figures_and_draws_the_report_again(copied):
+    before = json.loads((copied / "results.json").read_text())["figures"]
+    for name in ("results.json", "snapshots.npz", "report.html"):
+        (copied / name).unlink()
+    cli.main(["evaluate", str(copied)])
+    assert json.loads((copied / "results.json").read_text())["figures"] == before
+    assert (copied / "snapshots.npz").exists() and (copied / "report.html").exists()
+
+
+def test_evaluate_takes_another_number_of_samples(copied, without_pictures):
+    cli.main(["evaluate", str(copied), "--importance-samples", "9", "--chunk-size", "4"])
+    again = json.loads((copied / "results.json").read_text())["figures"]
     assert again[0]["samples"] == 9
-    cli.main(["evaluate", str(folder)])
 
 
-def test_resuming_a_finished_run_trains_no_further_and_more_epochs_do(finished, capsys):
-    folder, _ = finished
-    again = ["train", *QUICK, "--run-dir", str(folder), "--resume"]
+def test_resuming_a_finished_run_trains_no_further_and_more_epochs_do(copied, monkeypatch, capsys):
+    """Either way it is evaluated again; what that does is tested above."""
+    evaluated = []
+    monkeypatch.setattr(cli, "_evaluate_and_report", lambda _, run: evaluated.append(run.path))
+    again = ["train", *QUICK, "--run-dir", str(copied), "--resume"]
+    before = (copied / "metrics.jsonl").read_text()
     cli.main(again)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert (copied / "metrics.jsonl").read_text() == before
     cli.main([*again, "--epochs", "3"])
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) > len(lines)
+    after = (copied / "metrics.jsonl").read_text()
+    assert len(after.splitlines()) > len(before.splitlines())
     assert "resuming at step" in capsys.readouterr().err
+    assert evaluated == [copied, copied]
 
 
-def test_a_missing_best_checkpoint_is_named_and_another_used(finished, tmp_path, capsys):
-    folder, _ = finished
-    copy = tmp_path / "run"
-    shutil.copytree(folder, copy)
-    steps = sorted(int(path.name) for path in (copy / "checkpoints").iterdir())
+def test_a_missing_best_checkpoint_is_named_and_another_used(copied, without_pictures, capsys):
+    steps = sorted(int(path.name) for path in (copied / "checkpoints").iterdir())
     assert len(steps) > 1
-    best = RunFolder(copy).best_step()
-    shutil.rmtree(copy / "checkpoints" / str(best))
-    cli.main(["evaluate", str(copy)])
+    best = RunFolder(copied).best_step()
+    shutil.rmtree(copied / "checkpoints" / str(best))
+    cli.main(["evaluate", str(copied)])
     other = max(step for step in steps if step != best)
     message = f"the best checkpoint, {best}, is missing; using checkpoint {other} instead"
     assert message in capsys.readouterr().err
-    shutil.rmtree(copy / "checkpoints")
-    assert "no readable checkpoint" in refused(capsys, "evaluate", copy)
+    shutil.rmtree(copied / "checkpoints")
+    assert "no readable checkpoint" in refused(capsys, "evaluate", copied)
 
 
 def test_report_prints_several_runs(finished, capsys):
@@ -280,31 +297,32 @@ def test_a_full_disk_is_told_in_one_line_before_anything_is_half_written(
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    line = refused(capsys, "train", *QUICK, "--run-dir", tmp_path / "run")
+    line = refused(capsys, "train", *QUICK, "--method", "vae", "--run-dir", tmp_path / "run")
     assert "no space left" in line
     assert "--resume" in line
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files by setrlimit")
-def test_a_write_that_breaks_off_leaves_the_old_results_whole(finished):
+def test_a_write_that_breaks_off_leaves_the_old_results_whole(finished, monkeypatch, capsys):
     """A limit on the size of files fails a write as a full disk does: part of the way through."""
+    import resource
+
     folder, _ = finished
     before = (folder / "results.json").read_bytes()
-    program = (
-        "import resource, signal, sys; from vlae_jax.cli import main;"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); main(sys.argv[1:])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, "evaluate", folder, "--importance-samples", "3"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "results.json cannot be written: File too large" in done.stderr
+    write_results = RunFolder.write_results
+
+    # Python ignores the signal of this limit, and the write fails instead.
+    def write_limited(*arguments):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            write_results(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(RunFolder, "write_results", write_limited)
+    line = refused(capsys, "evaluate", folder, "--importance-samples", "3")
+    assert "results.json cannot be written: File too large" in line
     assert (folder / "results.json").read_bytes() == before
     assert not list(folder.glob("*.partial"))

@@ -16,6 +16,8 @@ from vlae_jax.diagnostics import take_snapshots
 from vlae_jax.evaluation import describe, evaluate
 from vlae_jax.experiment import build_experiment
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def linear_experiment(method="vlae", **evaluation):
     """Without hidden layers the decoder is affine: probabilistic PCA on real images."""
@@ -40,6 +42,11 @@ def linear():
     return linear_experiment()
 
 
+@pytest.fixture(scope="module")
+def linear_figures(linear, quick_compile):
+    return by_name(linear)
+
+
 def closed_form(experiment):
     """log N(x; b, WᵀW + σ²I) of each test image, float64."""
     model = experiment.merge(experiment.initial_params)
@@ -52,9 +59,8 @@ def closed_form(experiment):
     return multivariate_normal(bias, covariance).logpdf(xs)
 
 
-def test_a_linear_decoder_is_evaluated_exactly(linear):
-    truth = closed_form(linear)
-    figures = by_name(linear)
+def test_a_linear_decoder_is_evaluated_exactly(linear, linear_figures):
+    truth, figures = closed_form(linear), linear_figures
     for name in ("log_prob", "elbo"):
         np.testing.assert_allclose(figures[name].value, truth.mean(), rtol=1e-5)
         error = truth.std(ddof=1) / np.sqrt(50)
@@ -73,16 +79,15 @@ def test_the_amortised_bound_lies_below_the_closed_form():
     assert "unconverged" not in figures
 
 
-def test_figures_do_not_depend_on_batch_and_chunk(linear):
-    same = by_name(linear)
+def test_figures_do_not_depend_on_batch_and_chunk(linear_figures):
     other = by_name(linear_experiment(evaluation_batch=23, chunk_size=20))
-    for name, figure in same.items():
+    for name, figure in linear_figures.items():
         assert figure.images == other[name].images == 50
         np.testing.assert_allclose(figure.value, other[name].value, rtol=1e-4, atol=1e-4)
 
 
-def test_raw_pixels_have_no_bits_per_dimension_and_dequantised_ones_do(linear):
-    assert "bits_per_dim" not in by_name(linear)
+def test_raw_pixels_have_no_bits_per_dimension_and_dequantised_ones_do(linear_figures):
+    assert "bits_per_dim" not in linear_figures
     config = Config(
         model=ModelConfig(latent=2, hidden=(8,)),
         evaluation=EvaluationConfig(importance_samples=10, test_images=20),
@@ -93,8 +98,8 @@ def test_raw_pixels_have_no_bits_per_dimension_and_dequantised_ones_do(linear):
     assert 2 < bits < np.log2(17)
 
 
-def test_results_say_what_they_depend_on(linear):
-    described = describe(linear, evaluate(linear, linear.initial_params), seconds={"training": 1})
+def test_results_say_what_they_depend_on(linear, linear_figures):
+    described = describe(linear, [*linear_figures.values()], seconds={"training": 1})
     assert described["run"]["dataset"] == "digits"
     assert described["run"]["fingerprint"] == linear.dataset.fingerprint
     assert described["versions"]["jax"] == jax.__version__

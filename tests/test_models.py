@@ -14,6 +14,8 @@ from vlae_jax.models import ACTIVATIONS, PIECEWISE_LINEAR, VariationalAutoencode
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior
 from vlae_jax.systems import build_system, vlae
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 DIM = 40
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlae_jax import cli
 from vlae_jax.checkpoints import Checkpoints, Notes
 from vlae_jax.config import (
     Config,
@@ -28,8 +30,10 @@ from vlae_jax.experiment import build_experiment, map_images
 from vlae_jax.run_folder import RunFolder
 from vlae_jax.training import FitOptions, Trainer, fit, loss_fn, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SMALL = [
-    *("--hidden", "16", "--latent", "3", "--epochs", "6"),
+    *("--hidden", "16", "--latent", "3", "--epochs", "4"),
     *("--importance-samples", "8", "--test-images", "16"),
 ]
 
@@ -63,7 +67,31 @@ def records(run, split):
 
 
 def command(folder, *more):
-    return [sys.executable, "-m", "vlae_jax", "train", "--run-dir", str(folder), *SMALL, *more]
+    """Arguments of a run like `small_config()`, for longer."""
+    return ["train", "--run-dir", str(folder), *SMALL, *more]
+
+
+def start(*arguments, **options):
+    """The program in a process of its own, which compiles as quickly as this one does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlae_jax", *arguments],
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, quick_compile):
+    """A short run and its last state, for tests that leave the run as it is."""
+    experiment, run = train(small_config(), tmp_path_factory.mktemp("finished") / "run")
+    return experiment, run, last_state(experiment, run)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same run, to be changed."""
+    return RunFolder(shutil.copytree(finished[1].path, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("method", ["vae", "vlae"])
@@ -89,7 +117,8 @@ def test_every_gradient_and_activation_gives_finite_updates_to_every_weight(grad
     experiment = build_experiment(config)
     xs = jax.random.normal(jax.random.key(0), (8, experiment.preprocessor.dim))
     keys = jax.random.split(jax.random.key(1), 8)
-    grads = jax.grad(lambda p: loss_fn(p, experiment, xs, keys)[0])(experiment.initial_params)
+    differentiate = jax.jit(jax.grad(lambda p: loss_fn(p, experiment, xs, keys)[0]))
+    grads = differentiate(experiment.initial_params)
     flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(grads)}
     assert all(jnp.isfinite(value).all() for value in flat.values())
     # A Laplace posterior has no use for the encoder's own spread; all else must learn.
@@ -102,16 +131,17 @@ def test_the_loss_is_minus_the_mean_objective_of_single_images():
     params = experiment.initial_params
     xs = jax.random.normal(jax.random.key(0), (5, experiment.preprocessor.dim))
     keys = jax.random.split(jax.random.key(1), 5)
-    whole, _ = loss_fn(params, experiment, xs, keys)
-    singles = [loss_fn(params, experiment, xs[i : i + 1], keys[i : i + 1])[0] for i in range(5)]
+    loss = jax.jit(lambda xs, keys: loss_fn(params, experiment, xs, keys)[0])
+    whole = loss(xs, keys)
+    singles = [loss(xs[i : i + 1], keys[i : i + 1]) for i in range(5)]
     np.testing.assert_allclose(whole, np.mean(singles), rtol=1e-5)
 
 
-def test_the_same_seed_replays_a_run_and_another_does_not(tmp_path):
-    first = last_state(*train(small_config(), tmp_path / "a"))
-    again = last_state(*train(small_config(), tmp_path / "b"))
+def test_the_same_seed_replays_a_run_and_another_does_not(finished, tmp_path):
+    *_, first = finished
+    again = last_state(*train(small_config(), tmp_path / "again"))
     other = last_state(
-        *train(small_config(training=TrainingConfig(epochs=2, seed=1)), tmp_path / "c")
+        *train(small_config(training=TrainingConfig(epochs=2, seed=1)), tmp_path / "other")
     )
     chex.assert_trees_all_equal(first, again)
     with pytest.raises(AssertionError):
@@ -130,15 +160,13 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
 @pytest.mark.slow
 def test_killed_at_a_random_moment_and_resumed_equals_the_unbroken_run(tmp_path):
     """SIGKILL, wherever it falls, loses only the steps since the last complete checkpoint."""
-    config = small_config(training=TrainingConfig(epochs=6, batch_size=64, learning_rate=1e-3))
+    config = small_config(training=TrainingConfig(epochs=4, batch_size=64, learning_rate=1e-3))
     whole, whole_run = train(config, tmp_path / "whole", checkpoint_every=3)
 
     broken = tmp_path / "broken"
     metrics = broken / "metrics.jsonl"
     every = ("--checkpoint-every", "3", "--log-every", "1")
-    process = subprocess.Popen(
-        command(broken, *every), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(*command(broken, *every), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wanted = int(np.random.default_rng(time.time_ns()).integers(4, 50))
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -149,15 +177,15 @@ def test_killed_at_a_random_moment_and_resumed_equals_the_unbroken_run(tmp_path)
     process.wait()
     assert any((broken / "checkpoints").iterdir()), "killed before the first checkpoint"
 
-    resumed = subprocess.run(
-        command(broken, *every, "--resume"), capture_output=True, text=True, timeout=240
+    resumed = start(
+        *command(broken, *every, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    assert resumed.returncode == 0, resumed.stderr
+    _, err = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, err
     run = RunFolder(broken)
-    chex.assert_trees_all_equal(last_state(whole, whole_run).params, last_state(whole, run).params)
-    chex.assert_trees_all_equal(
-        last_state(whole, whole_run).opt_state, last_state(whole, run).opt_state
-    )
+    expected, found = last_state(whole, whole_run), last_state(whole, run)
+    chex.assert_trees_all_equal(found.params, expected.params)
+    chex.assert_trees_all_equal(found.opt_state, expected.opt_state)
     steps = [record["step"] for record in records(run, "train")]
     assert steps == sorted(set(steps))
     strip = ("elbo", "kl", "step", "best")
@@ -169,12 +197,12 @@ def test_killed_at_a_random_moment_and_resumed_equals_the_unbroken_run(tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves_and_the_run_can_be_resumed(tmp_path, number):
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command(folder, "--epochs", "100000", "--log-every", "1"),
+    """The method does not matter; the VAE's compiles sooner."""
+    folder, method = tmp_path / "run", ("--method", "vae")
+    process = start(
+        *command(folder, *method, "--epochs", "100000", "--log-every", "1"),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        text=True,
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -191,10 +219,7 @@ def test_a_signal_saves_and_leaves_and_the_run_can_be_resumed(tmp_path, number):
     logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps[-1] == logged[-1], "the last step done is the one saved"
     epochs = str(steps[-1] // 20 + 1)
-    done = subprocess.run(
-        command(folder, "--epochs", epochs, "--resume"), capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    cli.main(command(folder, *method, "--epochs", epochs, "--resume"))
     assert (folder / "results.json").exists()
 
 
@@ -220,29 +245,27 @@ def test_a_bad_step_changes_nothing_but_its_own_record():
     chex.assert_trees_all_equal(after._replace(bad_step=kept.bad_step), kept)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
-    config = small_config(training=TrainingConfig(epochs=3))
-    experiment, run = train(config, tmp_path / "run")
-    newest = max(Checkpoints(run.checkpoints, read_only=True).steps())
-    damage(run.checkpoints / str(newest))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, copied):
+    """And training goes on from there to where it had been before."""
+    experiment, _, whole = finished
+    newest = max(Checkpoints(copied.checkpoints, read_only=True).steps())
+    damage(copied.checkpoints / str(newest))
     like = Trainer(experiment).init()
-    restored = Checkpoints(run.checkpoints).restore_last(like)
+    restored = Checkpoints(copied.checkpoints).restore_last(like)
     assert restored.step < newest
     assert f"checkpoint {newest} is damaged" in restored.damaged[0]
     assert f"using checkpoint {restored.step} instead" in restored.damaged[0]
 
-    train(config, tmp_path / "run", resume=True)
-    whole = train(config, tmp_path / "whole")
-    chex.assert_trees_all_equal(last_state(experiment, run), last_state(*whole))
+    train(small_config(), copied.path, resume=True)
+    chex.assert_trees_all_equal(last_state(experiment, copied), whole)
 
 
-def test_no_readable_checkpoint_is_an_error_of_one_line(tmp_path):
-    experiment, run = train(small_config(training=TrainingConfig(epochs=1)), tmp_path / "run")
-    for step in run.checkpoints.iterdir():
+def test_no_readable_checkpoint_is_an_error_of_one_line(finished, copied):
+    for step in copied.checkpoints.iterdir():
         damage(step)
-    like = Trainer(experiment).init()
+    like = Trainer(finished[0]).init()
     with pytest.raises(UserError, match=r"no readable checkpoint.*damaged") as error:
-        Checkpoints(run.checkpoints, read_only=True).restore_best(like)
+        Checkpoints(copied.checkpoints, read_only=True).restore_best(like)
     assert "\n" not in str(error.value)
 
 
