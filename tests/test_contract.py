@@ -147,6 +147,11 @@ CASES = [
     Case("bernoulli", lambda a: bernoulli(a.x, a.decode(a.z)), shape()),
     Case("exact_expansion", lambda a: a.exact()(a.z), QUADRATIC),
     Case("gauss_newton_expansion", lambda a: a.gauss_newton()(a.z), QUADRATIC),
+    Case(
+        "gauss_newton_expansion, chunks",
+        lambda a: gauss_newton_expansion(a.decode, a.log_likelihood, chunk_size=2)(a.z),
+        QUADRATIC,
+    ),
     Case("affine_head_expansion", lambda a: a.affine_head()(a.z), QUADRATIC),
     Case("affine_head_expansion, exact", lambda a: a.affine_head(exact=True)(a.z), QUADRATIC),
     *(
@@ -158,6 +163,11 @@ CASES = [
             (shape(LATENT), INFO),
         )
         for damping in ("paper", "line_search", "trust_region")
+    ),
+    Case(
+        "newton_refine, cg",
+        lambda a: newton_refine(a.exact(), a.z, num_steps=NUM_STEPS, solver="cg"),
+        (shape(LATENT), INFO),
     ),
     Case(
         "gradient_refine",
@@ -178,6 +188,11 @@ CASES = [
             (POSTERIOR, INFO),
         )
         for gradient in ("unroll", "stop", "implicit")
+    ),
+    Case(
+        "infer_posterior, implicit, cg",
+        lambda a: infer_posterior(a.affine_head(), a.z, num_steps=NUM_STEPS, solver="cg"),
+        (POSTERIOR, INFO),
     ),
     Case("GaussianPosterior", lambda a: methods(a.posterior(), a.x[:LATENT]), METHODS),
     Case(
@@ -388,6 +403,20 @@ WRONG_CALLS = {
     "unknown gradient": (
         lambda: infer_posterior(EXPAND, Z, num_steps=1, gradient="implict"),
         "implicit.*'implict'",
+    ),
+    "unknown solver": (
+        lambda: infer_posterior(EXPAND, Z, num_steps=1, solver="qr"),
+        "cholesky.*'qr'",
+    ),
+    "unknown form": (
+        lambda: affine_head_expansion(
+            lambda z: z, jnp.eye(LATENT), Z, jnp.zeros(()), Z, form="grams"
+        ),
+        "explicit.*'grams'",
+    ),
+    "empty chunks of columns": (
+        lambda: exact_expansion(standard_normal, chunk_size=0)(Z),
+        "chunk_size.*at least 1.*0",
     ),
     "negative steps": (lambda: newton_refine(EXPAND, Z, num_steps=-1), "num_steps.*-1"),
     "negative steps to gradient_refine": (
