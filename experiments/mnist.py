@@ -8,6 +8,6 @@ from experiments.study import main
 if __name__ == "__main__":
     main(
         "mnist",
-        {"VAE": ["--method", "vae"], "VLAE T=4": ["--steps", "4"]},
+        {"VAE": ["--method", "vae"], "VLAE T=4": ["--steps", "4", "--solver", "cholesky"]},
         ["--dataset", "mnist", "--epochs", "8", "--test-images", "2000"],
     )
