@@ -52,6 +52,19 @@ def test_the_log_joint_is_prior_plus_likelihood(x):
     np.testing.assert_allclose(model.log_joint(bits)(z), truth, rtol=1e-5)
 
 
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_the_whitened_head_gives_the_same_log_joint(x, per_pixel):
+    model, z = make_model(hidden=(7, 5), per_pixel=per_pixel), jnp.array([0.3, -1.0, 2.0])
+    head = model.whitened_head()
+    assert head.factor.shape == (7, 7)  # the decoder takes the widths reversed
+    np.testing.assert_allclose(model.log_joint(x, head)(z), model.log_joint(x)(z), rtol=1e-5)
+
+
+def test_there_is_a_whitened_head_only_where_it_saves_something():
+    assert make_model(hidden=(64, 7)).whitened_head() is None
+    assert make_model(hidden=(7,), likelihood="bernoulli").whitened_head() is None
+
+
 @pytest.mark.parametrize(
     ("activation", "hidden", "per_pixel"),
     [
