@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,8 @@ def newton_search(
     if shortfall is None:
         shortfall = 10 * float(jnp.finfo(z_init.dtype).eps)
     if _choose(solver, expand, z_init.size, damping) == "cg":
-        look = functools.partial(_by_products, expand, shortfall)
+        matrix_free = cast(MatrixFreeExpansion, expand)
+        look = functools.partial(_by_products, matrix_free, shortfall)
     else:
         look = functools.partial(_by_factor, expand, repair)
 
@@ -196,7 +197,12 @@ def _choose(solver: Solver, expand: Expansion, latent: int, damping: Damping) ->
     return solver
 
 
-def _by_factor(expand, repair, z, ridge) -> _Local:
+def _by_factor(
+    expand: Expansion,
+    repair: Expansion | None,
+    z: Float[Array, " latent"],
+    ridge: Float[Array, ""],
+) -> _Local:
     """Form the precision and factor it."""
     ridge_matrix = ridge * jnp.eye(z.size, dtype=z.dtype)
     quadratic, factor = factorize(
@@ -208,7 +214,12 @@ def _by_factor(expand, repair, z, ridge) -> _Local:
     return _Local(quadratic.value, quadratic.grad, direction)
 
 
-def _by_products(expand: MatrixFreeExpansion, shortfall, z, ridge) -> _Local:
+def _by_products(
+    expand: MatrixFreeExpansion,
+    shortfall: float,
+    z: Float[Array, " latent"],
+    ridge: Float[Array, ""],
+) -> _Local:
     """Multiply by the precision until the direction is good enough."""
     value, grad, times = expand.products(z)
 
