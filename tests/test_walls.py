@@ -23,6 +23,7 @@ CORE = [
     {"__init__"},
 ]
 OUTER = [
+    {"interop"},
     {"models"},
     {"config"},
     {"data"},
@@ -46,7 +47,9 @@ MODULES = {path.stem: path for path in Path(vlae_jax.__file__).parent.glob("*.py
 EXTRAS = [
     "flax",
     "matplotlib",
+    "numpyro",
     "optax",
+    "optimistix",
     "orbax",
     "pydantic",
     "rich",

@@ -1,0 +1,212 @@
+"""Bridges to other libraries: numpyro's models and distributions, Optimistix's mode searches.
+
+Nothing here is needed to use those libraries beside this one; whatever is a function of z composes
+as it is (see `examples/`). Each library is imported by the function that uses it and comes with the
+`interop` extra; `import vlae_jax` never imports this room.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.scipy.linalg import cho_solve, solve_triangular
+from jaxtyping import Array, Float
+
+from vlae_jax.curvature import depend_on_data, exact_expansion, factorize
+from vlae_jax.densities import LogDensity
+from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior
+from vlae_jax.refinement import RefinementInfo, Search, search_info
+
+if TYPE_CHECKING:
+    from numpyro.distributions import Distribution
+    from optimistix import AbstractMinimiser
+
+
+def to_numpyro(posterior: GaussianPosterior | DiagonalPosterior) -> "Distribution":
+    """The posterior as a numpyro distribution, for its models, guides, KLs and transforms.
+
+    numpyro's `MultivariateNormal` keeps a lower factor S of the covariance, whichever matrix it is
+    built from, and S is not the inverse of our factor L of the precision (L⁻ᵀ is upper). From
+    `precision_matrix=` it would refactor the product LLᵀ, whose condition number is that of L
+    squared. S⁻¹ is instead the triangle of a QR decomposition of Lᵀ with its columns reversed, and
+    is inverted by one triangular solve: where a float32 L has a condition number of 1000 that is
+    a hundred times as accurate.
+
+    Args:
+        posterior: Of one example, or of a batch out of `vmap`: leading axes, the same in both
+            fields, become the distribution's batch shape. (A distribution that itself leaves a
+            `vmap` does not know that it is a batch: `numpyro.distributions.batch_util` has
+            `promote_batch_shape` for it.)
+
+    Returns:
+        A `MultivariateNormal`, or for a `DiagonalPosterior` a `Normal(...).to_event(1)`. Inside
+        `jit` a NaN factor stays NaN, for its example alone.
+
+    Raises:
+        ImportError: Without numpyro.
+        TypeError: For any other posterior.
+        ValueError: By numpyro's validation, for a NaN factor outside `jit`.
+
+    Gradients:
+        Flow into the mean and the factor.
+    """
+    with _needed_from_the_extra():
+        import numpyro.distributions as dist
+
+    if isinstance(posterior, DiagonalPosterior):
+        return dist.Normal(posterior.mean, jnp.exp(posterior.log_std)).to_event(1)
+    if not isinstance(posterior, GaussianPosterior):
+        raise TypeError(
+            f"posterior must be a GaussianPosterior or a DiagonalPosterior, got {type(posterior)}"
+        )
+    factors = jnp.vectorize(_scale_tril, signature="(n,n)->(n,n)")
+    return dist.MultivariateNormal(posterior.mean, scale_tril=factors(posterior.chol_precision))
+
+
+def _scale_tril(chol_precision: Float[Array, "latent latent"]) -> Float[Array, "latent latent"]:
+    """Lower S with S Sᵀ = (LLᵀ)⁻¹.
+
+    With J the reversal of order and Lᵀ J = Q R, LLᵀ = (JRJ)ᵀ(JRJ) and JRJ is lower: S⁻¹ up to the
+    signs of its rows.
+    """
+    triangle = jnp.linalg.qr(chol_precision.T[:, ::-1], mode="r")[::-1, ::-1]
+    triangle *= jnp.sign(jnp.diagonal(triangle))[:, None]
+    return solve_triangular(triangle, jnp.eye(len(triangle), dtype=triangle.dtype), lower=True)
+
+
+class FlatModel(NamedTuple):
+    """A numpyro model with its data, as the core wants it: functions of one flat vector z."""
+
+    log_joint: LogDensity
+    """z of shape (latent,) → log p(data, z), nats, as a density of the unconstrained z."""
+    z_init: Float[Array, " latent"]
+    """Zeros, numpyro's feasible point."""
+    constrain: Callable[[Float[Array, " latent"]], dict[str, Array]]
+    """z → the value of every latent site on its own support, by name."""
+
+
+def numpyro_log_joint(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FlatModel:
+    """The log density of a numpyro model as a function of a flat unconstrained z.
+
+    Sites with a bounded support are moved to the whole real line by numpyro's own bijections, with
+    their log-Jacobians in the density: the space its NUTS and its `AutoLaplaceApproximation` work
+    in. Dimensions stand in the order of the names of the sites.
+
+    Args:
+        model: A function with numpyro's primitives. Its latent sites must be continuous.
+        *args: What to call it with, observations included.
+        **kwargs: Likewise.
+
+    Returns:
+        The `FlatModel`, whose `log_joint` goes to `exact_expansion`.
+
+    Raises:
+        ImportError: Without numpyro.
+        RuntimeError: If the density at `z_init` is not finite (only seen outside `jit`).
+
+    Gradients:
+        Flow through z and the arguments.
+    """
+    with _needed_from_the_extra():
+        from numpyro.infer import init_to_feasible
+        from numpyro.infer.util import initialize_model
+
+    found = initialize_model(
+        jax.random.key(0),  # the feasible point does not depend on it
+        model,
+        init_strategy=init_to_feasible,
+        model_args=args,
+        model_kwargs=kwargs,
+        validate_grad=False,
+    )
+    z_init, unravel = ravel_pytree(found.param_info.z)
+    return FlatModel(
+        log_joint=lambda z: -found.potential_fn(unravel(z)),
+        z_init=z_init,
+        constrain=lambda z: found.postprocess_fn(unravel(z)),
+    )
+
+
+def optimistix_refine(
+    log_joint: LogDensity,
+    z_init: Float[Array, " latent"],
+    *,
+    solver: "AbstractMinimiser",
+    max_steps: int = 256,
+) -> tuple[Float[Array, " latent"], RefinementInfo]:
+    """Search the mode by a minimiser of Optimistix, until it says it is there.
+
+    Under `vmap` the batch takes as many steps as its slowest example; `newton_refine` with a fixed
+    number costs the same for all.
+
+    Args:
+        log_joint: z of shape (latent,) → log p(x, z), a scalar in nats.
+        z_init: First guess, shape (latent,).
+        solver: An Optimistix minimiser, such as `optimistix.BFGS(rtol=1e-6, atol=1e-6)`. It is
+            given -log p(x, z).
+        max_steps: Where to give up.
+
+    Returns:
+        The mode (latent,) and the `RefinementInfo`. A solver shows no path: `path` and `log_joint`
+        have two rows, for the first guess and the mode. `steps_used` is the solver's own count of
+        its steps, rejected ones included. `converged` asks for both: the solver's word for
+        success, and a Newton decrement (by the exact Hessian) below 0.01 nats. Nothing is raised
+        for an example that fails.
+
+    Raises:
+        ImportError: Without Optimistix.
+        ValueError: While tracing, for a wrong `max_steps` or shape.
+
+    Gradients:
+        Implicit, of first order, and none to `z_init`: whatever `log_joint` closes over moves the
+        mode μ by dμ = P⁻¹ d∇ log p(x, μ), P being minus the Hessian. That is right where
+        `converged`; where P is not positive definite there are none. The search is never
+        differentiated: Optimistix's own implicit adjoint raises an error for the whole batch when
+        one example's Hessian is singular.
+
+    References:
+        Nocedal and Wright (2006), Numerical Optimization, for the solvers; Rader, Lyons and Kidger
+        (2024), Optimistix: modular optimisation in JAX and Equinox.
+    """
+    with _needed_from_the_extra():
+        import optimistix
+
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    z_init = depend_on_data(log_joint, jax.lax.stop_gradient(z_init))
+    pure, closed_over = jax.closure_convert(log_joint, z_init)
+    held = jax.lax.stop_gradient(closed_over)  # so that the search is not even traced for it
+
+    def held_log_joint(z):
+        return pure(z, *held)
+
+    found = optimistix.minimise(
+        lambda z, held: -pure(z, *held), solver, z_init, held, max_steps=max_steps, throw=False
+    )
+    mode = jax.lax.stop_gradient(found.value)
+    search = Search(mode, z_init[None], held_log_joint(z_init)[None], stalls_at_modes=False)
+    quadratic, factor = factorize(exact_expansion(held_log_joint), mode)
+    info = search_info(search, quadratic, factor)
+    info = info._replace(
+        converged=info.converged & (found.result == optimistix.RESULTS.successful),
+        steps_used=found.stats["num_steps"],
+    )
+    with jax.default_matmul_precision("highest"):
+        newton_step = cho_solve((factor.chol, True), jax.grad(log_joint)(mode))
+    # Worth nothing, but its derivative is the mode's.
+    newton_step = jnp.where(factor.is_finite, newton_step, 0.0)
+    return mode + (newton_step - jax.lax.stop_gradient(newton_step)), info
+
+
+@contextlib.contextmanager
+def _needed_from_the_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = str(error.name).split(".")[0]
+        raise ImportError(
+            f"this needs {library}: pip install 'vlae-jax[interop]'", name=library
+        ) from error
