@@ -12,12 +12,14 @@ from problems import (
     DIM,
     FINITE_DIFFERENCE,
     HIDDEN,
+    INDEFINITE,
     LATENT,
     Network,
     assert_close,
     central_differences,
     decode,
     flatten,
+    indefinite_kernel,
     kink_margin,
     random_layers,
     random_vector,
@@ -248,6 +250,28 @@ def test_the_three_gradients_share_one_value_and_one_info(x64):
     by_hand, ways = all_ways(z_init)
     for way in ways:
         assert_close(way, by_hand)
+
+
+def test_without_the_hessians_own_factor_the_mode_is_constant(x64):
+    """The repaired precision is not what the implicit function theorem asks for."""
+    problem, kernel = INDEFINITE["student_t"], indefinite_kernel()
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def mean(kernel, x):
+        posterior, info = infer_posterior(
+            exact_expansion(functools.partial(problem.log_joint, kernel, x)),
+            jnp.zeros(LATENT),
+            num_steps=0,
+            gradient="implicit",
+            repair=problem.stand_in(kernel, x),
+        )
+        return jnp.sum(posterior.mean), info.is_pd
+
+    (_, is_pd), slope = mean(kernel, problem.good_x + 0.1)
+    assert is_pd and np.all(slope != 0)
+    (_, is_pd), slope = mean(kernel, problem.bad_x)
+    assert not is_pd and np.all(slope == 0)
 
 
 # ---------------------------------------------------------------- shard_map

@@ -50,7 +50,7 @@ def infer_posterior(
         gradient: How what `expand` closes over sees the mode μ:
             "implicit": dμ = P⁻¹ d∇ log p(x, μ), the derivative of one Newton step from μ. At a
             mode, with P the exact Hessian, that is the implicit function theorem. Memory does not
-            grow with T.
+            grow with T. Where P is not positive definite, μ is constant, as with "stop".
             "stop": μ is constant.
             "unroll": differentiate the search. The only one that reaches `z_init`.
             The precision is differentiated in all three.
@@ -150,7 +150,10 @@ def _at_implicit_mode(
         at, push = jax.linearize(lambda z, consts: pure(z, *consts), mode, closed_over)
         (_, factor) = at
         quadratic_dot, _ = push(jnp.zeros_like(mode), closed_over_dot)
-        mode_dot = cho_solve((factor.chol, True), quadratic_dot.grad)
+        step = cho_solve((factor.chol, True), quadratic_dot.grad)
+        # Without the Hessian's own factor this is not the mode's derivative, and training with it
+        # was seen to diverge.
+        mode_dot = jnp.where(factor.is_pd, step, 0.0)
         return (mode, at), (mode_dot, push(mode_dot, closed_over_dot))
 
     return at_mode(mode, closed_over)
