@@ -20,5 +20,4 @@ if __name__ == "__main__":
             *("--steps", "4", "--epochs", "4", "--test-images", "1000"),
             *("--importance-samples", "1000"),
         ],
-        seeds=(0, 1),
     )
