@@ -20,10 +20,15 @@ from vlae_jax import (
     Quadratic,
     affine_head_expansion,
     bernoulli,
+    categorical,
+    discretized_logistic,
     exact_expansion,
     gauss_newton_expansion,
     gaussian,
+    gaussian_heteroscedastic,
+    poisson,
     standard_normal,
+    student_t,
 )
 
 LATENT, HIDDEN, DIM = 3, 5, 7
@@ -174,15 +179,6 @@ def kink_margin(layers: Layers, points: jax.Array) -> float:
     return margin
 
 
-def categorical(x, logits):
-    """One of several classes, `x` one-hot."""
-    return x @ jax.nn.log_softmax(logits)
-
-
-def poisson(x, log_rate):
-    return jnp.sum(x * log_rate - jnp.exp(log_rate))
-
-
 class Likelihood(NamedTuple):
     """A log density of x given η in its natural parameter, and an x to use it on."""
 
@@ -199,8 +195,12 @@ LIKELIHOODS = {
         np.array([0.3, -1, 2, 0.5, -0.2, 1.1, -2]),
     ),
     "bernoulli": Likelihood(bernoulli, np.array([1.0, 0, 0, 1, 1, 0, 1])),
-    "categorical": Likelihood(categorical, np.eye(DIM)[4]),
+    "categorical": Likelihood(lambda x, eta: categorical(x.astype(int), eta), np.array(4)),
     "poisson": Likelihood(poisson, np.array([0.0, 3, 1, 0, 2, 0, 5])),
+    "discretized_logistic": Likelihood(
+        lambda x, eta: discretized_logistic(x, eta, -1.0, levels=6),
+        np.array([0, 0.2, 1, 0.6, 0.4, 1, 0.8]),
+    ),
 }
 
 
@@ -230,17 +230,6 @@ class Network(NamedTuple):
 # ---------------------------------------------------------------- indefinite precisions
 
 
-def heteroscedastic(x, eta):
-    """Mean and log variance from the decoder: indefinite for every x unless it is the mean."""
-    mean, log_var = jnp.split(eta, 2)
-    return gaussian(x, mean, log_var)
-
-
-def student_t(x, eta, freedom=3.0):
-    """Three degrees of freedom: convex in η far from x."""
-    return -0.5 * (freedom + 1) * jnp.sum(jnp.log1p((x - eta) ** 2 / freedom))
-
-
 class Indefinite(NamedTuple):
     """A log joint whose exact precision depends on x: positive definite for one, not the other."""
 
@@ -254,7 +243,7 @@ def _heteroscedastic() -> Indefinite:
     """The Fisher information of (mean, log variance), diag(1/variance, 1/2), is the stand-in."""
 
     def log_joint(kernel, x, z):
-        return heteroscedastic(x, z @ kernel) + standard_normal(z)
+        return gaussian_heteroscedastic(x, z @ kernel) + standard_normal(z)
 
     def stand_in(kernel, x):
         def expand(z):
@@ -274,7 +263,7 @@ def _heteroscedastic() -> Indefinite:
 
 def _student_t() -> Indefinite:
     def log_joint(kernel, x, z):
-        return student_t(x, z @ kernel) + standard_normal(z)
+        return student_t(x, z @ kernel, 0.0, 3.0) + standard_normal(z)
 
     def stand_in(kernel, x):
         def information(eta):  # (ν + 1) / (ν + 3) a dimension

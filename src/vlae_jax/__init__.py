@@ -14,8 +14,22 @@ from vlae_jax.curvature import (
     affine_head_expansion,
     exact_expansion,
     gauss_newton_expansion,
+    shifted_expansion,
 )
-from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
+from vlae_jax.densities import (
+    LogDensity,
+    bernoulli,
+    categorical,
+    discretized_logistic,
+    gaussian,
+    gaussian_heteroscedastic,
+    gaussian_heteroscedastic_fisher,
+    multivariate_normal,
+    poisson,
+    standard_normal,
+    student_t,
+    student_t_fisher,
+)
 from vlae_jax.inference import infer_posterior
 from vlae_jax.posterior import (
     DiagonalPosterior,
@@ -40,15 +54,24 @@ __all__ = [
     "RefinementInfo",
     "affine_head_expansion",
     "bernoulli",
+    "categorical",
+    "discretized_logistic",
     "elbo",
     "exact_expansion",
     "gauss_newton_expansion",
     "gaussian",
+    "gaussian_heteroscedastic",
+    "gaussian_heteroscedastic_fisher",
     "gradient_refine",
     "importance_weighted_log_prob",
     "infer_posterior",
     "laplace_evidence",
     "laplace_posterior",
+    "multivariate_normal",
     "newton_refine",
+    "poisson",
+    "shifted_expansion",
     "standard_normal",
+    "student_t",
+    "student_t_fisher",
 ]
