@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 

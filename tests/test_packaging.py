@@ -134,6 +134,7 @@ def test_every_variable_becomes_its_option(recorded):
         "METHOD": "vlae",
         "STEPS": "4",
         "DAMPING": "paper",
+        "SOLVER": "cg",
         "GRADIENT": "stop",
         "CURVATURE": "exact",
         "LATENT": "8",

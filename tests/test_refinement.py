@@ -21,6 +21,7 @@ from problems import (
 )
 
 from vlae_jax import (
+    Quadratic,
     bernoulli,
     exact_expansion,
     gauss_newton_expansion,
@@ -280,3 +281,23 @@ def test_gradient_refine_with_no_steps_returns_the_first_guess(x64):
     _, (mode, info) = descend(z_init)
     np.testing.assert_array_equal(mode, z_init)
     assert info.log_joint.shape == (1,) and info.steps_used == 0
+
+
+# ---------------------------------------------------------------- what float32 cannot hold
+
+
+def test_a_rejected_infinite_direction_leaves_the_point():
+    def expand(z):
+        return Quadratic(-0.5 * z @ z, jnp.array([jnp.inf, 0.0]), jnp.eye(2))
+
+    mode, info = newton_refine(expand, jnp.ones(2), num_steps=1, damping="line_search")
+    np.testing.assert_array_equal(mode, np.ones(2))
+    assert not info.converged
+
+
+def test_a_stall_by_rounding_is_no_convergence():
+    """Next to -10¹² nats, 10,000 are lost."""
+    expand = exact_expansion(lambda z: -1e12 - 0.5 * jnp.sum((z - 100.0) ** 2))
+    _, info = newton_refine(expand, jnp.zeros(2), num_steps=2, damping="line_search")
+    assert info.steps_used == 0 and info.newton_decrement > 9000
+    assert not info.converged

@@ -242,8 +242,7 @@ def is_finite(tree: Any) -> np.ndarray:
     return np.all([np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1) for leaf in leaves], axis=0)
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-def test_every_number_is_finite_with_a_repair(name):
+def check_every_number_is_finite_with_a_repair(name):
     """Mean, factor, path, flags, ELBO and its gradient in all weights, wherever the model is sane.
 
     A log rate or a log variance from a loud decoder is exponentiated, which float32 cannot hold;
@@ -257,8 +256,7 @@ def test_every_number_is_finite_with_a_repair(name):
         assert 0.8 < np.mean(is_sane) < 1
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-def test_every_failure_without_a_repair_is_flagged(name):
+def check_every_failure_without_a_repair_is_flagged(name):
     """NaN factor where the flag says so and nowhere else; the rest of it stays finite."""
     _, outcome, is_sane = run(name)
     has_factor = is_finite(outcome.plain.chol_precision)
@@ -271,8 +269,7 @@ def test_every_failure_without_a_repair_is_flagged(name):
     assert 0.02 < np.mean(~has_factor) < 0.6
 
 
-@pytest.mark.parametrize("name", sorted(EXPONENTIATING))
-def test_a_model_that_overflows_says_so(name):
+def check_a_model_that_overflows_says_so(name):
     """Where exp(η) leaves float32, the value is -inf or what depends on it NaN: never plausible.
 
     With a repair too: a precision that is not finite stays so, and its factor is NaN.
@@ -296,8 +293,7 @@ def test_a_model_that_overflows_says_so(name):
     assert not np.any(np.isposinf(outcome.bound))
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-def test_the_log_joint_never_falls(name):
+def check_the_log_joint_never_falls(name):
     """By line search with repair and by trust region without, but for the rounding of the value.
 
     The point that was compared is computed again, and its value rounds otherwise: by up to 8
@@ -313,8 +309,7 @@ def test_the_log_joint_never_falls(name):
         assert np.mean(values[:, -1] > values[:, 0]) > 0.5
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-def test_no_example_touches_another(name):
+def check_no_example_touches_another(name):
     """Put one benign example in the place of all that failed: the others keep their bits."""
     problems, outcome, is_sane = run(name)
     keeps = is_sane & outcome.plain_info.is_pd & outcome.info.is_pd
@@ -324,3 +319,15 @@ def test_no_example_touches_another(name):
     )
     for one, other in zip(jax.tree.leaves(outcome), jax.tree.leaves(benign), strict=True):
         np.testing.assert_array_equal(one[keeps], other[keeps])
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: ", ".join(program.likelihoods))
+def test_the_engine_keeps_its_promises(program):
+    """All of them in one test, so that one process compiles a program, once."""
+    for name in program.likelihoods:
+        check_every_number_is_finite_with_a_repair(name)
+        check_every_failure_without_a_repair_is_flagged(name)
+        if name in EXPONENTIATING:
+            check_a_model_that_overflows_says_so(name)
+        check_the_log_joint_never_falls(name)
+        check_no_example_touches_another(name)

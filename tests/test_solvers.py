@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import (
+    FINITE_DIFFERENCE,
     LATENT,
     Network,
     assert_close,
@@ -184,6 +185,21 @@ def test_any_expansion_can_be_given_products(x64):
     mode, info = newton_refine(expand, jnp.zeros(40), num_steps=30, solver="cg")
     assert info.converged
     assert_close(mode, target, rtol=1e-2)
+
+
+def test_the_precision_has_second_derivatives(x64):
+    """Its own rule of differentiation can be differentiated again."""
+    layers, z = random_layers(2), random_vector(2, LATENT)
+    weights = np.random.default_rng(0).normal(size=(LATENT, LATENT))
+
+    def number(z):
+        return jnp.sum(weights * NETWORK.gauss_newton(layers)(z).precision)
+
+    slope = jax.grad(number)
+    assert_close(jax.jit(slope)(z), central_differences(number, z), rtol=FINITE_DIFFERENCE)
+    assert_close(
+        jax.jit(jax.hessian(number))(z), central_differences(slope, z), rtol=FINITE_DIFFERENCE
+    )
 
 
 # ---------------------------------------------------------------- columns in chunks

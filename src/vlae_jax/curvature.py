@@ -73,7 +73,8 @@ def exact_expansion(log_joint: LogDensity, *, chunk_size: int | None = None) -> 
         indefinite; it is returned as it is.
 
     Raises:
-        ValueError: While tracing, if z is not one-dimensional or `log_joint` not scalar.
+        ValueError: While tracing, if z is not one-dimensional, `log_joint` not scalar or
+            `chunk_size` below 1.
 
     Gradients:
         Flow through z and through everything `log_joint` closes over.
@@ -131,7 +132,9 @@ def gauss_newton_expansion(
         Gauss-Newton precision (latent, latent).
 
     Raises:
-        ValueError: While tracing, if z or η is not one-dimensional or a density not scalar.
+        ValueError: While tracing, if z or η is not one-dimensional, a density not scalar or
+            `chunk_size` below 1; or, with its size, if the Jacobian of one example exceeds the
+            device's memory.
 
     Gradients:
         Flow through z and through everything the three functions close over.

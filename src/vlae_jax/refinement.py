@@ -44,7 +44,8 @@ class RefinementInfo(NamedTuple):
     newton_decrement: Float[Array, ""]
     """½ gᵀP⁻¹g at the mode: how far below its local maximum it lies, nats. NaN if P is not PD."""
     converged: Bool[Array, ""]
-    """The decrement, or a line search's last gain, is below 0.01 nats, and P is PD."""
+    """The decrement, or a line search's last gain, is below 0.01 nats, and P is PD. The gain counts
+    only where rounding of the log joint would not hide it: below 84,000 nats in float32."""
     is_pd: Bool[Array, ""]
     """Whether the precision at the mode was positive definite, before any repair."""
     steps_used: Int[Array, ""]
@@ -364,7 +365,8 @@ def _best_on_ray(expand, z, local):
     tried = jnp.where(jnp.isnan(tried), -jnp.inf, tried)
     best = jnp.argmax(tried)
     size = jnp.where(tried[best] > value, sizes[best], 0.0)
-    return z + size * direction
+    # A direction that is not taken may be infinite.
+    return z + size * jnp.where(size > 0, direction, 0.0)
 
 
 def _trust_or_retry(expand, z, local, ridge):
@@ -392,13 +394,15 @@ def search_info(search: Search, quadratic: Quadratic, factor: Factor) -> Refinem
     values = jnp.append(search.log_joint, quadratic.value)
     converged = decrement <= _STALLED
     if search.stalls_at_modes and values.size > 1:
-        converged |= values[-1] - values[-2] <= _STALLED
+        # Where rounding hides a gain of that size, gaining nothing says nothing.
+        is_resolved = jnp.finfo(values.dtype).eps * jnp.abs(values[-1]) <= _STALLED
+        converged |= is_resolved & (values[-1] - values[-2] <= _STALLED)
     moved = jnp.any(path[1:] != path[:-1], axis=1)
     info = RefinementInfo(
         path=path,
         log_joint=values,
         newton_decrement=decrement,
-        converged=converged & factor.is_finite,
+        converged=converged & jnp.isfinite(decrement),
         is_pd=factor.is_pd,
         steps_used=jnp.sum(moved),
     )
