@@ -74,34 +74,24 @@ def infer_posterior(
     def curvature(z):
         return factorize(expand, z, repair)
 
-    if gradient == "unroll":
-        search = newton_search(
-            expand,
-            z_init,
-            num_steps=num_steps,
-            damping=damping,
-            repair=repair,
-            solver=solver,
-            shortfall=None,
-        )
-        mode = search.mode
-        quadratic, factor = curvature(mode)
-    else:
+    searched, searched_repair, shortfall = expand, repair, None
+    if gradient != "unroll":
         z_init = depend_on_data(lambda z: expand(z).value, jax.lax.stop_gradient(z_init))
-        search = newton_search(
-            _without_gradients(expand, z_init),
-            z_init,
-            num_steps=num_steps,
-            damping=damping,
-            repair=None if repair is None else _without_gradients(repair, z_init),
-            solver=solver,
-            shortfall=SHORTFALL,
-        )
-        mode = search.mode
-        if gradient == "implicit":
-            mode, (quadratic, factor) = _at_implicit_mode(curvature, mode)
-        else:
-            quadratic, factor = curvature(mode)
+        searched, shortfall = _without_gradients(expand, z_init), SHORTFALL
+        searched_repair = None if repair is None else _without_gradients(repair, z_init)
+    search = newton_search(
+        searched,
+        z_init,
+        num_steps=num_steps,
+        damping=damping,
+        repair=searched_repair,
+        solver=solver,
+        shortfall=shortfall,
+    )
+    if gradient == "implicit":
+        mode, (quadratic, factor) = at_implicit_mode(curvature, search.mode)
+    else:
+        mode, (quadratic, factor) = search.mode, curvature(search.mode)
     return posterior_from_factor(mode, factor), search_info(search, quadratic, factor)
 
 
@@ -129,7 +119,7 @@ def _without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansi
     return MatrixFreeExpansion(lambda z: quadratic(z, *held), products)
 
 
-def _at_implicit_mode(
+def at_implicit_mode(
     curvature: Callable[[Array], tuple[Quadratic, Factor]], mode: Float[Array, " latent"]
 ) -> tuple[Float[Array, " latent"], tuple[Quadratic, Factor]]:
     """The mode and the curvature there, the mode moving with what `curvature` closes over.

@@ -4,6 +4,7 @@ Every method takes one example. A model is a pytree: pass it through `jax.jit` a
 argument (`nnx.split` / `nnx.merge`), never by closing over it.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -17,10 +18,9 @@ from jaxtyping import Array, Float
 from vlae_jax.curvature import (
     Expansion,
     WhitenedHead,
-    compress_affine_gaussian,
+    affine_head_expansion,
     exact_expansion,
     gauss_newton_expansion,
-    gram_is_cheaper,
     whiten_affine_head,
     whitened_affine_gaussian,
 )
@@ -163,19 +163,18 @@ class VariationalAutoencoder(nnx.Module):
         taken and there is nothing to repair. The data dimension is compressed away where that
         costs less.
         """
-        latent, width, dim = self.mean.out_features, self.features.out_size, self.head.out_features
-        if self.likelihood == "gaussian" and gram_is_cheaper(latent, width, dim):
-            decode: Callable[[Array], Array] = self.features
-            log_likelihood = compress_affine_gaussian(
+        smooth = self.features.activation not in PIECEWISE_LINEAR and self.features.layers
+        if self.likelihood == "gaussian":
+            expand = functools.partial(
+                affine_head_expansion,
+                self.features,
                 self.head.kernel[...],
                 self.head.bias[...],  # type: ignore[index]
                 self.log_var,
                 x,
             )
-        else:
-            decode, log_likelihood = self.decode, self.log_likelihood(x)
-        gauss_newton = gauss_newton_expansion(decode, log_likelihood)
-        if self.features.activation in PIECEWISE_LINEAR or not self.features.layers:
-            return gauss_newton, None
-        exact = exact_expansion(lambda z: log_likelihood(decode(z)) + standard_normal(z))
-        return exact, gauss_newton
+            return (expand(exact=True), expand()) if smooth else (expand(), None)
+        gauss_newton = gauss_newton_expansion(self.decode, self.log_likelihood(x))
+        return (
+            (exact_expansion(self.log_joint(x)), gauss_newton) if smooth else (gauss_newton, None)
+        )
