@@ -286,11 +286,11 @@ def damage(checkpoint):
 def test_the_best_checkpoint_and_the_last_two_are_kept(tmp_path):
     folder = tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder)
-    best_step, best_elbo = None, -np.inf
+    best_step, best_bound = None, -np.inf
     for step, elbo in enumerate([-9.0, -2.0, -5.0, -4.0, -3.0], start=1):
-        if elbo > best_elbo:
-            best_step, best_elbo = step, elbo
-        notes = Notes(float(step), "data", best_step, best_elbo)
+        if elbo > best_bound:
+            best_step, best_bound = step, elbo
+        notes = Notes(float(step), "data", best_step, best_bound)
         checkpoints.save(step, {"w": jnp.full(3, float(step))}, notes)
     checkpoints.close()
     reader = Checkpoints(folder, read_only=True)

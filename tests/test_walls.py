@@ -27,6 +27,7 @@ OUTER = [
     {"models"},
     {"config"},
     {"data"},
+    {"ppca"},
     {"preprocessing"},
     {"run_folder"},
     {"progress"},
@@ -45,6 +46,8 @@ CORE_ROOMS = sorted(set.union(*CORE))
 MODULES = {path.stem: path for path in Path(vlae_jax.__file__).parent.glob("*.py")}
 # What the extras bring; the core must do without.
 EXTRAS = [
+    "arviz_stats",
+    "blackjax",
     "flax",
     "matplotlib",
     "numpyro",

@@ -1,5 +1,6 @@
 """What is maximised and reported: ELBO, Laplace evidence, importance-weighted log-likelihood."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.curvature import Expansion, factorize
 from vlae_jax.densities import LogDensity
-from vlae_jax.posterior import LOG_2PI, Posterior
+from vlae_jax.posterior import LOG_2PI, EvaluablePosterior, Posterior
 
 
 class ImportanceInfo(NamedTuple):
@@ -20,6 +21,18 @@ class ImportanceInfo(NamedTuple):
     """Of the log estimate, by the delta method, nats. Itself an estimate from the same weights."""
     elbo: Float[Array, ""]
     """Mean log weight: the K-sample estimate of the ELBO, nats."""
+    largest: Float[Array, " tail_and_one"]
+    """The largest log weights, descending: what the tail's shape (Pareto k) is fitted to, and the
+    one below it."""
+
+
+def tail_size(num_samples: int) -> int:
+    """How many of K weights make up the tail: a fifth of a few, 3 √K of many.
+
+    References:
+        Vehtari et al. (2024), Pareto smoothed importance sampling.
+    """
+    return int(3 * math.sqrt(num_samples)) if num_samples > 225 else num_samples // 5
 
 
 def elbo(
@@ -84,8 +97,8 @@ def importance_weighted_log_prob(
 ) -> tuple[Float[Array, ""], ImportanceInfo]:
     """Estimate log p(x) by the log of the mean of K importance weights p(x, z) / q(z), z ~ q.
 
-    Samples stream through in chunks, of which three sums each are kept. Sample k uses
-    `fold_in(key, k)`: the chunking changes rounding only.
+    Samples stream through in chunks, of which three sums each are kept, and the largest weights
+    of all. Sample k uses `fold_in(key, k)`: the chunking changes rounding only.
 
     Args:
         key: Random key.
@@ -108,23 +121,92 @@ def importance_weighted_log_prob(
     _require_samples("chunk_size", chunk_size)
     chunk_size = min(chunk_size, num_samples)
     num_chunks = -(-num_samples // chunk_size)
+    kept = min(tail_size(num_samples) + 1, num_samples)
 
-    def add_up(chunk):
+    def add_up(largest, chunk):
         index = chunk * chunk_size + jnp.arange(chunk_size)
         weights = _log_weights(key, index, log_joint, posterior)
         counts = index < num_samples
-        return (
+        sums = (
             jax.nn.logsumexp(weights, where=counts),
             jax.nn.logsumexp(2 * weights, where=counts),
             jnp.sum(weights, where=counts),
         )
+        candidates = jnp.concatenate([largest, jnp.where(counts, weights, -jnp.inf)])
+        return jax.lax.top_k(jax.lax.stop_gradient(candidates), kept)[0], sums
 
-    log_sums, log_sums_squares, totals = jax.lax.map(add_up, jnp.arange(num_chunks))
+    # A zero made from a weight, which the compiler drops, makes them vary over devices as it does.
+    first = _log_weights(key, jnp.arange(1), log_joint, posterior)
+    none_yet = jnp.full(kept, -jnp.inf, first.dtype) + jnp.zeros_like(first)
+    largest, sums = jax.lax.scan(add_up, none_yet, jnp.arange(num_chunks))
+    log_sums, log_sums_squares, totals = sums
     log_sum, log_sum_squares = jax.nn.logsumexp(log_sums), jax.nn.logsumexp(log_sums_squares)
     ess = jnp.exp(2 * log_sum - log_sum_squares)
     relative_variance = jnp.maximum(1 / ess - 1 / num_samples, 0.0)
-    info = ImportanceInfo(ess, jnp.sqrt(relative_variance), jnp.sum(totals) / num_samples)
+    info = ImportanceInfo(ess, jnp.sqrt(relative_variance), jnp.sum(totals) / num_samples, largest)
     return log_sum - jnp.log(num_samples), info
+
+
+def iwae_bound(
+    key: PRNGKeyArray,
+    log_joint: LogDensity,
+    posterior: Posterior,
+    *,
+    num_samples: int,
+    doubly_reparameterized: bool = False,
+) -> Float[Array, ""]:
+    """The K-sample bound of importance-weighted autoencoders, as a training objective.
+
+    One sample makes it the ELBO. All samples are held at once, as their gradient needs them;
+    `importance_weighted_log_prob` streams.
+
+    Args:
+        key: Random key; sample k uses `fold_in(key, k)`.
+        log_joint: z of shape (latent,) → log p(x, z), nats.
+        posterior: The proposal q.
+        num_samples: K.
+        doubly_reparameterized: The gradient with respect to q that does not lose its signal as K
+            grows. The score of q is dropped and the path through z weighted by the square of the
+            normalised weights; unbiased all the same. What `log_joint` closes over gets the usual
+            gradient. Costs one more evaluation of the weights. Needs a posterior with `log_prob`.
+
+    Returns:
+        A lower bound on log p(x) in expectation, nats, tighter the larger K.
+
+    Raises:
+        ValueError: While tracing, for a wrong `num_samples` or a posterior without `log_prob`.
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), equation 8; Tucker, Lawson, Gu and Maddison (2019),
+        Doubly reparameterized gradient estimators for Monte Carlo objectives, equation 8.
+    """
+    _require_samples("num_samples", num_samples)
+    index = jnp.arange(num_samples)
+    if not doubly_reparameterized:
+        weights = _log_weights(key, index, log_joint, posterior)
+        return jax.nn.logsumexp(weights) - math.log(num_samples)
+    if not isinstance(posterior, EvaluablePosterior):
+        raise ValueError(
+            "a doubly reparameterized gradient needs a posterior with log_prob, which "
+            f"{type(posterior).__name__} lacks"
+        )
+    constant = jax.lax.stop_gradient(posterior)
+
+    def draw(k):
+        return posterior.sample_and_log_prob(jax.random.fold_in(key, k))[0]
+
+    def log_weight(z):
+        return log_joint(z) - constant.log_prob(z)
+
+    zs = jax.vmap(draw)(index)
+    weights = jax.lax.stop_gradient(jax.vmap(log_weight)(zs))
+    shares = jax.nn.softmax(weights)
+    # The same samples, whose paths carry one factor of the share; the sum below carries another.
+    held = jax.lax.stop_gradient(zs)
+    zs = held + shares[:, None] * (zs - held)
+    surrogate = shares @ jax.vmap(log_weight)(zs)
+    bound = jax.nn.logsumexp(weights) - math.log(num_samples)
+    return bound + surrogate - jax.lax.stop_gradient(surrogate)
 
 
 def _log_weights(key, index, log_joint, posterior):

@@ -29,7 +29,7 @@ class Notes(NamedTuple):
     """Of the images trained on."""
     best_step: int | None
     """The step of the best validation ELBO so far, if there was one."""
-    best_elbo: float
+    best_bound: float
     """That ELBO, nats."""
 
 

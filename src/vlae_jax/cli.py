@@ -14,12 +14,17 @@ from vlae_jax.config import Config, EvaluationConfig, default_config
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.run_folder import RunFolder
 
+_CHOICES = ("dataset", "method", "preset")
+"""Options whose values change the defaults of others, which --help shows and training takes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Train a model, evaluate its best checkpoint on the test images, and draw the report."""
 
     config: Config
+    preset: str | None = None
+    """Published settings as defaults: paper-screenshot is the picture in the authors' README."""
     run_dir: Path | None = None
     """Folder of this run; by default RUNS_DIR/DATASET-METHOD-T-SEED."""
     runs_dir: Path = Path("runs")
@@ -160,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str]) -> Train | Evaluate | Report | Prepare:
-    train = Train(default_config(_asked_dataset(arguments)))
+    dataset, method, preset = (_asked(arguments, f"--{name}") for name in _CHOICES)
+    train = Train(default_config(dataset, method, preset), preset)
     command: Any = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -176,15 +182,15 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Report | Prepare:
     )
 
 
-def _asked_dataset(arguments: list[str]) -> str:
-    """The data set named on the command line, whose defaults --help shows and training takes."""
-    name = "digits"
+def _asked(arguments: list[str], option: str) -> str | None:
+    """What the command line gives for an option that the defaults of others depend on."""
+    value = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == "--dataset":
-            name = following
-        elif argument.startswith("--dataset="):
-            name = argument.partition("=")[2]
-    return name
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+    return value
 
 
 def _with_absolute_data_dir(config: Config) -> Config:
@@ -195,15 +201,12 @@ def _with_absolute_data_dir(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=path))
 
 
-def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
+def _load_best(experiment: Any, run: RunFolder) -> Any:
+    """The best checkpoint, saying on stderr what is used in place of a damaged or missing one."""
     from vlae_jax.checkpoints import Checkpoints
-    from vlae_jax.diagnostics import take_snapshots
-    from vlae_jax.evaluation import describe, evaluate
-    from vlae_jax.report import write_report
     from vlae_jax.training import Trainer
 
-    trainer = Trainer(experiment)
-    restored = Checkpoints(run.checkpoints, read_only=True).restore_best(trainer.init())
+    restored = Checkpoints(run.checkpoints, read_only=True).restore_best(Trainer(experiment).init())
     best = run.best_step()
     if best not in (None, restored.step) and not restored.damaged:
         restored.damaged.append(
@@ -211,11 +214,21 @@ def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
         )
     for line in restored.damaged:
         print(f"vlae_jax: {line}", file=sys.stderr)
+    return restored
+
+
+def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
+    from vlae_jax.diagnostics import take_snapshots
+    from vlae_jax.evaluation import describe, evaluate
+    from vlae_jax.report import write_report
+
+    restored = _load_best(experiment, run)
     params = restored.state.params
-    figures = evaluate(experiment, params)
-    checkpoint = {"step": restored.step, "epoch": restored.step / trainer.steps_per_epoch}
+    figures, per_image = evaluate(experiment, params)
+    checkpoint = {"step": restored.step, "epoch": restored.step / experiment.steps_per_epoch}
     seconds = {"training": restored.notes.seconds}
     run.write_results(describe(experiment, figures, checkpoint=checkpoint, seconds=seconds))
+    run.write_per_image(per_image)
     run.write_snapshots(take_snapshots(experiment, params))
     write_report([run.path])
 

@@ -7,15 +7,28 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from arviz_stats.base import array_stats
 from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.bounds import importance_weighted_log_prob
+from vlae_jax.config import EvaluationConfig
 from vlae_jax.experiment import Experiment, map_images
+from vlae_jax.flows import FlowPosterior
+from vlae_jax.posterior import (
+    DiagonalPosterior,
+    GaussianPosterior,
+    Posterior,
+    heavy_tailed,
+    kl_to_standard_normal,
+    widened,
+)
 from vlae_jax.preprocessing import fixed_keys
 from vlae_jax.progress import ProgressLine
 
+UNRELIABLE_K = 0.7
+"""Pareto k̂ above which an importance-weighted estimate is not to be relied on."""
+_SMALLEST_TAIL = 5
 _PACKAGES = ("vlae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -34,7 +47,15 @@ class Figure(NamedTuple):
     split: str = "test"
 
 
-def evaluate(experiment: Experiment, params: Any) -> list[Figure]:
+class Evaluation(NamedTuple):
+    """What was measured on the test images."""
+
+    figures: list[Figure]
+    per_image: dict[str, np.ndarray]
+    """The same quantities image by image, (n,) each: for paired comparisons and histograms."""
+
+
+def evaluate(experiment: Experiment, params: Any) -> Evaluation:
     """Measure a model on the test images.
 
     Every image counts once, with noise that depends on its number alone, so that a second
@@ -45,7 +66,7 @@ def evaluate(experiment: Experiment, params: Any) -> list[Figure]:
         params: The parameters to measure.
 
     Returns:
-        The figures, in nats per image where nothing else is said.
+        The figures, in nats per image where nothing else is said, and the values behind them.
     """
     config = experiment.config.evaluation
     images = experiment.dataset.test[: config.test_images]
@@ -55,22 +76,24 @@ def evaluate(experiment: Experiment, params: Any) -> list[Figure]:
         noise_key, sample_key = jax.random.split(key)
         x, log_det = experiment.preprocessor.apply(noise_key, pixels)
         model = experiment.merge(params)
-        inference = experiment.system(model, x)
-        log_prob, info = importance_weighted_log_prob(
-            sample_key,
-            model.log_joint(x, head),
-            inference.posterior,
-            num_samples=config.importance_samples,
-            chunk_size=config.chunk_size,
-        )
-        kl = inference.posterior.kl_to_standard_normal()
+        log_joint = model.log_joint(x, head)
+        inference = experiment.system(model, x, sample_key)
+        posterior = inference.posterior
+        counts = {"num_samples": config.importance_samples, "chunk_size": config.chunk_size}
+        proposal = _proposal(config, posterior)
+        log_prob, info = importance_weighted_log_prob(sample_key, log_joint, proposal, **counts)
+        bound = info.elbo
+        if proposal is not posterior:
+            bound = importance_weighted_log_prob(sample_key, log_joint, posterior, **counts)[1].elbo
+        kl = kl_to_standard_normal(sample_key, posterior, num_samples=config.chunk_size)
         return {
             "log_det": log_det,
             "log_prob": log_prob,
-            "elbo": info.elbo,
+            "elbo": bound,
             "kl": kl,
-            "reconstruction": info.elbo + kl,
+            "reconstruction": bound + kl,
             "ess": info.ess,
+            "largest_weights": info.largest,
             "log_prob_sampling_error": info.standard_error,
             **inference.flags,
         }
@@ -84,7 +107,57 @@ def evaluate(experiment: Experiment, params: Any) -> list[Figure]:
 
         head = jax.jit(lambda params: experiment.merge(params).whitened_head())(params)
         measured = measure((params, head), show)
-    return _figures(experiment, measured)
+    largest = measured.pop("largest_weights")
+    measured["pareto_k"] = pareto_k(largest, config.importance_samples)
+    bits = experiment.preprocessor.bits_per_dim(measured["log_prob"], measured["log_det"])
+    if bits is not None:
+        measured["bits_per_dim"] = np.asarray(bits)
+    measured["inference_gap"] = measured["log_prob"] - measured["elbo"]
+    return Evaluation(_figures(experiment, measured), measured)
+
+
+def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
+    """What importance samples are drawn from. A flow's is its own, with another base."""
+    if config.proposal == "posterior":
+        return posterior
+    if isinstance(posterior, FlowPosterior):
+        return posterior._replace(base=_proposal(config, posterior.base))
+    assert isinstance(posterior, GaussianPosterior | DiagonalPosterior)
+    if config.proposal == "widened":
+        return widened(posterior, config.proposal_scale)
+    return heavy_tailed(posterior, config.proposal_freedom)
+
+
+def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
+    """The shape k̂ of the importance weights' tail, image by image.
+
+    Below 0.7 the estimate can be relied on; above, the weights have no useful variance and it is
+    too low. A tail without any spread, as of a proposal that is the posterior, has -inf.
+
+    Args:
+        largest: The largest log weights of each image, descending, (n, tail + 1), with the one
+            below the tail last: `ImportanceInfo.largest`.
+        num_samples: K, of which they are the largest.
+
+    Returns:
+        (n,). NaN where fewer than 25 samples leave no tail, or a weight is not a number.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling.
+    """
+    shapes = np.full(len(largest), np.nan)
+    if largest.shape[1] <= _SMALLEST_TAIL:
+        return shapes
+    for i, weights in enumerate(np.asarray(largest, np.float64)):
+        # Only differences count, and float32 rounds them to this.
+        resolution = np.finfo(np.float32).eps * max(1.0, abs(weights[0]))
+        if np.isfinite(weights[0]) and weights[0] - weights[-1] <= 8 * resolution:
+            shapes[i] = -np.inf
+        elif np.isfinite(weights).all():
+            # The fit looks at the tail and at the value below it, not at the others.
+            rest = np.full(num_samples - len(weights), weights[-1])
+            _, shapes[i] = array_stats.psislw(-np.concatenate([weights, rest]))
+    return shapes
 
 
 def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict[str, Any]:
@@ -96,7 +169,10 @@ def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict
             "source": experiment.dataset.source,
             "fingerprint": experiment.dataset.fingerprint,
             "method": config.inference.method,
-            "steps": config.inference.steps,
+            "label": config.inference.label,
+            "steps": config.inference.num_steps,
+            "objective": config.training.objective,
+            "proposal": config.evaluation.proposal,
             "seed": config.training.seed,
             "epochs": config.training.epochs,
         },
@@ -112,21 +188,21 @@ def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict
 
 def _figures(experiment: Experiment, measured: Mapping[str, np.ndarray]) -> list[Figure]:
     samples = experiment.config.evaluation.importance_samples
-    log_prob, log_det = measured["log_prob"], measured["log_det"]
-    bits = experiment.preprocessor.bits_per_dim(jnp.asarray(log_prob), jnp.asarray(log_det))
     figures = [
-        _mean("log_prob", log_prob, "nats", samples),
+        _mean("log_prob", measured["log_prob"], "nats", samples),
         _mean("elbo", measured["elbo"], "nats", samples),
-        _mean("inference_gap", log_prob - measured["elbo"], "nats", samples),
+        _mean("inference_gap", measured["inference_gap"], "nats", samples),
         _mean("kl", measured["kl"], "nats"),
         _mean("reconstruction", measured["reconstruction"], "nats", samples),
     ]
-    if bits is not None:
-        figures.append(_mean("bits_per_dim", np.asarray(bits), "bits/dim", samples))
+    if "bits_per_dim" in measured:
+        figures.append(_mean("bits_per_dim", measured["bits_per_dim"], "bits/dim", samples))
+    unreliable = measured["pareto_k"] > UNRELIABLE_K
     figures += [
         _mean("ess", measured["ess"], "samples", samples),
         _mean("log_prob_sampling_error", measured["log_prob_sampling_error"], "nats", samples),
-        _mean("not_finite", ~np.isfinite(log_prob), "share"),
+        _mean("unreliable", np.where(np.isnan(measured["pareto_k"]), np.nan, unreliable), "share"),
+        _mean("not_finite", ~np.isfinite(measured["log_prob"]), "share"),
     ]
     if "converged" in measured:
         figures += [

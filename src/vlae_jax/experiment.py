@@ -1,5 +1,6 @@
 """What a configuration builds: data, preprocessing, network and inference system."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from vlae_jax.config import Config
 from vlae_jax.data import Dataset, load_dataset
 from vlae_jax.errors import UserError
 from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.ppca import fit_ppca
 from vlae_jax.preprocessing import Preprocessor, fit_preprocessor, fixed_keys
-from vlae_jax.systems import System, build_system
+from vlae_jax.systems import System, find_system
 
 
 class Experiment(NamedTuple):
@@ -27,6 +29,11 @@ class Experiment(NamedTuple):
     """The network's structure; `merge` joins it with parameters."""
     initial_params: Any
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the training set; the rest of an epoch's images wait for the next."""
+        return len(self.dataset.train) // self.config.training.batch_size
+
     def merge(self, params: Any) -> VariationalAutoencoder:
         """The model with these parameters."""
         return nnx.merge(self.graphdef, params)
@@ -38,7 +45,7 @@ def build_experiment(config: Config) -> Experiment:
     Raises:
         UserError: If the data or the system cannot be had, or do not fit the configuration.
     """
-    system = build_system(config.inference)
+    spec = find_system(config.inference.method)
     data = config.data
     dataset = load_dataset(
         data.dataset, data.data_dir, validation_fraction=data.validation_fraction
@@ -69,9 +76,13 @@ def build_experiment(config: Config) -> Experiment:
         variance=np.asarray(preprocessor.variance),
         per_pixel=config.model.variance == "per_pixel",
         min_std=config.model.min_std,
+        posterior_head=spec.head and functools.partial(spec.head, config),
         rngs=nnx.Rngs(config.training.seed),
     )
+    if config.inference.method == "ppca":
+        _set_to_ppca(model, preprocessor, dataset.train)
     graphdef, params = nnx.split(model)
+    system = spec.build(config.inference)
     return Experiment(config, dataset, preprocessor, system, graphdef, params)
 
 
@@ -109,6 +120,26 @@ def map_images(
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)
 
     return run
+
+
+def _set_to_ppca(
+    model: VariationalAutoencoder, preprocessor: Preprocessor, images: np.ndarray
+) -> None:
+    """Give a model without hidden layers the weights that maximise the likelihood of images."""
+
+    def to_model_space(_, pixels, key):
+        return preprocessor.apply(key, pixels)[0]
+
+    xs = map_images(to_model_space, images, fixed_keys(len(images)), batch_size=4096)(None)
+    fitted = fit_ppca(xs, model.head.in_features, min_variance=model.min_std**2)
+    for linear, kernel, bias in (
+        (model.head, fitted.kernel, fitted.bias),
+        (model.mean, fitted.posterior_kernel, -fitted.bias @ fitted.posterior_kernel),
+        (model.log_std, np.zeros_like(fitted.posterior_kernel), np.log(fitted.posterior_std)),
+    ):
+        linear.kernel[...] = jnp.asarray(kernel, jnp.float32)
+        linear.bias[...] = jnp.asarray(bias, jnp.float32)  # type: ignore[index]
+    model.set_log_var(np.log(fitted.variance))
 
 
 def _binarize_once(preprocessor: Preprocessor, dataset: Dataset) -> np.ndarray:

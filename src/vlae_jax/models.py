@@ -7,7 +7,7 @@ argument (`nnx.split` / `nnx.merge`), never by closing over it.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,8 @@ class VariationalAutoencoder(nnx.Module):
         variance: The data's variance per pixel, (dim,), where the output variance starts.
         per_pixel: Learn one output variance per pixel; else one for all, starting at the mean.
         min_std: Floor of the output standard deviation, in the units of x.
+        posterior_head: Makes what the posterior needs besides mean and log standard deviation (a
+            flow, say), from the number of the encoder's features and random streams.
         rngs: Random streams for the initial weights.
     """
 
@@ -85,6 +87,7 @@ class VariationalAutoencoder(nnx.Module):
         variance: np.ndarray,
         per_pixel: bool = False,
         min_std: float = 1e-3,
+        posterior_head: Callable[[int, nnx.Rngs], nnx.Module] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.encoder = MLP(dim, hidden, activation, rngs=rngs)
@@ -96,16 +99,23 @@ class VariationalAutoencoder(nnx.Module):
         quiet = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
         self.head = nnx.Linear(self.features.out_size, dim, kernel_init=quiet, rngs=rngs)
         self.likelihood = likelihood
-        self.min_log_var = 2.0 * float(np.log(min_std))
+        self.min_std = min_std
         if likelihood == "gaussian":
             start = variance if per_pixel else np.mean(variance)
             start = np.log(np.maximum(start, 4.0 * min_std**2))
             self.scaled_log_var = nnx.Param(jnp.asarray(start / _LOG_VAR_RATE, jnp.float32))
+        # Made last, so that the rest starts alike in all systems.
+        self.posterior_head: Any = posterior_head and posterior_head(self.encoder.out_size, rngs)
 
     @property
     def log_var(self) -> Float[Array, "..."]:
         """Log output variance: a scalar or (dim,), never below the floor."""
-        return jnp.maximum(_LOG_VAR_RATE * self.scaled_log_var[...], self.min_log_var)
+        floor = 2.0 * float(np.log(self.min_std))
+        return jnp.maximum(_LOG_VAR_RATE * self.scaled_log_var[...], floor)
+
+    def set_log_var(self, log_var: float) -> None:
+        """Set the log output variance that all pixels share."""
+        self.scaled_log_var[...] = jnp.asarray(log_var / _LOG_VAR_RATE, jnp.float32)
 
     def encode(
         self, x: Float[Array, " dim"]

@@ -1,4 +1,4 @@
-"""Gaussian posteriors over the latent of one example, as NamedTuples of arrays."""
+"""Posteriors over the latent of one example: what they can do, and the Gaussian ones."""
 
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -6,16 +6,18 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.curvature import Expansion, Factor, factorize
+from vlae_jax.densities import standard_normal
 
 LOG_2PI = math.log(2 * math.pi)
 
 
 @runtime_checkable
 class Posterior(Protocol):
-    """What bounds and systems ask of an approximate posterior q(z | x)."""
+    """What every approximate posterior q(z | x) can do: all that the bounds ask for."""
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray
@@ -23,17 +25,61 @@ class Posterior(Protocol):
         """One reparametrised sample, (latent,), and its log density in nats."""
         ...
 
+
+@runtime_checkable
+class EvaluablePosterior(Posterior, Protocol):
+    """One that also has its density at points that it did not draw."""
+
     def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
-        """Log density at `z`, nats."""
+        """Log density at `z`, (latent,), in nats."""
         ...
+
+
+@runtime_checkable
+class ClosedFormPosterior(EvaluablePosterior, Protocol):
+    """One whose moments and divergence need no samples: the Gaussians."""
+
+    mean: Float[Array, " latent"]
 
     def kl_to_standard_normal(self) -> Float[Array, ""]:
         """KL(q ‖ N(0, I)), nats."""
         ...
 
     def covariance(self) -> Float[Array, "latent latent"]:
-        """The covariance, for inspection."""
+        """The covariance, (latent, latent)."""
         ...
+
+
+def kl_to_standard_normal(
+    key: PRNGKeyArray, posterior: Posterior, *, num_samples: int
+) -> Float[Array, ""]:
+    """KL(q ‖ N(0, I)), nats: in closed form where there is one, else the mean over samples.
+
+    Args:
+        key: Random key; unused where there is a closed form.
+        posterior: q.
+        num_samples: Samples averaged.
+    """
+    if isinstance(posterior, ClosedFormPosterior):
+        return posterior.kl_to_standard_normal()
+    zs, log_q = jax.vmap(posterior.sample_and_log_prob)(jax.random.split(key, num_samples))
+    return jnp.mean(log_q - jax.vmap(standard_normal)(zs))
+
+
+def mean_and_covariance(
+    key: PRNGKeyArray, posterior: Posterior, *, num_samples: int
+) -> tuple[Float[Array, " latent"], Float[Array, "latent latent"]]:
+    """The moments of q: (latent,) and (latent, latent), exact where known, else over samples.
+
+    Args:
+        key: Random key; unused where the moments are known.
+        posterior: q.
+        num_samples: Samples averaged; at least 2.
+    """
+    if isinstance(posterior, ClosedFormPosterior):
+        return posterior.mean, posterior.covariance()
+    zs, _ = jax.vmap(posterior.sample_and_log_prob)(jax.random.split(key, num_samples))
+    return jnp.mean(zs, axis=0), jnp.cov(zs, rowvar=False).reshape(zs.shape[1], zs.shape[1])
 
 
 class GaussianPosterior(NamedTuple):
@@ -122,6 +168,77 @@ class DiagonalPosterior(NamedTuple):
 
     def _log_normalizer(self) -> Float[Array, ""]:
         return -jnp.sum(self.log_std) - 0.5 * self.mean.size * LOG_2PI
+
+
+class StudentTPosterior(NamedTuple):
+    """A multivariate Student-t: a proposal whose tails a Gaussian's weights cannot outrun."""
+
+    mean: Float[Array, " latent"]
+    chol_precision: Float[Array, "latent latent"]
+    """Lower L; L Lᵀ is the inverse of the scale matrix, as a Gaussian's precision is."""
+    freedom: float | Float[Array, ""]
+    """ν, positive. The covariance is ν / (ν - 2) times the scale matrix, for ν > 2."""
+
+    def sample_and_log_prob(
+        self, key: PRNGKeyArray
+    ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
+        """Draw mean + L⁻ᵀε / √(g / ν), g from χ²(ν): (latent,), and its log density in nats.
+
+        Gradients:
+            Flow through mean and factor (reparametrisation), and implicitly through ν.
+        """
+        normal_key, gamma_key = jax.random.split(key)
+        noise = jax.random.normal(normal_key, self.mean.shape, self.mean.dtype)
+        half_freedom = jnp.asarray(0.5 * self.freedom, self.mean.dtype)
+        divisor = jax.random.gamma(gamma_key, half_freedom) / half_freedom
+        noise = noise / jnp.sqrt(divisor)
+        z = self.mean + _solve(self.chol_precision, noise, transpose=True)
+        return z, self._log_density(noise @ noise)
+
+    def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
+        """Log density at `z`, (latent,), in nats."""
+        whitened = self.chol_precision.T @ (z - self.mean)
+        return self._log_density(whitened @ whitened)
+
+    def _log_density(self, square: Float[Array, ""]) -> Float[Array, ""]:
+        freedom, dim = self.freedom, self.mean.size
+        log_det_chol = jnp.sum(jnp.log(jnp.diagonal(self.chol_precision)))
+        log_peak = gammaln(0.5 * (freedom + dim)) - gammaln(0.5 * freedom)
+        log_peak -= 0.5 * dim * jnp.log(freedom * math.pi)
+        return log_det_chol + log_peak - 0.5 * (freedom + dim) * jnp.log1p(square / freedom)
+
+
+def as_gaussian(posterior: GaussianPosterior | DiagonalPosterior) -> GaussianPosterior:
+    """The same Gaussian, held by the Cholesky factor of its precision."""
+    if isinstance(posterior, DiagonalPosterior):
+        return GaussianPosterior(posterior.mean, jnp.diag(jnp.exp(-posterior.log_std)))
+    return posterior
+
+
+def widened(
+    posterior: GaussianPosterior | DiagonalPosterior, scale: float
+) -> GaussianPosterior | DiagonalPosterior:
+    """The same Gaussian with every standard deviation times `scale`, for proposals.
+
+    Args:
+        posterior: A Gaussian.
+        scale: Positive; above 1 for importance sampling, 1.2 say.
+    """
+    if isinstance(posterior, DiagonalPosterior):
+        return posterior._replace(log_std=posterior.log_std + math.log(scale))
+    return posterior._replace(chol_precision=posterior.chol_precision / scale)
+
+
+def heavy_tailed(
+    posterior: GaussianPosterior | DiagonalPosterior, freedom: float
+) -> StudentTPosterior:
+    """The Student-t of the same mean and scale, for proposals.
+
+    Args:
+        posterior: A Gaussian.
+        freedom: Degrees of freedom ν, positive; 5 say. Small values have wide tails.
+    """
+    return StudentTPosterior(*as_gaussian(posterior), freedom)
 
 
 def laplace_posterior(

@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "snapshots.npz"
 
     @property
+    def per_image(self) -> Path:
+        """The same figures test image by test image."""
+        return self.path / "per_image.npz"
+
+    @property
     def _config(self) -> Path:
         return self.path / "config.json"
 
@@ -121,6 +126,10 @@ class RunFolder:
     def write_snapshots(self, arrays: Mapping[str, Any]) -> None:
         """Write snapshots.npz."""
         write_atomically(self.snapshots, lambda file: np.savez_compressed(file, **arrays))
+
+    def write_per_image(self, arrays: Mapping[str, Any]) -> None:
+        """Write per_image.npz."""
+        write_atomically(self.per_image, lambda file: np.savez_compressed(file, **arrays))
 
     def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         text = json.dumps(_plain(content), indent=2) + "\n"

@@ -4,18 +4,28 @@ A new system is one more function here and one more entry in `SYSTEMS`; training
 report treat all alike.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlae_jax.config import InferenceConfig, nearest
+from vlae_jax.config import Config, InferenceConfig, nearest
 from vlae_jax.errors import UserError
+from vlae_jax.flows import (
+    FlowPosterior,
+    HouseholderFlow,
+    InverseAutoregressiveFlow,
+    PlanarFlow,
+)
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models import VariationalAutoencoder
-from vlae_jax.posterior import DiagonalPosterior, Posterior
+from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
+from vlae_jax.refinement import gradient_refine
 
 
 class Inference(NamedTuple):
@@ -26,22 +36,111 @@ class Inference(NamedTuple):
     amortization_loss: Float[Array, ""]
     """Nats subtracted from the ELBO in training, to teach the encoder what the ELBO does not."""
     path: Float[Array, "steps_and_one latent"]
-    """Means from the encoder's to the posterior's."""
+    """Where the posterior was centred, from the encoder's guess on."""
     flags: dict[str, Array]
     """Diagnostics by name, averaged over images: `converged`, `is_pd`, ..."""
 
 
-System = Callable[[VariationalAutoencoder, Float[Array, " dim"]], Inference]
+System = Callable[[VariationalAutoencoder, Float[Array, " dim"], PRNGKeyArray], Inference]
 
 
-def vae(model: VariationalAutoencoder, x: Float[Array, " dim"]) -> Inference:
+def vae(model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray) -> Inference:
     """The amortised diagonal Gaussian (Kingma and Welling, 2014)."""
-    mean, log_std = model.encode(x)
-    return Inference(DiagonalPosterior(mean, log_std), jnp.zeros(()), mean[None], {})
+    return _amortized(DiagonalPosterior(*model.encode(x)))
+
+
+def full_covariance_vae(
+    model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray
+) -> Inference:
+    """The amortised Gaussian with a full covariance, its precision factor from the encoder."""
+    features = model.encoder(x)
+    mean, log_std = model.mean(features), model.log_std(features)
+    assert model.posterior_head is not None
+    return _amortized(GaussianPosterior(mean, model.posterior_head(features, log_std)))
+
+
+def flow_vae(
+    model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray
+) -> Inference:
+    """An amortised diagonal Gaussian bent by a flow that sees the encoder's features.
+
+    References:
+        Rezende and Mohamed (2015), planar; Tomczak and Welling (2016), Householder; Kingma et al.
+        (2016), inverse autoregressive.
+    """
+    features = model.encoder(x)
+    base = DiagonalPosterior(model.mean(features), model.log_std(features))
+    flow = model.posterior_head
+    assert flow is not None
+    centre, _ = flow(base.mean, features)
+    return _amortized(FlowPosterior(base, features, flow))._replace(path=centre[None])
+
+
+def _amortized(posterior: Posterior) -> Inference:
+    mean = getattr(posterior, "mean", jnp.zeros(()))
+    return Inference(posterior, jnp.zeros(()), mean[None], {})
+
+
+def semi_amortized_vae(
+    model: VariationalAutoencoder,
+    x: Float[Array, " dim"],
+    key: PRNGKeyArray,
+    config: InferenceConfig,
+) -> Inference:
+    """The encoder's diagonal Gaussian, refined by gradient ascent of this example's ELBO.
+
+    The KL divergence is in closed form, the reconstruction by one fresh sample a step; a step
+    follows the clipped gradient with momentum. With gradient "unroll" the training ELBO is
+    differentiated through all steps, second derivatives included. With "stop" it sees the refined
+    posterior as a constant, and the encoder learns by KL(q₀ ‖ q_T).
+
+    References:
+        Kim, Wiseman, Miller, Sontag and Rush (2018), Semi-amortized variational autoencoders.
+    """
+    initial = DiagonalPosterior(*model.encode(x))
+    log_likelihood = model.log_likelihood(x)
+    optimizer = ascent_optimizer(config)
+
+    def negative_elbo(posterior: DiagonalPosterior, key: PRNGKeyArray) -> Float[Array, ""]:
+        z, _ = posterior.sample_and_log_prob(key)
+        return posterior.kl_to_standard_normal() - log_likelihood(model.decode(z))
+
+    def step(carry, step_key):
+        posterior, state = carry
+        grads = jax.grad(negative_elbo)(posterior, step_key)
+        updates, state = optimizer.update(grads, state, posterior)
+        return (optax.apply_updates(posterior, updates), state), posterior.mean
+
+    stop = config.gradient == "stop"
+    start = jax.lax.stop_gradient(initial) if stop else initial
+    # No sample of a bound has so large a number: what they draw from the same key is independent.
+    step_keys = jax.random.split(jax.random.fold_in(key, 2**32 - 1), config.steps)
+    (refined, _), means = jax.lax.scan(step, (start, optimizer.init(start)), step_keys)
+    path = jnp.concatenate([means, refined.mean[None]])
+    if not stop:
+        return Inference(refined, jnp.zeros(()), path, {})
+    refined = jax.lax.stop_gradient(refined)
+    return Inference(refined, _diagonal_kl(initial, refined), path, {})
+
+
+def _diagonal_kl(q: DiagonalPosterior, p: DiagonalPosterior) -> Float[Array, ""]:
+    """KL(q ‖ p), nats."""
+    ratio = jnp.exp(2 * (q.log_std - p.log_std))
+    distance = (q.mean - p.mean) ** 2 * jnp.exp(-2 * p.log_std)
+    return 0.5 * jnp.sum(ratio + distance - 1 - jnp.log(ratio))
+
+
+def ascent_optimizer(config: InferenceConfig) -> optax.GradientTransformation:
+    """Gradient steps with momentum, clipped by the norm of one example's gradient."""
+    clip = [optax.clip_by_global_norm(config.ascent_clip)] if config.ascent_clip else []
+    return optax.chain(*clip, optax.sgd(config.ascent_rate, momentum=config.ascent_momentum))
 
 
 def vlae(
-    model: VariationalAutoencoder, x: Float[Array, " dim"], config: InferenceConfig
+    model: VariationalAutoencoder,
+    x: Float[Array, " dim"],
+    key: PRNGKeyArray,
+    config: InferenceConfig,
 ) -> Inference:
     """The Laplace posterior at a mode searched from the encoder's mean (Park et al., 2019).
 
@@ -52,12 +151,20 @@ def vlae(
     expand, repair = model.expansions(x)
     if config.curvature == "gauss_newton" and repair is not None:
         expand, repair = repair, None
+    gradient = "implicit" if config.gradient == "auto" else config.gradient
     # With no steps there is nothing to unroll, and the ELBO reaches the encoder directly.
-    gradient = "unroll" if config.steps == 0 else config.gradient
+    gradient = "unroll" if config.steps == 0 else gradient
+    start, steps, path = z_init, config.steps, None
+    if config.search == "gradient":
+        optimizer = ascent_optimizer(config)
+        start, found = gradient_refine(
+            model.log_joint(x), z_init, optimizer=optimizer, num_steps=config.steps
+        )
+        steps, path = 0, found.path
     posterior, info = infer_posterior(
         expand,
-        z_init,
-        num_steps=config.steps,
+        start,
+        num_steps=steps,
         damping=config.damping,
         gradient=gradient,
         repair=repair,
@@ -73,21 +180,91 @@ def vlae(
         "is_pd": info.is_pd,
         "newton_decrement": info.newton_decrement,
     }
-    return Inference(posterior, amortization_loss, info.path, flags)
+    return Inference(posterior, amortization_loss, info.path if path is None else path, flags)
 
 
-SYSTEMS: dict[str, Callable[[InferenceConfig], System]] = {
-    "vae": lambda config: vae,
-    "vlae": lambda config: lambda model, x: vlae(model, x, config),
+def probabilistic_pca(
+    model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray
+) -> Inference:
+    """The exact posterior of a linear decoder: one Newton step from anywhere ends at the mode.
+
+    References:
+        Tipping and Bishop (1999), Probabilistic principal component analysis.
+    """
+    return vlae(model, x, key, InferenceConfig(steps=1, solver="cholesky"))
+
+
+class FullCovarianceHead(nnx.Module):
+    """The Cholesky factor of an amortised Gaussian's precision, from the encoder's features."""
+
+    def __init__(self, latent: int, features: int, *, rngs: nnx.Rngs) -> None:
+        # Starts close to a diagonal, as the plain VAE does.
+        quiet = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
+        self.lower = nnx.Linear(features, latent * (latent - 1) // 2, kernel_init=quiet, rngs=rngs)
+
+    def __call__(
+        self, features: Float[Array, " features"], log_std: Float[Array, " latent"]
+    ) -> Float[Array, "latent latent"]:
+        """The factor L, with precision L Lᵀ: unit lower triangular, times diag(1 / std)."""
+        latent = log_std.size
+        unit = jnp.eye(latent, dtype=log_std.dtype)
+        unit = unit.at[jnp.tril_indices(latent, -1)].set(self.lower(features))
+        return unit * jnp.exp(-log_std)
+
+
+HeadMaker = Callable[[Config, int, nnx.Rngs], nnx.Module]
+"""Configuration and the number of the encoder's features → what the posterior needs besides."""
+
+
+def _full_covariance_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    return FullCovarianceHead(config.model.latent, features, rngs=rngs)
+
+
+def _householder(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    return HouseholderFlow(config.model.latent, features, config.inference.steps, rngs=rngs)
+
+
+def _planar(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    return PlanarFlow(config.model.latent, features, config.inference.steps, rngs=rngs)
+
+
+def _inverse_autoregressive(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    width = config.inference.flow_width or next(iter(config.model.hidden), config.model.latent)
+    return InverseAutoregressiveFlow(
+        config.model.latent, features, config.inference.steps, width=width, rngs=rngs
+    )
+
+
+class SystemSpec(NamedTuple):
+    """How a configuration becomes a system."""
+
+    build: Callable[[InferenceConfig], System]
+    head: HeadMaker | None = None
+    """Makes the part of the network that only this system has."""
+
+
+def _with_config(function: Callable[..., Inference]) -> Callable[[InferenceConfig], System]:
+    return lambda config: functools.partial(function, config=config)
+
+
+SYSTEMS: dict[str, SystemSpec] = {
+    "vae": SystemSpec(lambda config: vae),
+    "vae_full": SystemSpec(lambda config: full_covariance_vae, _full_covariance_head),
+    "vae_hf": SystemSpec(lambda config: flow_vae, _householder),
+    "vae_iaf": SystemSpec(lambda config: flow_vae, _inverse_autoregressive),
+    "vae_planar": SystemSpec(lambda config: flow_vae, _planar),
+    "sa_vae": SystemSpec(_with_config(semi_amortized_vae)),
+    "vlae": SystemSpec(_with_config(vlae)),
+    "ppca": SystemSpec(lambda config: probabilistic_pca),
 }
 
 
-def build_system(config: InferenceConfig) -> System:
-    """The system `config.method` names.
+def find_system(method: str) -> SystemSpec:
+    """The system of that name.
 
     Raises:
-        UserError: If there is none of that name.
+        UserError: If there is none.
     """
-    if config.method not in SYSTEMS:
-        raise UserError(f"unknown method {config.method!r}{nearest(config.method, SYSTEMS)}")
-    return SYSTEMS[config.method](config)
+    if method not in SYSTEMS:
+        raise UserError(f"unknown method {method!r}{nearest(method, SYSTEMS)}")
+    return SYSTEMS[method]

@@ -13,12 +13,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vlae_jax.bounds import elbo
+from vlae_jax.bounds import elbo, iwae_bound
 from vlae_jax.checkpoints import Checkpoints, Notes
 from vlae_jax.config import TrainingConfig
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.experiment import Experiment, map_images
 from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.posterior import kl_to_standard_normal
 from vlae_jax.preprocessing import fixed_keys
 from vlae_jax.progress import ProgressLine
 from vlae_jax.run_folder import RunFolder
@@ -64,25 +65,46 @@ def objective(
     system: System,
     x: Float[Array, " dim"],
     key: PRNGKeyArray,
-    num_samples: int,
+    *,
+    kind: str = "elbo",
+    num_samples: int = 1,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """What training maximises for one example, and the metrics beside it, all in nats.
 
-    The objective is the Monte Carlo ELBO less the system's amortisation loss. The metrics hold the
-    ELBO itself, the closed-form KL(q ‖ p), and their sum, the expected reconstruction
-    log-likelihood, besides the system's flags as numbers.
+    The objective is a bound, or an estimate, of log p(x) less the system's amortisation loss. The
+    metrics hold the ELBO itself, KL(q ‖ p), and their sum, the expected reconstruction
+    log-likelihood, besides the system's flags as numbers; with another objective than the ELBO
+    that too.
     """
-    inference = system(model, x)
-    bound = elbo(key, model.log_joint(x), inference.posterior, num_samples=num_samples)
-    kl = jax.lax.stop_gradient(inference.posterior).kl_to_standard_normal()
+    inference = system(model, x, key)
+    log_joint, posterior = model.log_joint(x), inference.posterior
+    constant = jax.lax.stop_gradient(posterior)
+    if kind == "elbo":
+        value = bound = elbo(key, log_joint, posterior, num_samples=num_samples)
+    else:
+        if kind == "evidence":
+            # At a mode the Laplace evidence is log p(x, z) - log q(z).
+            mode = posterior.mean  # type: ignore[attr-defined]
+            value = log_joint(mode) - posterior.log_prob(mode)  # type: ignore[attr-defined]
+        else:
+            value = iwae_bound(
+                key,
+                log_joint,
+                posterior,
+                num_samples=num_samples,
+                doubly_reparameterized=kind == "dreg",
+            )
+        bound = jax.lax.stop_gradient(elbo(key, log_joint, constant, num_samples=num_samples))
+    kl = kl_to_standard_normal(key, constant, num_samples=num_samples)
     metrics = {
         "elbo": bound,
         "kl": kl,
         "reconstruction": bound + kl,
         "amortization_loss": inference.amortization_loss,
+        **({} if kind == "elbo" else {"objective": value}),
         **{name: flag.astype(bound.dtype) for name, flag in inference.flags.items()},
     }
-    return bound - inference.amortization_loss, metrics
+    return value - inference.amortization_loss, metrics
 
 
 def loss_fn(
@@ -92,10 +114,17 @@ def loss_fn(
     keys: PRNGKeyArray,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The batch mean to be minimised, nats per image: the only minus sign in the project."""
-    num_samples = experiment.config.training.elbo_samples
+    training = experiment.config.training
 
     def one(x, key):
-        return objective(experiment.merge(params), experiment.system, x, key, num_samples)
+        return objective(
+            experiment.merge(params),
+            experiment.system,
+            x,
+            key,
+            kind=training.objective,
+            num_samples=training.train_samples,
+        )
 
     values, metrics = jax.vmap(one)(xs, keys)
     return -jnp.mean(values), jax.tree.map(jnp.mean, metrics)
@@ -122,7 +151,7 @@ class Trainer:
     def __init__(self, experiment: Experiment) -> None:
         config = experiment.config.training
         self.experiment = experiment
-        self.steps_per_epoch = len(experiment.dataset.train) // config.batch_size
+        self.steps_per_epoch = experiment.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
         self._root = jax.random.key(config.seed)
@@ -187,7 +216,12 @@ class Trainer:
         noise_key, sample_key = jax.random.split(key)
         x, _ = self.experiment.preprocessor.apply(noise_key, pixels)
         model = self.experiment.merge(params)
-        _, metrics = objective(model, self.experiment.system, x, sample_key, 1)
+        training = self.experiment.config.training
+        kind = "iwae" if training.objective in ("iwae", "dreg") else "elbo"
+        samples = training.train_samples if kind == "iwae" else 1
+        _, metrics = objective(
+            model, self.experiment.system, x, sample_key, kind=kind, num_samples=samples
+        )
         return metrics
 
     def validate(self, params: Any) -> dict[str, float]:
@@ -298,11 +332,13 @@ class _Loop:
     def _validate_and_save(self, state: TrainState, step: int, progress: ProgressLine) -> None:
         began = time.monotonic()
         metrics = self.trainer.validate(self._checked(state).params)
+        # What is trained for chooses, where it is a bound on log p(x); the ELBO otherwise.
+        bound = metrics.get("objective", metrics["elbo"])
         # A bound that is not finite can never be the best.
-        value = metrics["elbo"] if np.isfinite(metrics["elbo"]) else float("-inf")
-        is_best = value > self.notes.best_elbo
+        value = bound if np.isfinite(bound) else float("-inf")
+        is_best = value > self.notes.best_bound
         if is_best:
-            self.notes = self.notes._replace(best_step=step, best_elbo=value)
+            self.notes = self.notes._replace(best_step=step, best_bound=value)
         self._record("validation", step, {**metrics, "best": is_best})
         epoch = step // self.trainer.steps_per_epoch
         mark = "  (best)" if is_best else ""
