@@ -13,9 +13,9 @@ VENV := .venv
 
 # ------------------------------------------------------------------------------ variables
 
-OPTIONS := DATASET DATA_DIR PREPROCESS METHOD STEPS DAMPING SOLVER GRADIENT CURVATURE LATENT \
-    HIDDEN ACTIVATION LIKELIHOOD VARIANCE EPOCHS BATCH_SIZE LEARNING_RATE SEED IMPORTANCE_SAMPLES \
-    TEST_IMAGES CHUNK_SIZE RUN_DIR RUNS_DIR
+OPTIONS := PRESET DATASET DATA_DIR PREPROCESS METHOD STEPS SEARCH DAMPING SOLVER GRADIENT \
+    CURVATURE LATENT HIDDEN ACTIVATION LIKELIHOOD VARIANCE OBJECTIVE TRAIN_SAMPLES EPOCHS PATIENCE \
+    BATCH_SIZE LEARNING_RATE SEED IMPORTANCE_SAMPLES PROPOSAL TEST_IMAGES CHUNK_SIZE RUN_DIR RUNS_DIR
 SWITCHES := RESUME OVERWRITE TENSORBOARD
 OTHERS := PLATFORM ARGS PYTHON VENV TEST_WORKERS JAX_PLATFORMS
 
@@ -24,6 +24,11 @@ TYPED := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 UNKNOWN := $(firstword $(filter-out $(OPTIONS) $(SWITCHES) $(OTHERS) -% MAKE%,$(TYPED)))
 ifneq ($(UNKNOWN),)
   $(error Unknown variable $(UNKNOWN). Known: $(OPTIONS) $(SWITCHES) $(OTHERS))
+endif
+
+# The data set that a preset stands for.
+ifeq ($(PRESET)$(DATASET),paper-screenshot)
+  DATASET := mnist
 endif
 
 ifneq ($(filter experiment,$(MAKECMDGOALS)),)
@@ -42,11 +47,13 @@ switch = $(if $(filter 1,$($(1))), $(2))
 
 DATA_OPTION = $(call option,DATA_DIR,--data-dir)
 TRAIN_OPTIONS = $\
+    $(call option,PRESET,--preset)$\
     $(call option,DATASET,--dataset)$\
     $(DATA_OPTION)$\
     $(call option,PREPROCESS,--preprocess)$\
     $(call option,METHOD,--method)$\
     $(call option,STEPS,--steps)$\
+    $(call option,SEARCH,--search)$\
     $(call option,DAMPING,--damping)$\
     $(call option,SOLVER,--solver)$\
     $(call option,GRADIENT,--gradient)$\
@@ -56,11 +63,15 @@ TRAIN_OPTIONS = $\
     $(call option,ACTIVATION,--activation)$\
     $(call option,LIKELIHOOD,--likelihood)$\
     $(call option,VARIANCE,--variance)$\
+    $(call option,OBJECTIVE,--objective)$\
+    $(call option,TRAIN_SAMPLES,--train-samples)$\
     $(call option,EPOCHS,--epochs)$\
+    $(call option,PATIENCE,--patience)$\
     $(call option,BATCH_SIZE,--batch-size)$\
     $(call option,LEARNING_RATE,--learning-rate)$\
     $(call option,SEED,--seed)$\
     $(call option,IMPORTANCE_SAMPLES,--importance-samples)$\
+    $(call option,PROPOSAL,--proposal)$\
     $(call option,TEST_IMAGES,--test-images)$\
     $(call option,CHUNK_SIZE,--chunk-size)$\
     $(call option,RUN_DIR,--run-dir)$\

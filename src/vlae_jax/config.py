@@ -180,6 +180,8 @@ class TrainingConfig:
 
     epochs: int = 20
     """Passes over the training images."""
+    patience: int | None = None
+    """Stop after so many epochs without a better validation bound; by default never."""
     batch_size: int = 128
     """Images in one step."""
     learning_rate: float = 5e-4
@@ -208,6 +210,10 @@ class TrainingConfig:
             _require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
             )
+        _require(
+            self.patience is None or self.patience >= 1,
+            f"patience must be at least 1, got {self.patience}",
+        )
         _require(
             0 < self.learning_rate < math.inf,
             f"learning_rate must be positive, got {self.learning_rate}",
@@ -321,12 +327,12 @@ class Config:
     def differences(self, saved: "Config") -> list[str]:
         """What keeps this configuration from continuing a run made with `saved`.
 
-        The evaluation, and where the data lie, may change; so may the number of epochs, unless the
-        learning rate depends on it.
+        The evaluation, and where the data lie, may change; so may the number of epochs and the
+        patience, unless the learning rate depends on it.
         """
         free = {"data.data_dir"}
         if self.training.schedule == "constant":
-            free.add("training.epochs")
+            free |= {"training.epochs", "training.patience"}
         mine, theirs = _flat(self), _flat(saved)
         return [
             f"{name} is {mine[name]}, was {theirs[name]}"

@@ -287,7 +287,7 @@ class _Loop:
         in_flight: list[Array] = []
         order, order_epoch = None, -1
         self.logged = (time.monotonic(), step)
-        while step < trainer.total_steps:
+        while step < trainer.total_steps and not self._out_of_patience(step):
             epoch = step // trainer.steps_per_epoch
             if epoch != order_epoch:
                 order, order_epoch = trainer.order(epoch), epoch
@@ -311,6 +311,15 @@ class _Loop:
                 raise Stopped(received[0], step)
         if step not in self.checkpoints.steps():
             self._validate_and_save(state, step, progress)
+        if step < trainer.total_steps:
+            patience = trainer.experiment.config.training.patience
+            progress.say(f"stopped: no better validation bound in {patience} epochs")
+
+    def _out_of_patience(self, step: int) -> bool:
+        patience, best = self.trainer.experiment.config.training.patience, self.notes.best_step
+        if patience is None or best is None:
+            return False
+        return step - best >= patience * self.trainer.steps_per_epoch
 
     def _log(self, state: TrainState, step: int, progress: ProgressLine) -> TrainState:
         sums, count = jax.device_get((state.sums, state.summed))
