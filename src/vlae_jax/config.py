@@ -182,6 +182,8 @@ class TrainingConfig:
     """Passes over the training images."""
     patience: int | None = None
     """Stop after so many epochs without a better validation bound; by default never."""
+    minutes: float | None = None
+    """Stop after so many minutes of training, at the end of an epoch; by default never."""
     batch_size: int = 128
     """Images in one step."""
     learning_rate: float = 5e-4
@@ -213,6 +215,10 @@ class TrainingConfig:
         _require(
             self.patience is None or self.patience >= 1,
             f"patience must be at least 1, got {self.patience}",
+        )
+        _require(
+            self.minutes is None or self.minutes > 0,
+            f"minutes must be positive, got {self.minutes}",
         )
         _require(
             0 < self.learning_rate < math.inf,
@@ -327,12 +333,12 @@ class Config:
     def differences(self, saved: "Config") -> list[str]:
         """What keeps this configuration from continuing a run made with `saved`.
 
-        The evaluation, and where the data lie, may change; so may the number of epochs and the
-        patience, unless the learning rate depends on it.
+        The evaluation, and where the data lie, may change; so may how long to train, unless the
+        learning rate depends on it.
         """
         free = {"data.data_dir"}
         if self.training.schedule == "constant":
-            free |= {"training.epochs", "training.patience"}
+            free |= {"training.epochs", "training.patience", "training.minutes"}
         mine, theirs = _flat(self), _flat(saved)
         return [
             f"{name} is {mine[name]}, was {theirs[name]}"

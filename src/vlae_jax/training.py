@@ -285,9 +285,9 @@ class _Loop:
         trainer, options = self.trainer, self.options
         step = int(state.step)
         in_flight: list[Array] = []
-        order, order_epoch = None, -1
+        order, order_epoch, enough = None, -1, None
         self.logged = (time.monotonic(), step)
-        while step < trainer.total_steps and not self._out_of_patience(step):
+        while step < trainer.total_steps and not (enough := self._enough(step)):
             epoch = step // trainer.steps_per_epoch
             if epoch != order_epoch:
                 order, order_epoch = trainer.order(epoch), epoch
@@ -311,15 +311,20 @@ class _Loop:
                 raise Stopped(received[0], step)
         if step not in self.checkpoints.steps():
             self._validate_and_save(state, step, progress)
-        if step < trainer.total_steps:
-            patience = trainer.experiment.config.training.patience
-            progress.say(f"stopped: no better validation bound in {patience} epochs")
+        if enough:
+            progress.say(f"stopped: {enough}")
 
-    def _out_of_patience(self, step: int) -> bool:
-        patience, best = self.trainer.experiment.config.training.patience, self.notes.best_step
-        if patience is None or best is None:
-            return False
-        return step - best >= patience * self.trainer.steps_per_epoch
+    def _enough(self, step: int) -> str | None:
+        """Say why to stop before the last epoch, if there is a reason."""
+        config, each = self.trainer.experiment.config.training, self.trainer.steps_per_epoch
+        patience, best = config.patience, self.notes.best_step
+        if step % each:
+            return None
+        if patience is not None and best is not None and step - best >= patience * each:
+            return f"no better validation bound in {patience} epochs"
+        if config.minutes is not None and self._notes().seconds >= 60 * config.minutes:
+            return f"{config.minutes:g} minutes of training are over"
+        return None
 
     def _log(self, state: TrainState, step: int, progress: ProgressLine) -> TrainState:
         sums, count = jax.device_get((state.sums, state.summed))
