@@ -1,92 +1,170 @@
-"""What the studies share: run every variant with every seed, once, and set the results out."""
+"""What the studies share: run every variant with every seed, once, and keep a record.
+
+A study is a module with a `STUDY`; `python -m experiments.NAME` runs it. What was measured goes to
+`experiments/results/NAME.json`, from which `make report` sets the tables and draws the plots.
+"""
 
 import argparse
+import concurrent.futures
+import dataclasses
+import datetime
 import json
-import math
+import os
+import platform
+import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 
-COLUMNS = {
-    "log_prob": "log p(x)",
-    "elbo": "ELBO",
-    "inference_gap": "gap",
-    "bits_per_dim": "bits/dim",
-    "unconverged": "unconverged",
-}
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+PAIRED = ("log_prob", "elbo", "inference_gap")
+"""Quantities whose difference to the baseline is taken image by image."""
 
 
-def main(
-    name: str,
-    variants: Mapping[str, Sequence[str]],
-    common: Sequence[str],
-    *,
-    seeds: Sequence[int] = (0,),
-) -> None:
-    """Run a study and print its table in Markdown.
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Variants of `vlae_jax train` that are compared."""
 
-    A run that is finished is not repeated, one that was broken off is resumed.
+    name: str
+    title: str
+    variants: Mapping[str, Sequence[str]]
+    """Label → options; the first is the baseline that paired differences refer to."""
+    common: Sequence[str]
+    """Options of all variants, before their own."""
+    seeds: Sequence[int] = (0,)
+    """Each variant is trained with each."""
+    command: Sequence[str] = ("-m", "vlae_jax", "train")
+    """What takes the options, after the Python interpreter."""
 
-    Args:
-        name: The study's name, a folder under runs/.
-        variants: Label → options of `vlae_jax train` that make the variant; the first is the
-            baseline that paired differences refer to.
-        common: Options of all variants.
-        seeds: Each variant is trained with each.
+
+def main(study: Study) -> None:
+    """Run a study from the command line.
+
+    A run that is finished is not repeated, one that was broken off is resumed. With --jobs each
+    run has one CPU core to itself, so that their training times can be compared.
     """
-    parser = argparse.ArgumentParser(description=f"Run the {name} study and print its table.")
+    parser = argparse.ArgumentParser(description=f"Run the study '{study.title}'.")
     parser.add_argument("--data-dir", help="where the images are, if not in the cache")
-    parser.add_argument("--folder", type=Path, default=Path("runs") / name, help="where runs go")
+    parser.add_argument("--folder", type=Path, default=Path("runs") / study.name, help="for runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
+    parser.add_argument("--only", nargs="+", choices=study.variants, help="these variants")
+    parser.add_argument("--seeds", nargs="+", type=int, default=study.seeds, help="these seeds")
     arguments = parser.parse_args()
-    if arguments.data_dir:
-        common = [*common, "--data-dir", arguments.data_dir]
-    results = {
-        label: [_result(arguments.folder, label, seed, [*common, *options]) for seed in seeds]
-        for label, options in variants.items()
+    if arguments.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    place = ["--data-dir", arguments.data_dir] if arguments.data_dir else []
+    wanted = [
+        (label, seed) for seed in arguments.seeds for label in arguments.only or study.variants
+    ]
+    writing = threading.Lock()
+    cores: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    for index in range(arguments.jobs):
+        cores.put(_core(index) if arguments.jobs > 1 else None)
+
+    def run(label: str, seed: int) -> None:
+        core = cores.get()
+        try:
+            _train(study, arguments.folder, label, seed, place, core)
+            with writing:
+                collect(study, arguments.folder)
+        finally:
+            cores.put(core)
+
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for done in [pool.submit(run, label, seed) for label, seed in wanted]:
+            done.result()
+
+
+def collect(study: Study, folder: Path) -> None:
+    """Write down what the finished runs of a study have measured."""
+    runs = []
+    for label, options in study.variants.items():
+        for path in sorted(folder.glob(f"{_file_name(label)}-seed*")):
+            if not (path / "results.json").exists():
+                continue
+            results = json.loads((path / "results.json").read_text())
+            seed = results["run"]["seed"]
+            baseline = folder / f"{_file_name(next(iter(study.variants)))}-seed{seed}"
+            runs.append(
+                {
+                    "label": label,
+                    "seed": seed,
+                    "options": list(options),
+                    "steps": results["run"]["steps"],
+                    "figures": {
+                        figure["name"]: [figure["value"], figure["standard_error"]]
+                        for figure in results["figures"]
+                    },
+                    "paired": _paired(path, baseline) if path != baseline else {},
+                    "images": results["figures"][0]["images"],
+                    "samples": results["figures"][0]["samples"],
+                    "epoch": results["checkpoint"]["epoch"],
+                    "seconds": results["seconds"]["training"],
+                    "versions": results["versions"],
+                    "device": results["device"],
+                    "fingerprint": results["run"]["fingerprint"],
+                }
+            )
+    record = {
+        "name": study.name,
+        "title": study.title,
+        "common": list(study.common),
+        "variants": list(study.variants),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "runs": runs,
     }
-    print(table(results))
+    RESULTS.mkdir(exist_ok=True)
+    unfinished = RESULTS / f".{study.name}.{os.getpid()}"
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(RESULTS / f"{study.name}.json")
 
 
-def table(results: Mapping[str, Sequence[Mapping]]) -> str:
-    """One row a variant: mean over seeds ± its standard error, or over images if one seed."""
-    baseline = next(iter(results.values()))
-    head = ["system", *COLUMNS.values(), "log p(x) - baseline", "training s"]
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
-    for label, runs in results.items():
-        cells = [label, *(_over_seeds([_figure(run, name) for run in runs]) for name in COLUMNS)]
-        differences = [
-            (_figure(run, "log_prob")[0] - _figure(base, "log_prob")[0], math.nan)
-            for run, base in zip(runs, baseline, strict=True)
-        ]
-        cells.append("" if runs is baseline else _over_seeds(differences))
-        cells.append(f"{mean(run['seconds']['training'] for run in runs):.0f}")
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
+def _paired(path: Path, baseline: Path) -> dict[str, list[float]]:
+    """Mean difference to the baseline over the same test images, with its standard error."""
+    if not (baseline / "per_image.npz").exists():
+        return {}
+    differences = {}
+    with np.load(path / "per_image.npz") as mine, np.load(baseline / "per_image.npz") as theirs:
+        for name in PAIRED:
+            if mine[name].shape == theirs[name].shape:
+                values = mine[name].astype(np.float64) - theirs[name]
+                error = values.std(ddof=1) / np.sqrt(len(values))
+                differences[name] = [float(values.mean()), float(error)]
+    return differences
 
 
-def _result(folder: Path, label: str, seed: int, options: Sequence[str]) -> dict:
-    run = folder / f"{label.replace(' ', '-')}-seed{seed}"
-    results = run / "results.json"
-    if not results.exists():
-        resume = ["--resume"] if (run / "checkpoints").exists() else ["--overwrite"]
-        command = [sys.executable, "-m", "vlae_jax", "train", "--run-dir", str(run)]
-        subprocess.run([*command, *options, "--seed", str(seed), *resume], check=True)
-    return json.loads(results.read_text())
+def _train(
+    study: Study, folder: Path, label: str, seed: int, place: Sequence[str], core: int | None
+) -> None:
+    run = folder / f"{_file_name(label)}-seed{seed}"
+    if (run / "results.json").exists():
+        return
+    resume = ["--resume"] if (run / "checkpoints").exists() else ["--overwrite"]
+    options = [*study.common, *study.variants[label], "--seed", str(seed), *place, *resume]
+    command = [sys.executable, *study.command, "--run-dir", str(run), *options]
+    run.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{label}, seed {seed}", flush=True)
+    with (run.parent / f"{run.name}.log").open("a") as log:
+        finished = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
+            check=False,
+        )
+    if finished.returncode:
+        raise SystemExit(f"{label}, seed {seed}: failed, see {log.name}")
 
 
-def _figure(result: Mapping, name: str) -> tuple[float, float]:
-    for figure in result["figures"]:
-        if figure["name"] == name:
-            return figure["value"], figure["standard_error"]
-    return math.nan, math.nan
+def _core(index: int) -> int:
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[index % len(cores)]
 
 
-def _over_seeds(figures: Sequence[tuple[float, float]]) -> str:
-    values = [value for value, _ in figures]
-    if math.isnan(values[0]):
-        return "-"
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else figures[0][1]
-    text = f"{mean(values):.3f}"
-    return text if math.isnan(error) else f"{text} ± {error:.3f}"
+def _file_name(label: str) -> str:
+    return label.replace(" ", "-").replace("/", "-")

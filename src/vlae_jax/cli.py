@@ -36,7 +36,7 @@ class Train:
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 500
-    """Steps between checkpoints, besides one after each epoch."""
+    """Steps between checkpoints, besides one after each epoch that is the best so far."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run folder (needs the tensorboard extra)."""
 

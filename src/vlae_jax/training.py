@@ -280,6 +280,7 @@ class _Loop:
         self.notes = notes
         self.began = time.monotonic()
         self.logged = (self.began, 0)
+        self.saved = -1
 
     def run(self, state: TrainState, progress: ProgressLine, received: list[int]) -> None:
         trainer, options = self.trainer, self.options
@@ -287,6 +288,7 @@ class _Loop:
         in_flight: list[Array] = []
         order, order_epoch, enough = None, -1, None
         self.logged = (time.monotonic(), step)
+        self.saved = step if step else -1
         while step < trainer.total_steps and not (enough := self._enough(step)):
             epoch = step // trainer.steps_per_epoch
             if epoch != order_epoch:
@@ -300,17 +302,17 @@ class _Loop:
             epoch_ends = step % trainer.steps_per_epoch == 0
             if step % options.log_every == 0 or epoch_ends:
                 state = self._log(state, step, progress)
-            if epoch_ends:
-                self._validate_and_save(state, step, progress)
-            elif step % options.checkpoint_every == 0:
-                self.checkpoints.save(step, self._checked(state), self._notes())
+            if (epoch_ends and self._validate(state, step, progress)) or (
+                step - self.saved >= options.checkpoint_every
+            ):
+                self._save(state, step)
             if received:
-                if not epoch_ends:
-                    self.checkpoints.save(step, self._checked(state), self._notes())
+                self._save(state, step)
                 self.checkpoints.close()
                 raise Stopped(received[0], step)
-        if step not in self.checkpoints.steps():
-            self._validate_and_save(state, step, progress)
+        if step == 0:
+            self._validate(state, step, progress)
+        self._save(state, step)
         if enough:
             progress.say(f"stopped: {enough}")
 
@@ -343,7 +345,8 @@ class _Loop:
             sums=jax.tree.map(jnp.zeros_like, state.sums), summed=jnp.zeros_like(state.summed)
         )
 
-    def _validate_and_save(self, state: TrainState, step: int, progress: ProgressLine) -> None:
+    def _validate(self, state: TrainState, step: int, progress: ProgressLine) -> bool:
+        """Log the validation metrics; whether they are the best so far."""
         began = time.monotonic()
         metrics = self.trainer.validate(self._checked(state).params)
         # What is trained for chooses, where it is a bound on log p(x); the ELBO otherwise.
@@ -357,10 +360,15 @@ class _Loop:
         epoch = step // self.trainer.steps_per_epoch
         mark = "  (best)" if is_best else ""
         progress.say(f"epoch {epoch}: validation {_summary(metrics)}{mark}")
-        self.checkpoints.save(step, state, self._notes())
         # Validation is no training time: the next rate must not count it.
         then, step_then = self.logged
         self.logged = (then + time.monotonic() - began, step_then)
+        return is_best
+
+    def _save(self, state: TrainState, step: int) -> None:
+        if step != self.saved:
+            self.checkpoints.save(step, self._checked(state), self._notes())
+            self.saved = step
 
     def _checked(self, state: TrainState) -> TrainState:
         bad_step = int(state.bad_step)
