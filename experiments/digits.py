@@ -4,12 +4,12 @@
 """
 
 from experiments.study import Study, main
-from experiments.systems import systems
+from experiments.systems import objectives_and_gradients, systems
 
 STUDY = Study(
     "digits",
     "digits, to convergence",
-    systems((1, 2, 4, 8)),
+    {**systems((1, 2, 4, 8)), **objectives_and_gradients()},
     ["--dataset", "digits", "--epochs", "1000", "--patience", "60", "--log-every", "1000"],
     seeds=(0, 1, 2, 3, 4),
 )

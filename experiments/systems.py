@@ -5,15 +5,13 @@ from collections.abc import Sequence
 ASCENT = ("--ascent-rate", "1e-2")
 
 
-def systems(
-    steps: Sequence[int], *, ascent: Sequence[str] = ASCENT, variants: bool = True
-) -> dict[str, list[str]]:
+def systems(steps: Sequence[int], *, ascent: Sequence[str] = ASCENT) -> dict[str, list[str]]:
     """Label → options of every system, the plain VAE first.
 
     Args:
-        steps: T of those that take steps.
+        steps: T of those that take steps. VLAE also has T = 0: the Laplace posterior at the
+            encoder's guess.
         ascent: How SA-VAE ascends.
-        variants: Also the other objectives, gradients and searches.
     """
     found = {
         "VAE": ["--method", "vae"],
@@ -23,30 +21,24 @@ def systems(
     for name, method in (("HF", "vae_hf"), ("IAF", "vae_iaf"), ("planar", "vae_planar")):
         found |= {f"VAE+{name} T={t}": ["--method", method, "--steps", str(t)] for t in steps}
     found |= {f"SA-VAE T={t}": ["--method", "sa_vae", "--steps", str(t), *ascent] for t in steps}
-    found |= {f"VLAE T={t}": ["--method", "vlae", "--steps", str(t)] for t in (0, *steps)}
-    if variants:
-        iwae = ["--method", "vae", "--train-samples"]
-        vlae = ["--method", "vlae", "--steps", "4"]
-        found |= {
-            "IWAE K=5": [*iwae, "5", "--objective", "iwae"],
-            "IWAE K=50": [*iwae, "50", "--objective", "iwae"],
-            "IWAE K=5 DReG": [*iwae, "5", "--objective", "dreg"],
-            "SA-VAE T=4 stop": [
-                "--method",
-                "sa_vae",
-                "--steps",
-                "4",
-                *ascent,
-                "--gradient",
-                "stop",
-            ],
-            "VLAE T=4 stop": [*vlae, "--gradient", "stop"],
-            "VLAE T=4 unroll": [*vlae, "--gradient", "unroll"],
-            "VLAE T=4 unroll, steps of the paper": [
-                *(*vlae, "--gradient", "unroll", "--damping", "paper"),
-            ],
-            "VLAE T=4 gradient ascent": [*vlae, "--search", "gradient", *ascent],
-            "VLAE T=4 evidence": [*vlae, "--objective", "evidence"],
-            "VLAE T=4 IWAE K=5": [*vlae, "--objective", "iwae", "--train-samples", "5"],
-        }
-    return found
+    found["IWAE K=5"] = ["--method", "vae", "--objective", "iwae", "--train-samples", "5"]
+    return found | {f"VLAE T={t}": ["--method", "vlae", "--steps", str(t)] for t in (0, *steps)}
+
+
+def objectives_and_gradients(*, ascent: Sequence[str] = ASCENT) -> dict[str, list[str]]:
+    """Label → options of what else can be chosen: objectives, gradients, searches."""
+    iwae = ["--method", "vae", "--train-samples"]
+    semi = ["--method", "sa_vae", "--steps", "4", *ascent]
+    vlae = ["--method", "vlae", "--steps", "4"]
+    unroll = [*vlae, "--gradient", "unroll"]
+    return {
+        "IWAE K=50": [*iwae, "50", "--objective", "iwae"],
+        "IWAE K=5 DReG": [*iwae, "5", "--objective", "dreg"],
+        "SA-VAE T=4 stop": [*semi, "--gradient", "stop"],
+        "VLAE T=4 stop": [*vlae, "--gradient", "stop"],
+        "VLAE T=4 unroll": unroll,
+        "VLAE T=4 unroll, steps of the paper": [*unroll, "--damping", "paper"],
+        "VLAE T=4 gradient ascent": [*vlae, "--search", "gradient", *ascent],
+        "VLAE T=4 evidence": [*vlae, "--objective", "evidence"],
+        "VLAE T=4 IWAE K=5": [*vlae, "--objective", "iwae", "--train-samples", "5"],
+    }

@@ -86,20 +86,22 @@ def semi_amortized_vae(
     x: Float[Array, " dim"],
     key: PRNGKeyArray,
     config: InferenceConfig,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Inference:
     """The encoder's diagonal Gaussian, refined by gradient ascent of this example's ELBO.
 
     The KL divergence is in closed form, the reconstruction by one fresh sample a step; a step
     follows the clipped gradient with momentum. With gradient "unroll" the training ELBO is
     differentiated through all steps, second derivatives included. With "stop" it sees the refined
-    posterior as a constant, and the encoder learns by KL(q₀ ‖ q_T).
+    posterior as a constant, and the encoder learns by KL(q₀ ‖ q_T). `optimizer` replaces that of
+    the configuration.
 
     References:
         Kim, Wiseman, Miller, Sontag and Rush (2018), Semi-amortized variational autoencoders.
     """
     initial = DiagonalPosterior(*model.encode(x))
     log_likelihood = model.log_likelihood(x)
-    optimizer = ascent_optimizer(config)
+    optimizer = optimizer or ascent_optimizer(config)
 
     def negative_elbo(posterior: DiagonalPosterior, key: PRNGKeyArray) -> Float[Array, ""]:
         z, _ = posterior.sample_and_log_prob(key)

@@ -1,0 +1,21 @@
+"""Every system on OMNIGLOT for the same epochs: Gaussian output on dequantised logits.
+
+.venv/bin/python -m experiments.omniglot --data-dir PATH --jobs 2
+"""
+
+from experiments.study import Study, main
+from experiments.systems import systems
+
+STUDY = Study(
+    "omniglot",
+    "OMNIGLOT, equal epochs",
+    systems((1, 4)),
+    [
+        *("--dataset", "omniglot", "--hidden", "200", "200", "--latent", "20"),
+        *("--test-images", "1000", "--importance-samples", "1000", "--log-every", "1000"),
+        *("--epochs", "10"),
+    ],
+)
+
+if __name__ == "__main__":
+    main(STUDY)
