@@ -9,7 +9,7 @@ VENV := .venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help experiment test lint format bench lock clean distclean
+.PHONY: help experiment report test lint format bench lock clean distclean
 
 # ------------------------------------------------------------------------------ variables
 
@@ -149,6 +149,9 @@ lint: $(VENV)/.with-train $(VENV)/.with-lint ## Check style, formatting and type
 format: $(VENV)/.with-lint ## Format the code and repair what ruff can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+report: $(VENV)/.with-train ## Set the studies' tables and draw their plots again
+	$(VENV)/bin/python -m experiments.report
 
 bench: benchmarks/run.py $(VENV)/.with-train ## Time what is worth timing
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)

@@ -1,5 +1,4 @@
-"""Every system on 10,000 images of CIFAR10 for the same epochs: Gaussian output on dequantised
-logits.
+"""Every system on 10,000 images of CIFAR10 for the same epochs: Gaussian output on logits.
 
 .venv/bin/python -m experiments.cifar10_subset --data-dir PATH --jobs 2
 """
