@@ -1,9 +1,21 @@
-"""Fixtures of the core's tests."""
+"""Fixtures of the core's tests, and how their programs are compiled."""
+
+import os
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
 import problems
 import pytest
+
+# Tests compile for minutes and run for seconds. On a CPU most of the former is a pipeline of MLIR
+# passes for each fusion, which XLA can do without, and a thread for each piece of a small program.
+# These jaxlibs know the flags; one that does not would abort. Flags of the caller come later and
+# win; XLA reads them at the first compilation.
+QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")
+if metadata.version("jaxlib").startswith(("0.8.", "0.9.")) and QUICK_FLAGS not in GIVEN_FLAGS:
+    os.environ["XLA_FLAGS"] = f"{QUICK_FLAGS} {GIVEN_FLAGS}".strip()
 
 
 @pytest.fixture(scope="module")
