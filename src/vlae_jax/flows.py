@@ -1,0 +1,331 @@
+"""Normalizing flows that bend an amortised posterior, one example at a time (Flax NNX).
+
+A flow is an invertible map of z with the log determinant of its Jacobian, so that the density of
+what it maps follows from that of what it was given. Its context is the encoder's last hidden layer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
+
+# A tenth of what would keep the variance: what a flow does starts small, and is not stuck at zero.
+_QUIET = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
+_LOUD = nnx.initializers.lecun_normal()
+# σ(2) = 0.88: a step of the autoregressive flow keeps most of z at first.
+_OPEN_GATE = 2.0
+
+
+class Flow(Protocol):
+    """An `nnx.Module` that maps z, invertibly for every context."""
+
+    context_size: int
+
+    def __call__(
+        self, z: Float[Array, " latent"], context: Float[Array, " context"]
+    ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
+        """The new z, (latent,), and log|det ∂z_new/∂z|, nats."""
+        ...
+
+
+class FlowPosterior(NamedTuple):
+    """The density of what a flow makes of samples of a simpler posterior.
+
+    A pytree whose leaves include the flow's weights: a `vmap` that returns it copies them for every
+    example, so return what is computed from it.
+    """
+
+    base: Posterior
+    context: Float[Array, " context"]
+    flow: Flow
+
+    def sample_and_log_prob(
+        self, key: PRNGKeyArray
+    ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
+        """Draw from the base and map: log q(z) = log q_base - log|det|.
+
+        Returns:
+            The sample, (latent,), and its log density in nats.
+
+        Gradients:
+            Flow through base, context and the flow's weights (reparametrisation).
+
+        References:
+            Rezende and Mohamed (2015), Variational inference with normalizing flows, equation 7.
+        """
+        z, log_prob = self.base.sample_and_log_prob(key)
+        z, log_det = self.flow(z, self.context)
+        return z, log_prob - log_det
+
+
+class HouseholderFlow(nnx.Module):
+    """Reflections z - 2 v vᵀz / |v|²: an orthogonal matrix that depends on the context.
+
+    The first v is affine in the context, each later one in the v before. A diagonal Gaussian stays
+    Gaussian, with a full covariance of the same eigenvalues: see `householder_posterior`. Starts
+    close to one orthogonal matrix for all examples, which the prior N(0, I) does not see.
+
+    Args:
+        latent: Dimensions of z.
+        hidden: Size of the context.
+        num_steps: Reflections.
+        rngs: Random streams for the initial weights.
+
+    Raises:
+        ValueError: If there are no steps; when called, if a shape is not that of one example.
+
+    References:
+        Tomczak and Welling (2016), Improving variational auto-encoders using Householder flow.
+    """
+
+    def __init__(self, latent: int, hidden: int, num_steps: int, *, rngs: nnx.Rngs) -> None:
+        _require_steps(num_steps)
+        self.latent, self.context_size = latent, hidden
+        # The bias gives v a direction; without one the smallest context would decide it.
+        somewhere = nnx.initializers.normal(1.0)
+        self.first = nnx.Linear(hidden, latent, kernel_init=_QUIET, bias_init=somewhere, rngs=rngs)
+        self.later = nnx.List(nnx.Linear(latent, latent, rngs=rngs) for _ in range(num_steps - 1))
+
+    def vectors(self, context: Float[Array, " context"]) -> Float[Array, "steps latent"]:
+        """What the steps reflect along, in their order; not normalised."""
+        vectors = [self.first(context)]
+        for layer in self.later:
+            vectors.append(layer(vectors[-1]))
+        return jnp.stack(vectors)
+
+    def __call__(
+        self, z: Float[Array, " latent"], context: Float[Array, " context"]
+    ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
+        """The reflected z, (latent,), and log|det| = 0. A zero v reflects nothing."""
+        _require_one_example(self.latent, self.context_size, z, context)
+        z = _reflect(self.vectors(context), z)
+        return z, jnp.zeros((), z.dtype)
+
+
+def householder_posterior(
+    base: DiagonalPosterior, vectors: Float[Array, "steps latent"]
+) -> GaussianPosterior:
+    """What a `HouseholderFlow` makes of a diagonal Gaussian, with its KL divergence in closed form.
+
+    With H the product of the reflections the precision is A Aᵀ, A = H diag(1/std), and its Cholesky
+    factor comes from a QR of Aᵀ, without squaring the condition.
+
+    Args:
+        base: What the flow is given.
+        vectors: `flow.vectors(context)`, (steps, latent).
+
+    Returns:
+        The posterior with the density of the flow's samples; the same key gives another sample.
+
+    Gradients:
+        Flow through base and vectors.
+    """
+    scaled = jnp.diag(jnp.exp(-base.log_std))
+    factor_t = jax.vmap(_reflect, in_axes=(None, 0))(vectors, scaled)
+    upper = jnp.linalg.qr(factor_t, mode="r")
+    chol = upper.T * jnp.sign(jnp.diagonal(upper))
+    return GaussianPosterior(_reflect(vectors, base.mean), chol)
+
+
+class InverseAutoregressiveFlow(nnx.Module):
+    """Gated steps z ← σ(s) z + σ(-s) m, where m and s of a dimension see those before it.
+
+    Each step has a masked autoregressive network of its own, and they run through the dimensions
+    forwards and backwards in turn. The context enters all hidden units, and every dimension has
+    units that see it: the first, which sees no other dimension, too.
+
+    Args:
+        latent: Dimensions of z.
+        hidden: Size of the context.
+        num_steps: Steps.
+        width: Units of a hidden layer, at least `latent`, one of each degree.
+        depth: Hidden layers of a network.
+        rngs: Random streams for the initial weights.
+
+    Raises:
+        ValueError: If there are no steps or no layers, or too few units; when called, if a shape is
+            not that of one example.
+
+    References:
+        Kingma et al. (2016), Improved variational inference with inverse autoregressive flow,
+        equations 13 and 14; Germain et al. (2015), MADE, for the masks.
+    """
+
+    def __init__(
+        self,
+        latent: int,
+        hidden: int,
+        num_steps: int,
+        *,
+        width: int,
+        depth: int = 1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        _require_steps(num_steps)
+        if width < latent or depth < 1:
+            raise ValueError(
+                "width must be at least latent, or dimensions lose sight of others, and depth at "
+                f"least 1, got {width=}, {latent=}, {depth=}"
+            )
+        self.latent, self.context_size = latent, hidden
+        forwards = range(1, latent + 1)
+        self.steps = nnx.List(
+            GatedAutoregressiveStep(order, hidden, width, depth, rngs=rngs)
+            for order in (forwards[:: (-1) ** step] for step in range(num_steps))
+        )
+
+    def __call__(
+        self, z: Float[Array, " latent"], context: Float[Array, " context"]
+    ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
+        """The new z, (latent,), and log|det ∂z_new/∂z|, nats: the sum of all log σ(s)."""
+        _require_one_example(self.latent, self.context_size, z, context)
+        log_det = jnp.zeros((), z.dtype)
+        for step in self.steps:
+            shift, gate = step.shift_and_gate(z, context)
+            z = jax.nn.sigmoid(gate) * z + jax.nn.sigmoid(-gate) * shift
+            log_det += jnp.sum(jax.nn.log_sigmoid(gate))
+        return z, log_det
+
+
+class GatedAutoregressiveStep(nnx.Module):
+    """One step's network. A hidden unit of degree k sees the first k dimensions, k from 0 on.
+
+    Args:
+        order: For each dimension its place, 1 to latent: it sees those in earlier places.
+        hidden: Size of the context.
+        width: Units of a hidden layer; their degrees go through 0 to latent - 1 again and again.
+        depth: Hidden layers.
+        rngs: Random streams for the initial weights.
+    """
+
+    def __init__(
+        self, order: Sequence[int], hidden: int, width: int, depth: int, *, rngs: nnx.Rngs
+    ) -> None:
+        degrees = [unit % len(order) for unit in range(width)]
+        before = [place - 1 for place in order]
+        self.context = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
+        sizes = [order] + [degrees] * depth
+        self.layers = nnx.List(_MaskedLinear(seen, degrees, rngs=rngs) for seen in sizes[:-1])
+        self.shift = _MaskedLinear(degrees, before, kernel_init=_QUIET, rngs=rngs)
+        is_open = nnx.initializers.constant(_OPEN_GATE)
+        self.gate = _MaskedLinear(degrees, before, kernel_init=_QUIET, bias_init=is_open, rngs=rngs)
+
+    def shift_and_gate(
+        self, z: Float[Array, " latent"], context: Float[Array, " context"]
+    ) -> tuple[Float[Array, " latent"], Float[Array, " latent"]]:
+        """The m and s of the step, (latent,) each."""
+        first, *others = self.layers
+        units = jax.nn.elu(first(z) + self.context(context))
+        for layer in others:
+            units = jax.nn.elu(layer(units))
+        return self.shift(units), self.gate(units)
+
+
+class PlanarFlow(nnx.Module):
+    """Steps z + û tanh(wᵀz + b), with u, w and b affine in the context.
+
+    A step is invertible where wᵀû > -1. So û is u with its component along w divided by
+    1 + max(0, -wᵀu), which leaves wᵀû = wᵀu where that is positive, and wᵀu / (1 - wᵀu) elsewhere.
+    The softplus of Rezende and Mohamed reaches the same set, but its û has no limit for w → 0.
+
+    Args:
+        latent: Dimensions of z.
+        hidden: Size of the context.
+        num_steps: Steps.
+        rngs: Random streams for the initial weights.
+
+    Raises:
+        ValueError: If there are no steps; when called, if a shape is not that of one example.
+
+    References:
+        Rezende and Mohamed (2015), Variational inference with normalizing flows, equations 10 to 12
+        and appendix A.1.
+    """
+
+    def __init__(self, latent: int, hidden: int, num_steps: int, *, rngs: nnx.Rngs) -> None:
+        _require_steps(num_steps)
+        self.latent, self.context_size, self.num_steps = latent, hidden, num_steps
+        # Where u is small and w is not, u has a gradient and the step does little.
+        unit = nnx.initializers.normal(latent**-0.5)
+        size = num_steps * latent
+        self.u = nnx.Linear(hidden, size, kernel_init=_QUIET, rngs=rngs)
+        self.w = nnx.Linear(hidden, size, kernel_init=_QUIET, bias_init=unit, rngs=rngs)
+        self.b = nnx.Linear(hidden, num_steps, kernel_init=_QUIET, rngs=rngs)
+
+    def __call__(
+        self, z: Float[Array, " latent"], context: Float[Array, " context"]
+    ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
+        """The new z, (latent,), and log|det ∂z_new/∂z|, nats."""
+        _require_one_example(self.latent, self.context_size, z, context)
+        us, ws = (layer(context).reshape(self.num_steps, -1) for layer in (self.u, self.w))
+        log_det = jnp.zeros((), z.dtype)
+        for u, w, b in zip(us, ws, self.b(context), strict=True):
+            overlap = jnp.sum(w * u)
+            excess = jax.nn.relu(-overlap)
+            u_hat = u - excess / (1 + excess) * _project(w, u)
+            a = jnp.sum(w * z) + b
+            z = z + u_hat * jnp.tanh(a)
+            # 1 + tanh'(a) wᵀû with 1 = tanh² + tanh', so that nothing cancels where wᵀû is near -1.
+            slope = 4 * jax.nn.sigmoid(2 * a) * jax.nn.sigmoid(-2 * a)
+            one_plus_overlap = (1 + jax.nn.relu(overlap)) / (1 + excess)
+            log_det += jnp.log(jnp.tanh(a) ** 2 + slope * one_plus_overlap)
+        return z, log_det
+
+
+class _MaskedLinear(nnx.Module):
+    """An affine layer whose output of degree k sees the inputs of degree k or less."""
+
+    def __init__(
+        self,
+        in_degrees: Sequence[int],
+        out_degrees: Sequence[int],
+        *,
+        kernel_init: Callable[..., Array] = _LOUD,
+        bias_init: Callable[..., Array] = nnx.initializers.zeros,
+        rngs: nnx.Rngs,
+    ) -> None:
+        # Tuples: an array would be a leaf beside the weights, for an optimizer to move.
+        self.in_degrees, self.out_degrees = tuple(in_degrees), tuple(out_degrees)
+        shape = len(self.in_degrees), len(self.out_degrees)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(bias_init(rngs.params(), shape[1:], jnp.float32))
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        mask = np.less_equal.outer(self.in_degrees, self.out_degrees)
+        return x @ jnp.where(mask, self.kernel[...], 0.0) + self.bias[...]
+
+
+def _project(v: Float[Array, " latent"], z: Float[Array, " latent"]) -> Float[Array, " latent"]:
+    """The component of z along v; zero, with zero gradients, where v is zero."""
+    # The length of v does not matter, for the gradient neither; scaled, its square cannot overflow.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(v)))
+    is_zero = largest == 0
+    v = v / jnp.where(is_zero, 1.0, largest)
+    return v * (jnp.sum(v * z) / jnp.where(is_zero, 1.0, jnp.sum(v * v)))
+
+
+def _reflect(
+    vectors: Float[Array, "steps latent"], z: Float[Array, " latent"]
+) -> Float[Array, " latent"]:
+    for v in vectors:
+        z = z - 2 * _project(v, z)
+    return z
+
+
+def _require_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+
+
+def _require_one_example(latent: int, context_size: int, z: Array, context: Array) -> None:
+    if z.shape != (latent,) or context.shape != (context_size,):
+        raise ValueError(
+            f"z must have shape {(latent,)} and context {(context_size,)}, got {z.shape} and "
+            f"{context.shape}; jax.vmap over the batch."
+        )
