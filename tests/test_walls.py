@@ -23,7 +23,8 @@ CORE = [
     {"__init__"},
 ]
 OUTER = [
-    {"interop"},
+    {"interop", "annealing"},
+    {"gaps"},
     {"models"},
     {"config"},
     {"data"},
@@ -45,6 +46,7 @@ CORE_ROOMS = sorted(set.union(*CORE))
 MODULES = {path.stem: path for path in Path(vlae_jax.__file__).parent.glob("*.py")}
 # What the extras bring; the core must do without.
 EXTRAS = [
+    "blackjax",
     "flax",
     "matplotlib",
     "numpyro",
