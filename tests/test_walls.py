@@ -23,8 +23,8 @@ CORE = [
     {"__init__"},
 ]
 OUTER = [
-    {"interop"},
-    {"flows"},
+    {"interop", "annealing"},
+    {"flows", "gaps"},
     {"models"},
     {"config"},
     {"data"},

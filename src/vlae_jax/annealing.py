@@ -1,0 +1,323 @@
+"""Annealed importance sampling: log p(x) of one example between two stochastic bounds.
+
+Importance sampling needs a proposal that is nearly the posterior; annealing makes its own, and so
+judges the posteriors of any system by a measure that none of them provides. Transitions are
+Hamiltonian Monte Carlo by blackjax, of the `train` extra; `import vlae_jax` never imports this
+room.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.mcmc import hmc
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from vlae_jax.curvature import depend_on_data
+from vlae_jax.densities import LogDensity
+from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
+
+TARGET_ACCEPTANCE = 0.65
+"""Mean acceptance at which HMC moves farthest for its gradients (Neal, 2011, section 5.4.4.3)."""
+_ADAPTATION = 0.1
+"""Change of log step size for an acceptance that is wrong by one."""
+_JITTER = 0.2
+"""Share by which steps vary between moves: equal paths can return to where they began."""
+_STEEPNESS = 4.0
+
+
+class AnnealingInfo(NamedTuple):
+    """How far to trust one example's annealed estimate. Carries no gradients."""
+
+    ess: Float[Array, ""]
+    """Effective number of chains (Σw)²/Σw²: between 1 and their number; 0 where all have failed."""
+    standard_error: Float[Array, ""]
+    """Of the log estimate, by the delta method over chains, nats. Itself an estimate from the same
+    weights, and blind to modes that no chain has seen; infinite for a single chain."""
+    acceptance: Float[Array, ""]
+    """Mean probability of acceptance, over chains and temperatures; 0 where nothing moved."""
+    step_size: Float[Array, " transitions"]
+    """Used at each temperature between the first and the last, in the order of rising β."""
+    num_failed: Int[Array, ""]
+    """Chains that met a log joint which is not finite; they weigh nothing."""
+    is_finite: Bool[Array, ""]
+    """Whether any chain is left: otherwise the estimate is an infinite bound."""
+
+
+def annealed_importance_sampling(
+    key: PRNGKeyArray,
+    log_joint: LogDensity,
+    start: Posterior,
+    *,
+    num_temperatures: int,
+    num_chains: int,
+    num_leapfrog: int = 10,
+    step_size: float | Float[Array, "..."] = 0.5,
+    adapt: bool | Bool[Array, ""] = True,
+) -> tuple[Float[Array, ""], AnnealingInfo]:
+    """Estimate log p(x) by chains annealed from `start` to the posterior: a stochastic lower bound.
+
+    A chain starts at a sample of `start` and passes through the densities ∝ start^(1-β) p(x, z)^β,
+    with β on a sigmoidal schedule from 0 to 1. It gathers log w = Σ Δβ log(p(x, z) / start(z)), and
+    moves by one HMC transition at each β between. The mean of w over chains has the expectation
+    p(x); its log is below log p(x) in expectation, and exceeds it by b nats with a probability of
+    at most exp(-b). Only the running sums are kept: memory does not grow with the temperatures.
+
+    The chains move in coordinates in which a Gaussian `start` is N(0, I): HMC with the covariance
+    of `start` as its inverse mass matrix. So the Laplace posterior preconditions, and step sizes
+    are in its standard deviations.
+
+    With `adapt`, the step size follows the mean acceptance of the chains at earlier temperatures
+    (Robbins and Monro's rule, towards 0.65; Wu et al. adapt likewise). Chains then depend on their
+    own past by more than their position, so the bound holds only nearly: the better, the more
+    chains share the step size, and the slower it moves. For a strict bound, run again under another
+    key with `adapt=False` and `step_size=info.step_size` of the first run.
+
+    Args:
+        key: Random key.
+        log_joint: z of shape (latent,) → log p(x, z), nats. Where it is not finite the density
+            counts as zero, which can only lower the estimate.
+        start: Where chains start, with a density: the Laplace posterior, an encoder's, or the prior
+            as `DiagonalPosterior(zeros, zeros)`. Its support must cover the posterior's.
+        num_temperatures: Steps of β; 1 is importance sampling.
+        num_chains: Chains, run side by side: memory grows with them.
+        num_leapfrog: Gradients of each transition; one more evaluates the weight.
+        step_size: First guess for all transitions, or one for each, (num_temperatures - 1,), in the
+            order of rising β. Steps are varied at random by up to a fifth.
+        adapt: Whether to adapt step sizes, as a factor common to all that are still to come.
+
+    Returns:
+        The estimate in nats and `AnnealingInfo`. Never NaN: a chain that fails weighs nothing, and
+        -inf is the bound where all have failed.
+
+    Raises:
+        ValueError: While tracing, for a wrong count or shape.
+
+    Gradients:
+        None.
+
+    References:
+        Neal (2001), Annealed importance sampling; Grosse, Ghahramani and Adams (2015), Sandwiching
+        the marginal likelihood using bidirectional Monte Carlo; Wu, Burda, Salakhutdinov and Grosse
+        (2017), On the quantitative analysis of decoder-based generative models.
+    """
+    _require_at_least_one(
+        num_temperatures=num_temperatures, num_chains=num_chains, num_leapfrog=num_leapfrog
+    )
+    start_key, run_key = jax.random.split(key)
+
+    def sample(chain):
+        return start.sample_and_log_prob(jax.random.fold_in(start_key, chain))[0]
+
+    origins = jax.vmap(sample)(jnp.arange(num_chains))
+    return _anneal(
+        run_key,
+        log_joint,
+        start,
+        origins,
+        _schedule(num_temperatures),
+        num_leapfrog,
+        _step_sizes(step_size, num_temperatures, origins.dtype),
+        adapt,
+    )
+
+
+def reverse_annealed_importance_sampling(
+    key: PRNGKeyArray,
+    log_joint: LogDensity,
+    start: Posterior,
+    z_exact: Float[Array, " latent"],
+    *,
+    num_temperatures: int,
+    num_chains: int,
+    num_leapfrog: int = 10,
+    step_size: float | Float[Array, "..."] = 0.5,
+    adapt: bool | Bool[Array, ""] = True,
+) -> tuple[Float[Array, ""], AnnealingInfo]:
+    """Bound log p(x) from above, by chains annealed from an exact posterior sample to `start`.
+
+    The chains of `annealed_importance_sampling` run backwards. The mean of their 1/w has the
+    expectation 1/p(x); minus its log is above log p(x) in expectation. An exact posterior sample is
+    at hand for simulated data, z ~ p(z) and then x ~ p(x | z). How far apart the two bounds are
+    there says how far to trust the lower one for real data.
+
+    Args:
+        key: Random key.
+        log_joint: See `annealed_importance_sampling`.
+        start: The same as that of the forward chains: where these end.
+        z_exact: A sample of the posterior, (latent,); all chains start there.
+        num_temperatures: See `annealed_importance_sampling`.
+        num_chains: Likewise. More chains do not replace more exact samples.
+        num_leapfrog: Likewise.
+        step_size: Likewise; `info.step_size` of a forward run fits as it is.
+        adapt: Likewise, with the same reservation. Here the step size at hand is for β = 1.
+
+    Returns:
+        The estimate in nats and `AnnealingInfo`, of the weights 1/w; its standard error knows
+        nothing of the choice of `z_exact`. Never NaN: a chain that fails weighs nothing, which can
+        only raise the estimate, and +inf is the bound where all have failed.
+
+    Raises:
+        ValueError: While tracing, for a wrong count or shape.
+
+    Gradients:
+        None.
+
+    References:
+        Grosse, Ghahramani and Adams (2015); Wu, Burda, Salakhutdinov and Grosse (2017).
+    """
+    _require_at_least_one(
+        num_temperatures=num_temperatures, num_chains=num_chains, num_leapfrog=num_leapfrog
+    )
+    log_inverse, info = _anneal(
+        key,
+        log_joint,
+        start,
+        jnp.broadcast_to(z_exact, (num_chains, *z_exact.shape)),
+        _schedule(num_temperatures)[::-1],
+        num_leapfrog,
+        _step_sizes(step_size, num_temperatures, z_exact.dtype)[::-1],
+        adapt,
+    )
+    return -log_inverse, info._replace(step_size=info.step_size[::-1])
+
+
+class _Chains(NamedTuple):
+    """What is carried from one temperature to the next; arrays lead with the chain."""
+
+    offset: Float[Array, "chains latent"]
+    log_weight: Float[Array, " chains"]
+    rounding: Float[Array, " chains"]
+    failed: Bool[Array, " chains"]
+    log_factor: Float[Array, ""]
+    """What adaptation has made of the step sizes given."""
+
+
+def _anneal(key, log_joint, start, origins, betas, num_leapfrog, step_sizes, adapt):
+    """Run chains from `origins` along `betas`; the log of the mean of their weights.
+
+    Weights are those of the path as it is run: along falling β they are 1/w.
+    """
+    origins = jax.vmap(lambda z: depend_on_data(log_joint, z))(origins)
+    num_chains, latent = origins.shape
+    dtype = origins.dtype
+    # Differences of rounded numbers, so that they add up to 1 exactly.
+    betas = np.asarray(betas, dtype)
+    deltas = np.diff(betas)
+    stretch = _whitening(start)
+    kernel = hmc.build_kernel()
+
+    def log_density(offset, origin, beta):
+        """The annealed density at one point, with log p(x, z) - log start(z)."""
+        z = origin + stretch(offset)
+        joint, reference = log_joint(z), start.log_prob(z)
+        joint = jnp.where(jnp.isfinite(joint), joint, -jnp.inf)
+        return (1 - beta) * reference + beta * joint, joint - reference
+
+    def move(key, offset, origin, beta, step_size):
+        """The log ratio at one chain's point, and a transition from there."""
+        kernel_key, jitter_key = jax.random.split(key)
+        step_size *= jax.random.uniform(jitter_key, (), dtype, 1 - _JITTER, 1 + _JITTER)
+        (value, log_ratio), slope = jax.value_and_grad(log_density, has_aux=True)(
+            offset, origin, beta
+        )
+        state, info = kernel(
+            kernel_key,
+            hmc.HMCState(offset, value, slope),
+            lambda offset: log_density(offset, origin, beta)[0],
+            step_size,
+            jnp.ones(latent, dtype),
+            num_leapfrog,
+        )
+        return log_ratio, state.position, info.acceptance_rate
+
+    def step(chains, given):
+        index, beta, delta, step_size = given
+        keys = jax.random.split(jax.random.fold_in(key, index), num_chains)
+        step_size *= jnp.exp(chains.log_factor)
+        log_ratio, offset, acceptance = jax.vmap(move, in_axes=(0, 0, 0, None, None))(
+            keys, chains.offset, origins, beta, step_size
+        )
+        chains = _weigh(chains._replace(offset=offset), delta * log_ratio)
+        # A failed chain may never move again; the others' step size is not to follow it.
+        acceptance = jnp.sum(jnp.where(chains.failed, 0.0, acceptance))
+        acceptance /= jnp.maximum(jnp.sum(~chains.failed), 1)
+        change = jnp.where(adapt, _ADAPTATION * (acceptance - TARGET_ACCEPTANCE), 0.0)
+        chains = chains._replace(log_factor=chains.log_factor + change)
+        return chains, (acceptance, step_size)
+
+    zeros = jnp.zeros(num_chains, dtype)
+    chains = _Chains(
+        jnp.zeros_like(origins), zeros, zeros, jnp.zeros(num_chains, bool), jnp.zeros((), dtype)
+    )
+    given = (np.arange(len(deltas) - 1), betas[1:-1], deltas[:-1], step_sizes)
+    chains, (acceptance, step_sizes) = jax.lax.scan(step, chains, given)
+    _, log_ratio = jax.vmap(log_density, in_axes=(0, 0, None))(chains.offset, origins, betas[-1])
+    chains = _weigh(chains, deltas[-1] * log_ratio)
+
+    log_weights = jnp.where(chains.failed, -jnp.inf, chains.log_weight)
+    log_sum = jax.nn.logsumexp(log_weights)
+    is_finite = jnp.isfinite(log_sum)
+    weights = jnp.exp(log_weights - log_sum)
+    ess = jnp.where(is_finite, jnp.sum(weights) ** 2 / jnp.sum(weights**2), 0.0)
+    # The sample variance of the weights, divided by the square of their mean and their number.
+    variance = jnp.maximum(num_chains / ess - 1, 0.0) / max(num_chains - 1, 1)
+    known = is_finite & (num_chains > 1)
+    info = AnnealingInfo(
+        ess=ess,
+        standard_error=jnp.where(known, jnp.sqrt(variance), jnp.inf),
+        acceptance=jnp.sum(acceptance) / max(len(acceptance), 1),
+        step_size=step_sizes,
+        num_failed=jnp.sum(chains.failed),
+        is_finite=is_finite,
+    )
+    return jax.lax.stop_gradient((log_sum - np.log(num_chains).astype(dtype), info))
+
+
+def _weigh(chains: _Chains, increment: Float[Array, " chains"]) -> _Chains:
+    """Add to the log weights by Kahan's compensated summation.
+
+    A plain float32 sum of ten thousand small numbers to several hundred nats drifts by tenths.
+    """
+    failed = chains.failed | ~jnp.isfinite(increment)
+    increment = jnp.where(failed, 0.0, increment) - chains.rounding
+    log_weight = chains.log_weight + increment
+    rounding = (log_weight - chains.log_weight) - increment
+    return chains._replace(log_weight=log_weight, rounding=rounding, failed=failed)
+
+
+def _whitening(start: Any) -> Callable[[Array], Array]:
+    """The linear map from offsets in which a Gaussian `start` has unit covariance."""
+    if isinstance(start, GaussianPosterior):
+        identity = jnp.eye(start.mean.size, dtype=start.chol_precision.dtype)
+        scale = solve_triangular(start.chol_precision, identity, lower=True, trans=1)
+        return lambda offset: scale @ offset
+    if isinstance(start, DiagonalPosterior):
+        std = jnp.exp(start.log_std)
+        return lambda offset: std * offset
+    return lambda offset: offset
+
+
+def _schedule(num_temperatures: int) -> np.ndarray:
+    """β from 0 to 1, slowest at both ends, where the density changes fastest."""
+    sigmoid = 1 / (1 + np.exp(-np.linspace(-_STEEPNESS, _STEEPNESS, num_temperatures + 1)))
+    return (sigmoid - sigmoid[0]) / (sigmoid[-1] - sigmoid[0])
+
+
+def _step_sizes(step_size: Any, num_temperatures: int, dtype: Any) -> Float[Array, " transitions"]:
+    step_size = jnp.asarray(step_size, dtype)
+    if step_size.shape not in ((), (num_temperatures - 1,)):
+        raise ValueError(
+            f"step_size must be a scalar or have shape (num_temperatures - 1,), got "
+            f"{step_size.shape} for {num_temperatures} temperatures"
+        )
+    return jnp.broadcast_to(step_size, (num_temperatures - 1,))
+
+
+def _require_at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
