@@ -24,6 +24,7 @@ CORE = [
 ]
 OUTER = [
     {"interop"},
+    {"networks"},
     {"models"},
     {"config"},
     {"data"},

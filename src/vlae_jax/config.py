@@ -70,6 +70,12 @@ class ModelConfig:
 
     latent: int = 50
     """Dimensions of the latent space."""
+    network: Literal["mlp", "conv"] = "mlp"
+    """mlp: fully connected. conv: convolutions between the image and the hidden layers, for any
+    size of image, grey or in colour."""
+    channels: tuple[int, ...] = (32, 64)
+    """conv: the encoder's channels after each convolution, which halves the image (the decoder
+    takes them reversed)."""
     hidden: tuple[int, ...] = (500, 500)
     """Widths of the hidden layers, encoder and decoder alike (the decoder takes them reversed)."""
     activation: Activation = "relu"
@@ -88,6 +94,14 @@ class ModelConfig:
         _require(
             all(width >= 1 for width in self.hidden),
             f"hidden widths must be at least 1, got {self.hidden}",
+        )
+        _require(
+            all(count >= 1 for count in self.channels),
+            f"channels must be at least 1, got {self.channels}",
+        )
+        _require(
+            self.network != "conv" or len(self.channels) >= 1,
+            "network conv needs at least one number of channels, one for each convolution",
         )
         _require(self.min_std > 0, f"min_std must be positive, got {self.min_std}")
 
@@ -224,7 +238,8 @@ class Config:
         """A folder name that tells the run's main choices."""
         inference = self.inference
         steps = "" if inference.method == "vae" else f"-T{inference.steps}"
-        return f"{self.data.dataset}-{inference.method}{steps}-seed{self.training.seed}"
+        network = "" if self.model.network == "mlp" else f"-{self.model.network}"
+        return f"{self.data.dataset}{network}-{inference.method}{steps}-seed{self.training.seed}"
 
     def differences(self, saved: "Config") -> list[str]:
         """What keeps this configuration from continuing a run made with `saved`.

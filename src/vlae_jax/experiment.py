@@ -69,6 +69,9 @@ def build_experiment(config: Config) -> Experiment:
         variance=np.asarray(preprocessor.variance),
         per_pixel=config.model.variance == "per_pixel",
         min_std=config.model.min_std,
+        network=config.model.network,
+        channels=config.model.channels,
+        image_shape=preprocessor.image_shape,
         rngs=nnx.Rngs(config.training.seed),
     )
     graphdef, params = nnx.split(model)
