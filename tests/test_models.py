@@ -10,7 +10,8 @@ from scipy import stats
 from vlae_jax.config import InferenceConfig
 from vlae_jax.curvature import exact_expansion
 from vlae_jax.errors import UserError
-from vlae_jax.models import ACTIVATIONS, PIECEWISE_LINEAR, VariationalAutoencoder
+from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.networks import ACTIVATIONS, PIECEWISE_LINEAR
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior
 from vlae_jax.systems import build_system, vlae
 

@@ -24,7 +24,7 @@ CORE = [
 ]
 OUTER = [
     {"interop", "annealing"},
-    {"flows", "gaps"},
+    {"flows", "gaps", "networks"},
     {"models"},
     {"config"},
     {"data"},

@@ -81,6 +81,12 @@ class ModelConfig:
 
     latent: int = 50
     """Dimensions of the latent space."""
+    network: Literal["mlp", "conv"] = "mlp"
+    """mlp: fully connected. conv: convolutions between the image and the hidden layers, for any
+    size of image, grey or in colour."""
+    channels: tuple[int, ...] = (32, 64)
+    """conv: the encoder's channels after each convolution, which halves the image (the decoder
+    takes them reversed)."""
     hidden: tuple[int, ...] = (500, 500)
     """Widths of the hidden layers, encoder and decoder alike (the decoder takes them reversed)."""
     activation: Activation = "relu"
@@ -99,6 +105,14 @@ class ModelConfig:
         _require(
             all(width >= 1 for width in self.hidden),
             f"hidden widths must be at least 1, got {self.hidden}",
+        )
+        _require(
+            all(count >= 1 for count in self.channels),
+            f"channels must be at least 1, got {self.channels}",
+        )
+        _require(
+            self.network != "conv" or len(self.channels) >= 1,
+            "network conv needs at least one number of channels, one for each convolution",
         )
         _require(self.min_std > 0, f"min_std must be positive, got {self.min_std}")
 
@@ -324,7 +338,9 @@ class Config:
     def run_name(self) -> str:
         """A folder name that tells the run's main choices."""
         steps = self.inference.num_steps
-        parts = [self.data.dataset, self.inference.method]
+        parts = [self.data.dataset]
+        parts += [] if self.model.network == "mlp" else [self.model.network]
+        parts.append(self.inference.method)
         parts += [] if steps is None else [f"T{steps}"]
         if self.training.objective != "elbo":
             parts.append(f"{self.training.objective}{self.training.train_samples}")

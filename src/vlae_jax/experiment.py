@@ -77,6 +77,9 @@ def build_experiment(config: Config) -> Experiment:
         per_pixel=config.model.variance == "per_pixel",
         min_std=config.model.min_std,
         posterior_head=spec.head and functools.partial(spec.head, config),
+        network=config.model.network,
+        channels=config.model.channels,
+        image_shape=preprocessor.image_shape,
         rngs=nnx.Rngs(config.training.seed),
     )
     if config.inference.method == "ppca":

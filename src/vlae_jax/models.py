@@ -1,11 +1,11 @@
-"""The shipped networks (Flax NNX): ReLU MLP encoder and decoder with their output density.
+"""The shipped model (Flax NNX): encoder and decoder networks with their output density.
 
 Every method takes one example. A model is a pytree: pass it through `jax.jit` and `jax.grad` as an
 argument (`nnx.split` / `nnx.merge`), never by closing over it.
 """
 
 import functools
-import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -25,45 +25,18 @@ from vlae_jax.curvature import (
     whitened_affine_gaussian,
 )
 from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
+from vlae_jax.networks import MLP, ConvDecoder, ConvEncoder, Doubling
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "softplus": jax.nn.softplus,
-    "tanh": jnp.tanh,
-    "elu": jax.nn.elu,
-    "gelu": jax.nn.gelu,
-}
 # Adam moves a parameter by its learning rate a step, whatever the gradient. The log variance has
 # further to go than a weight, and everything waits for it, so its unit is larger.
 _LOG_VAR_RATE = 10.0
-
-PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu"})
-
-
-class MLP(nnx.Module):
-    """Fully connected hidden layers, an activation after each; the identity if there are none."""
-
-    def __init__(
-        self, in_size: int, widths: Sequence[int], activation: str, *, rngs: nnx.Rngs
-    ) -> None:
-        sizes = (in_size, *widths)
-        self.layers = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes))
-        self.activation = activation
-        self.out_size = sizes[-1]
-
-    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
-        """The last hidden layer's output, (out_size,), for x of shape (in_size,)."""
-        for layer in self.layers:
-            x = ACTIVATIONS[self.activation](layer(x))
-        return x
 
 
 class VariationalAutoencoder(nnx.Module):
     """p(z) = N(0, I), p(x | z) by a decoder that ends in an affine layer, and an encoder.
 
     Args:
-        dim: Pixels, the length of x.
+        dim: Pixels times channels, the length of x.
         latent: Dimensions of z.
         hidden: Widths of the encoder's hidden layers; the decoder takes them reversed.
         activation: A key of `ACTIVATIONS`.
@@ -73,7 +46,15 @@ class VariationalAutoencoder(nnx.Module):
         min_std: Floor of the output standard deviation, in the units of x.
         posterior_head: Makes what the posterior needs besides mean and log standard deviation (a
             flow, say), from the number of the encoder's features and random streams.
+        network: "mlp", or "conv": convolutions between the image and the hidden layers.
+        channels: With "conv", the encoder's channels after each convolution, which halves the
+            image; the decoder takes them reversed.
+        image_shape: With "conv", (height, width, channel), the order x is in.
         rngs: Random streams for the initial weights.
+
+    Raises:
+        ValueError: If `network` is not known, or "conv" comes without the shape of the image.
+        UserError: If the image cannot be halved so often.
     """
 
     def __init__(
@@ -88,16 +69,42 @@ class VariationalAutoencoder(nnx.Module):
         per_pixel: bool = False,
         min_std: float = 1e-3,
         posterior_head: Callable[[int, nnx.Rngs], nnx.Module] | None = None,
+        network: Literal["mlp", "conv"] = "mlp",
+        channels: Sequence[int] = (),
+        image_shape: Sequence[int] = (),
         rngs: nnx.Rngs,
     ) -> None:
-        self.encoder = MLP(dim, hidden, activation, rngs=rngs)
+        if network not in ("mlp", "conv"):
+            raise ValueError(f"network must be 'mlp' or 'conv', got {network!r}")
+        if network == "conv" and (math.prod(image_shape) != dim or len(image_shape) != 3):
+            raise ValueError(
+                f"network 'conv' needs the image_shape (height, width, channel) of x ({dim},), "
+                f"got {tuple(image_shape)}"
+            )
+        self.encoder: MLP | ConvEncoder
+        self.features: MLP | ConvDecoder
+        self.head: nnx.Linear | Doubling
+        if network == "conv":
+            self.encoder = ConvEncoder(image_shape, channels, hidden, activation, rngs=rngs)
+        else:
+            self.encoder = MLP(dim, hidden, activation, rngs=rngs)
         self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
-        self.features = MLP(latent, tuple(reversed(hidden)), activation, rngs=rngs)
+        widths = tuple(reversed(hidden))
         # The decoder starts close to the data's mean. A louder start, sampled through, teaches a
         # VAE to shut the latent off first.
         quiet = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
-        self.head = nnx.Linear(self.features.out_size, dim, kernel_init=quiet, rngs=rngs)
+        if network == "conv":
+            self.features = ConvDecoder(
+                latent, widths, channels, image_shape, activation, rngs=rngs
+            )
+            height, width, colours = image_shape
+            self.head = Doubling(
+                self.features.out_channels, colours, (height, width), kernel_init=quiet, rngs=rngs
+            )
+        else:
+            self.features = MLP(latent, widths, activation, rngs=rngs)
+            self.head = nnx.Linear(self.features.out_size, dim, kernel_init=quiet, rngs=rngs)
         self.likelihood = likelihood
         self.min_std = min_std
         if likelihood == "gaussian":
@@ -121,12 +128,12 @@ class VariationalAutoencoder(nnx.Module):
         self, x: Float[Array, " dim"]
     ) -> tuple[Float[Array, " latent"], Float[Array, " latent"]]:
         """The encoder's mean and log standard deviation, (latent,) each."""
-        hidden = self.encoder(x)
-        return self.mean(hidden), self.log_std(hidden)
+        h = self.encoder(x)
+        return self.mean(h), self.log_std(h)
 
     def decode(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
         """The likelihood's natural parameter: the Gaussian's mean, or the Bernoulli's logits."""
-        return self.head(self.features(z))
+        return self.head(self.features(z)).reshape(-1)
 
     def reconstruct(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
         """The expected x given z, in model space."""
@@ -147,7 +154,7 @@ class VariationalAutoencoder(nnx.Module):
             head: What `whitened_head` gave; with it the function is the same up to rounding and
                 does not touch the data dimension.
         """
-        if head is None:
+        if head is None or not isinstance(self.head, nnx.Linear):
             decode: Callable[[Array], Array] = self.decode
             log_likelihood = self.log_likelihood(x)
         else:
@@ -162,7 +169,9 @@ class VariationalAutoencoder(nnx.Module):
 
     def whitened_head(self) -> WhitenedHead | None:
         """The output layer, factored for evaluations at many z; None where that saves nothing."""
-        if self.likelihood != "gaussian" or self.head.out_features <= self.features.out_size:
+        if self.likelihood != "gaussian" or not isinstance(self.head, nnx.Linear):
+            return None
+        if self.head.out_features <= self.head.in_features:
             return None
         return whiten_affine_head(self.head.kernel[...], self.log_var)
 
@@ -170,11 +179,11 @@ class VariationalAutoencoder(nnx.Module):
         """The exact expansion of the log joint, and its Gauss-Newton repair where that differs.
 
         For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is
-        taken and there is nothing to repair. The data dimension is compressed away where that
-        costs less.
+        taken and there is nothing to repair. With a fully connected output layer the data
+        dimension is compressed away where that costs less.
         """
-        smooth = self.features.activation not in PIECEWISE_LINEAR and self.features.layers
-        if self.likelihood == "gaussian":
+        smooth = not self.features.piecewise_linear
+        if self.likelihood == "gaussian" and isinstance(self.head, nnx.Linear):
             expand = functools.partial(
                 affine_head_expansion,
                 self.features,
