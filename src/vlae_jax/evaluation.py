@@ -1,7 +1,6 @@
 """The one reading of the test images: ELBO, importance-weighted log-likelihood, diagnostics."""
 
 import platform
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from vlae_jax.posterior import (
     widened,
 )
 from vlae_jax.preprocessing import fixed_keys
-from vlae_jax.progress import ProgressLine
+from vlae_jax.progress import counting
 
 UNRELIABLE_K = 0.7
 """Pareto k̂ above which an importance-weighted estimate is not to be relied on."""
@@ -68,8 +67,29 @@ def evaluate(experiment: Experiment, params: Any) -> Evaluation:
     Returns:
         The figures, in nats per image where nothing else is said, and the values behind them.
     """
+    images = experiment.dataset.test[: experiment.config.evaluation.test_images]
+    measured = measure(experiment, params, images)
+    return Evaluation(_figures(experiment, measured), measured)
+
+
+def measure(
+    experiment: Experiment, params: Any, images: np.ndarray, *, what: str = "evaluating"
+) -> dict[str, np.ndarray]:
+    """What `evaluate` reads off the test images, image by image, of any images.
+
+    Args:
+        experiment: What the model belongs to; its evaluation section says how much to do.
+        params: The parameters to measure.
+        images: uint8 (n, height, width, channel), of the shape and levels of the data set. The
+            noise of each depends on its place among them alone.
+        what: What to call this on the line that shows progress.
+
+    Returns:
+        (n,) each, nats where nothing else is said: log_prob, elbo, inference_gap, kl,
+        reconstruction, log_det (of the preprocessing), ess (samples), log_prob_sampling_error,
+        pareto_k; bits_per_dim where the preprocessing has one; the system's flags.
+    """
     config = experiment.config.evaluation
-    images = experiment.dataset.test[: config.test_images]
 
     def one(given: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
         params, head = given
@@ -98,22 +118,17 @@ def evaluate(experiment: Experiment, params: Any) -> Evaluation:
             **inference.flags,
         }
 
-    measure = map_images(one, images, fixed_keys(len(images)), batch_size=config.evaluation_batch)
-    with ProgressLine("evaluating", len(images)) as progress:
-        began = time.monotonic()
-
-        def show(done: int) -> None:
-            progress.update(done, f"{done / (time.monotonic() - began):.1f} images/s")
-
+    run = map_images(one, images, fixed_keys(len(images)), batch_size=config.evaluation_batch)
+    with counting(what, len(images)) as show:
         head = jax.jit(lambda params: experiment.merge(params).whitened_head())(params)
-        measured = measure((params, head), show)
+        measured = run((params, head), show)
     largest = measured.pop("largest_weights")
     measured["pareto_k"] = pareto_k(largest, config.importance_samples)
     bits = experiment.preprocessor.bits_per_dim(measured["log_prob"], measured["log_det"])
     if bits is not None:
         measured["bits_per_dim"] = np.asarray(bits)
     measured["inference_gap"] = measured["log_prob"] - measured["elbo"]
-    return Evaluation(_figures(experiment, measured), measured)
+    return measured
 
 
 def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
