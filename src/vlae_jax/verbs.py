@@ -117,7 +117,7 @@ class Encode(_UseOnImages):
             {
                 "|mean|": np.linalg.norm(arrays["mean"], axis=1),
                 "standard deviation": deviations.mean(axis=1),
-                **{flag: arrays[flag] for flag in ("converged", "is_pd") if flag in arrays},
+                **_shares(arrays),
             }
         )
 
@@ -238,7 +238,7 @@ class Impute(_UseOnImages):
         is_known = self.mask is None or self.input is None
         arrays = {**arrays, "missing": missing, **(errors if is_known else {})}
         self.write(target, {**arrays, **_named(images)})
-        _print_means({flag: arrays[flag] for flag in ("converged", "is_pd")})
+        _print_means(_shares(arrays))
         if is_known:
             _print_errors(errors)
 
@@ -329,6 +329,12 @@ def _named(images: Images) -> dict[str, np.ndarray]:
     return {} if images.names is None else {"names": np.array(images.names)}
 
 
+def _shares(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is printed of a system's flags, where it has them."""
+    labels = {"converged": "share converged", "is_pd": "share positive definite"}
+    return {label: arrays[flag] for flag, label in labels.items() if flag in arrays}
+
+
 def _shape(array: Any) -> str:
     return "(" + ", ".join(map(str, np.shape(array))) + ")"
 
@@ -392,4 +398,8 @@ def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         table.add_column(title, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    # A file or a pipe has no width of its own to fit the table to.
+    width = console.width if console.is_terminal else max(needed, console.width)
+    Console(highlight=False, width=width).print(table)
