@@ -215,7 +215,7 @@ class Impute(_UseOnImages):
             )
         if self.missing is not None and not 0 < self.missing < 1:
             raise UserError(f"missing must lie between 0 and 1, got {self.missing}")
-        for name, least in (("steps", 0), ("samples", 40), ("seed", 0)):
+        for name, least in (("steps", 0), ("samples", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
