@@ -53,6 +53,57 @@ def test_the_log_joint_is_prior_plus_likelihood(x):
     np.testing.assert_allclose(jax.jit(model.log_joint(bits))(z), truth, rtol=1e-5)
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_what_is_not_observed_is_left_out(x, likelihood, activation):
+    """The log joint of some pixels is that of a model of these alone; the rest may be anything."""
+    more = {"per_pixel": True} if likelihood == "gaussian" else {}
+    model, z = make_model(likelihood=likelihood, activation=activation, **more), jnp.ones(3)
+    observed = jnp.arange(DIM) % 3 > 0
+    x = x if likelihood == "gaussian" else (x > 0).astype(jnp.float32)
+    eta, kept = np.asarray(model.decode(z)), np.asarray(observed)
+    if likelihood == "gaussian":
+        parts = stats.norm(eta, np.exp(0.5 * np.asarray(model.log_var))).logpdf(np.asarray(x))
+    else:
+        parts = stats.bernoulli(1 / (1 + np.exp(-eta))).logpmf(np.asarray(x))
+    truth = parts[kept].sum() + stats.norm.logpdf(np.asarray(z)).sum()
+    x = jnp.where(observed, x, jnp.nan)
+    log_joint = model.log_joint(x, observed=observed)
+    np.testing.assert_allclose(log_joint(z), truth, rtol=1e-5)
+    expand, repair = model.expansions(x, observed=observed)
+    assert (repair is None) is (activation == "relu")
+    exact = jax.jit(exact_expansion(log_joint))(z)
+    found = jax.jit(expand)(z)
+    for name in ("value", "grad", "precision"):
+        scale = np.max(np.abs(getattr(exact, name)))
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(exact, name), rtol=1e-4, atol=1e-5 * scale
+        )
+
+
+def test_a_whitened_head_of_all_pixels_is_not_for_some(x):
+    model = make_model()
+    with pytest.raises(ValueError, match="not both"):
+        model.log_joint(x, model.whitened_head(), observed=x > 0)
+
+
+def test_draws_have_the_density_of_the_output(x):
+    model, z, count = make_model(per_pixel=True), jnp.ones(3), 2000
+    draw = jax.vmap(model.draw, in_axes=(0, None))
+    draws = np.asarray(draw(jax.random.split(jax.random.key(1), count), z))
+    variance = np.exp(np.asarray(model.log_var))
+    error = np.sqrt(variance / count)
+    assert (np.abs(draws.mean(axis=0) - model.decode(z)) < 5 * error).all()
+    assert (np.abs(draws.var(axis=0) - variance) < 5 * np.sqrt(2 / count) * variance).all()
+    model = make_model(likelihood="bernoulli")
+    draw = jax.vmap(model.draw, in_axes=(0, None))
+    draws = np.asarray(draw(jax.random.split(jax.random.key(2), count), z))
+    expected = np.asarray(model.reconstruct(z))
+    error = np.sqrt(expected * (1 - expected) / count)
+    assert set(np.unique(draws)) == {0, 1}
+    assert (np.abs(draws.mean(axis=0) - expected) < 5 * error).all()
+
+
 @pytest.mark.parametrize("per_pixel", [False, True])
 def test_the_whitened_head_gives_the_same_log_joint(x, per_pixel):
     model, z = make_model(hidden=(7, 5), per_pixel=per_pixel), jnp.array([0.3, -1.0, 2.0])

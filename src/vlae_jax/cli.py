@@ -1,4 +1,4 @@
-"""The command line: arguments → config → train, evaluate, report, prepare. No maths."""
+"""The command line: arguments → config → train, evaluate, report, prepare, and uses. No maths."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ import tyro
 from vlae_jax.config import Config, EvaluationConfig, default_config
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.run_folder import RunFolder
+from vlae_jax.verbs import Encode, Gap, Impute, Reconstruct, Sample, Score, load_best
 
 _CHOICES = ("dataset", "method", "preset")
 """Options whose values change the defaults of others, which --help shows and training takes."""
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Report | Prepare:
+def _parse(arguments: list[str]) -> Any:
     dataset, method, preset = (_asked(arguments, f"--{name}") for name in _CHOICES)
     train = Train(default_config(dataset, method, preset), preset)
     command: Any = (
@@ -172,6 +173,12 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Report | Prepare:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        | Annotated[Encode, tyro.conf.subcommand("encode")]
+        | Annotated[Reconstruct, tyro.conf.subcommand("reconstruct")]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Impute, tyro.conf.subcommand("impute")]
+        | Annotated[Score, tyro.conf.subcommand("score")]
+        | Annotated[Gap, tyro.conf.subcommand("gap")]
     )
     return tyro.cli(
         command,
@@ -201,28 +208,12 @@ def _with_absolute_data_dir(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=path))
 
 
-def _load_best(experiment: Any, run: RunFolder) -> Any:
-    """The best checkpoint, saying on stderr what is used in place of a damaged or missing one."""
-    from vlae_jax.checkpoints import Checkpoints
-    from vlae_jax.training import Trainer
-
-    restored = Checkpoints(run.checkpoints, read_only=True).restore_best(Trainer(experiment).init())
-    best = run.best_step()
-    if best not in (None, restored.step) and not restored.damaged:
-        restored.damaged.append(
-            f"the best checkpoint, {best}, is missing; using checkpoint {restored.step} instead"
-        )
-    for line in restored.damaged:
-        print(f"vlae_jax: {line}", file=sys.stderr)
-    return restored
-
-
 def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
     from vlae_jax.diagnostics import take_snapshots
     from vlae_jax.evaluation import describe, evaluate
     from vlae_jax.report import write_report
 
-    restored = _load_best(experiment, run)
+    restored = load_best(experiment, run)
     params = restored.state.params
     figures, per_image = evaluate(experiment, params)
     checkpoint = {"step": restored.step, "epoch": restored.step / experiment.steps_per_epoch}

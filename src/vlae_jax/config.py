@@ -283,6 +283,43 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GapConfig:
+    """How much work goes into measuring the gaps."""
+
+    images: int = 50
+    """The first so many test images."""
+    simulated_images: int = 20
+    """Images drawn from the model, on which log p(x) is also bounded from above."""
+    temperatures: int = 300
+    """Annealed importance sampling: steps from the start to the posterior."""
+    chains: int = 8
+    """Annealed importance sampling: chains an image."""
+    leapfrog: int = 10
+    """Leapfrog steps of one HMC transition."""
+    start: Literal["laplace", "prior"] = "laplace"
+    """Where the chains start: laplace, the Laplace posterior at a converged mode; or prior."""
+    family_steps: int = 500
+    """Steps of Adam that search the best posterior of the family."""
+    family_samples: int = 16
+    """Samples in each of them."""
+    elbo_samples: int = 2000
+    """Samples of each ELBO."""
+    search_steps: int = 50
+    """Steps after which a mode search counts as converged."""
+    batch: int = 10
+    """Images at once."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 2 if field.name in ("elbo_samples", "temperatures") else 1
+            _require(
+                isinstance(value, str) or value >= least,
+                f"{field.name} must be at least {least}, got {value}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment, whole. Saved as config.json in its run folder."""
 
@@ -317,9 +354,11 @@ class Config:
                 "and --variance shared",
             )
             _require(
-                self.model.hidden == () and self.training.epochs == 0,
-                "ppca is fitted in closed form: it has no hidden layers (--hidden) and takes "
-                "--epochs 0",
+                self.model.network == "mlp"
+                and self.model.hidden == ()
+                and self.training.epochs == 0,
+                "ppca is fitted in closed form: it takes --network mlp, no hidden layers "
+                "(--hidden) and --epochs 0",
             )
 
     @property

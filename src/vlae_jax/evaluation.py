@@ -1,7 +1,6 @@
 """The one reading of the test images: ELBO, importance-weighted log-likelihood, diagnostics."""
 
 import platform
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from vlae_jax.posterior import (
     widened,
 )
 from vlae_jax.preprocessing import fixed_keys
-from vlae_jax.progress import ProgressLine
+from vlae_jax.progress import counting
 
 UNRELIABLE_K = 0.7
 """Pareto k̂ above which an importance-weighted estimate is not to be relied on."""
@@ -68,8 +67,29 @@ def evaluate(experiment: Experiment, params: Any) -> Evaluation:
     Returns:
         The figures, in nats per image where nothing else is said, and the values behind them.
     """
+    images = experiment.dataset.test[: experiment.config.evaluation.test_images]
+    measured = measure(experiment, params, images)
+    return Evaluation(_figures(experiment, measured), measured)
+
+
+def measure(
+    experiment: Experiment, params: Any, images: np.ndarray, *, what: str = "evaluating"
+) -> dict[str, np.ndarray]:
+    """What `evaluate` reads off the test images, image by image, of any images.
+
+    Args:
+        experiment: What the model belongs to; its evaluation section says how much to do.
+        params: The parameters to measure.
+        images: uint8 (n, height, width, channel), of the shape and levels of the data set. The
+            noise of each depends on its place among them alone.
+        what: What to call this on the line that shows progress.
+
+    Returns:
+        (n,) each, nats where nothing else is said: log_prob, elbo, inference_gap, kl,
+        reconstruction, log_det (of the preprocessing), ess (samples), log_prob_sampling_error,
+        pareto_k; bits_per_dim where the preprocessing has one; the system's flags.
+    """
     config = experiment.config.evaluation
-    images = experiment.dataset.test[: config.test_images]
 
     def one(given: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
         params, head = given
@@ -98,22 +118,17 @@ def evaluate(experiment: Experiment, params: Any) -> Evaluation:
             **inference.flags,
         }
 
-    measure = map_images(one, images, fixed_keys(len(images)), batch_size=config.evaluation_batch)
-    with ProgressLine("evaluating", len(images)) as progress:
-        began = time.monotonic()
-
-        def show(done: int) -> None:
-            progress.update(done, f"{done / (time.monotonic() - began):.1f} images/s")
-
+    run = map_images(one, images, fixed_keys(len(images)), batch_size=config.evaluation_batch)
+    with counting(what, len(images)) as show:
         head = jax.jit(lambda params: experiment.merge(params).whitened_head())(params)
-        measured = measure((params, head), show)
+        measured = run((params, head), show)
     largest = measured.pop("largest_weights")
     measured["pareto_k"] = pareto_k(largest, config.importance_samples)
     bits = experiment.preprocessor.bits_per_dim(measured["log_prob"], measured["log_det"])
     if bits is not None:
         measured["bits_per_dim"] = np.asarray(bits)
     measured["inference_gap"] = measured["log_prob"] - measured["elbo"]
-    return Evaluation(_figures(experiment, measured), measured)
+    return measured
 
 
 def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
@@ -189,33 +204,49 @@ def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict
 def _figures(experiment: Experiment, measured: Mapping[str, np.ndarray]) -> list[Figure]:
     samples = experiment.config.evaluation.importance_samples
     figures = [
-        _mean("log_prob", measured["log_prob"], "nats", samples),
-        _mean("elbo", measured["elbo"], "nats", samples),
-        _mean("inference_gap", measured["inference_gap"], "nats", samples),
-        _mean("kl", measured["kl"], "nats"),
-        _mean("reconstruction", measured["reconstruction"], "nats", samples),
+        mean_figure("log_prob", measured["log_prob"], "nats", samples),
+        mean_figure("elbo", measured["elbo"], "nats", samples),
+        mean_figure("inference_gap", measured["inference_gap"], "nats", samples),
+        mean_figure("kl", measured["kl"], "nats"),
+        mean_figure("reconstruction", measured["reconstruction"], "nats", samples),
     ]
     if "bits_per_dim" in measured:
-        figures.append(_mean("bits_per_dim", measured["bits_per_dim"], "bits/dim", samples))
-    unreliable = measured["pareto_k"] > UNRELIABLE_K
+        figures.append(mean_figure("bits_per_dim", measured["bits_per_dim"], "bits/dim", samples))
+    shapes, name = measured["pareto_k"], "log_prob_sampling_error"
     figures += [
-        _mean("ess", measured["ess"], "samples", samples),
-        _mean("log_prob_sampling_error", measured["log_prob_sampling_error"], "nats", samples),
-        _mean("unreliable", np.where(np.isnan(measured["pareto_k"]), np.nan, unreliable), "share"),
-        _mean("not_finite", ~np.isfinite(measured["log_prob"]), "share"),
+        mean_figure("ess", measured["ess"], "samples", samples),
+        mean_figure(
+            "log_prob_sampling_error", measured["log_prob_sampling_error"], "nats", samples
+        ),
+        mean_figure(
+            "unreliable", np.where(np.isnan(measured["pareto_k"]), np.nan, unreliable), "share"
+        ),
+        mean_figure("not_finite", ~np.isfinite(measured["log_prob"]), "share"),
     ]
     if "converged" in measured:
         figures += [
-            _mean("unconverged", ~measured["converged"], "share"),
-            _mean("not_positive_definite", ~measured["is_pd"], "share"),
-            _mean("newton_decrement", measured["newton_decrement"], "nats"),
+            mean_figure("unconverged", ~measured["converged"], "share"),
+            mean_figure("not_positive_definite", ~measured["is_pd"], "share"),
+            mean_figure("newton_decrement", measured["newton_decrement"], "nats"),
         ]
     return figures
 
 
-def _mean(name: str, values: np.ndarray, unit: str, samples: int | None = None) -> Figure:
+def mean_figure(
+    name: str, values: np.ndarray, unit: str, samples: int | None = None, *, split: str = "test"
+) -> Figure:
+    """The mean over the images whose value is finite, with its standard error.
+
+    Args:
+        name: What it is.
+        values: One number an image, (n,).
+        unit: "nats", "bits/dim", "share", ...
+        samples: Posterior samples an image, where they matter.
+        split: The images.
+    """
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values)]
     n = len(values)
     error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
-    return Figure(name, float(np.mean(values)) if n else float("nan"), error, unit, n, samples)
+    value = float(np.mean(values)) if n else float("nan")
+    return Figure(name, value, error, unit, n, samples, split)

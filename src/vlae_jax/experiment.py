@@ -133,6 +133,7 @@ def _set_to_ppca(
     def to_model_space(_, pixels, key):
         return preprocessor.apply(key, pixels)[0]
 
+    assert isinstance(model.head, nnx.Linear)
     xs = map_images(to_model_space, images, fixed_keys(len(images)), batch_size=4096)(None)
     fitted = fit_ppca(xs, model.head.in_features, min_variance=model.min_std**2)
     for linear, kernel, bias in (

@@ -1,6 +1,5 @@
 """The gaps of a trained run: what its bound loses, on real images, and how well that is known."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.annealing import annealed_importance_sampling, reverse_annealed_importance_sampling
+from vlae_jax.config import GapConfig
 from vlae_jax.errors import UserError
 from vlae_jax.evaluation import Figure, mean_figure
 from vlae_jax.experiment import Experiment, map_images
@@ -19,45 +19,8 @@ from vlae_jax.preprocessing import fixed_keys
 from vlae_jax.progress import counting
 
 
-@dataclasses.dataclass(frozen=True)
-class GapOptions:
-    """How much work goes into measuring the gaps."""
-
-    images: int = 50
-    """The first so many test images."""
-    simulated_images: int = 20
-    """Images drawn from the model, on which log p(x) is also bounded from above."""
-    temperatures: int = 300
-    """Annealed importance sampling: steps from the start to the posterior."""
-    chains: int = 8
-    """Annealed importance sampling: chains an image."""
-    leapfrog: int = 10
-    """Leapfrog steps of one HMC transition."""
-    start: str = "laplace"
-    """Where the chains start: laplace, the Laplace posterior at a converged mode; or prior."""
-    family_steps: int = 500
-    """Steps of Adam that search the best posterior of the family."""
-    family_samples: int = 16
-    """Samples in each of them."""
-    elbo_samples: int = 2000
-    """Samples of each ELBO."""
-    search_steps: int = 50
-    """Steps after which a mode search counts as converged."""
-    batch: int = 10
-    """Images at once."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "start":
-                if value not in ("laplace", "prior"):
-                    raise UserError(f"start must be laplace or prior, got {value!r}")
-            elif value < (least := 2 if field.name in ("elbo_samples", "temperatures") else 1):
-                raise UserError(f"{field.name} must be at least {least}, got {value}")
-
-
 def measure_gaps(
-    experiment: Experiment, params: Any, options: GapOptions
+    experiment: Experiment, params: Any, options: GapConfig
 ) -> tuple[list[Figure], dict[str, np.ndarray]]:
     """Split the distance between the ELBO and log p(x), image by image.
 
@@ -87,7 +50,7 @@ def measure_gaps(
     if options.images > there:
         raise UserError(f"images is {options.images}, but there are only {there} test images")
     images = experiment.dataset.test[: options.images]
-    counts = {
+    counts: dict[str, Any] = {
         "num_temperatures": options.temperatures,
         "num_chains": options.chains,
         "num_leapfrog": options.leapfrog,
@@ -102,7 +65,7 @@ def measure_gaps(
         inference = experiment.system(model, x, key)
         laplace = _converged(model, x, inference.path[-1], options)
         keys = jax.random.split(key, 4)
-        log_prob, info = annealed_importance_sampling(
+        log_prob, annealing = annealed_importance_sampling(
             keys[0], log_joint, _start(laplace, options), **counts
         )
         best = best_in_family(
@@ -121,7 +84,7 @@ def measure_gaps(
         searches = "converged" in inference.flags
         converged = bound(keys[2], laplace) if searches else None
         gaps = inference_gaps(
-            Estimate(log_prob, info.standard_error), best_bound, amortized, converged
+            Estimate(log_prob, annealing.standard_error), best_bound, amortized, converged
         )
         measured = {
             "log_prob_ais": log_prob,
@@ -129,8 +92,8 @@ def measure_gaps(
             "amortised_elbo": amortized.value,
             "approximation_gap": gaps.approximation.value,
             "amortisation_gap": gaps.amortization.value,
-            "ais_sampling_error": info.standard_error,
-            "ais_acceptance": info.acceptance,
+            "ais_sampling_error": annealing.standard_error,
+            "ais_acceptance": annealing.acceptance,
         }
         if converged is not None and gaps.non_convergence is not None:
             measured["converged_elbo"] = converged.value
@@ -140,7 +103,7 @@ def measure_gaps(
     def simulated(given: Any, _: Array, key: PRNGKeyArray) -> dict[str, Array]:
         params, head = given
         model = experiment.merge(params)
-        prior_key, x_key, *keys = jax.random.split(key, 4)
+        prior_key, x_key, *keys = list(jax.random.split(key, 4))
         z_exact = jax.random.normal(prior_key, (experiment.config.model.latent,))
         x = model.draw(x_key, z_exact)
         log_joint = model.log_joint(x, head)
@@ -170,7 +133,7 @@ def measure_gaps(
     return figures, {**measured, **drawn}
 
 
-def _converged(model: Any, x: Array, z: Array, options: GapOptions) -> GaussianPosterior:
+def _converged(model: Any, x: Array, z: Array, options: GapConfig) -> GaussianPosterior:
     """The Laplace posterior where a long search from z ends."""
     expand, repair = model.expansions(x)
     posterior, _ = infer_posterior(
@@ -179,7 +142,7 @@ def _converged(model: Any, x: Array, z: Array, options: GapOptions) -> GaussianP
     return posterior
 
 
-def _start(laplace: GaussianPosterior, options: GapOptions) -> Any:
+def _start(laplace: GaussianPosterior, options: GapConfig) -> Any:
     if options.start == "laplace":
         return laplace
     latent = laplace.mean.size

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vlae_jax.curvature import (
     Expansion,
@@ -140,23 +140,61 @@ class VariationalAutoencoder(nnx.Module):
         eta = self.decode(z)
         return jax.nn.sigmoid(eta) if self.likelihood == "bernoulli" else eta
 
-    def log_likelihood(self, x: Float[Array, " dim"]) -> LogDensity:
-        """The function from the decoder's output (dim,) to log p(x | output), nats."""
+    def draw(self, key: PRNGKeyArray, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
+        """A sample of p(x | z), (dim,), in model space."""
+        eta = self.decode(z)
         if self.likelihood == "bernoulli":
-            return lambda eta: bernoulli(x, eta)
-        return lambda eta: gaussian(x, eta, self.log_var)
+            return jax.random.bernoulli(key, jax.nn.sigmoid(eta)).astype(eta.dtype)
+        return eta + jnp.exp(0.5 * self.log_var) * jax.random.normal(key, eta.shape, eta.dtype)
 
-    def log_joint(self, x: Float[Array, " dim"], head: WhitenedHead | None = None) -> LogDensity:
+    def log_likelihood(
+        self, x: Float[Array, " dim"], observed: Bool[Array, " dim"] | None = None
+    ) -> LogDensity:
+        """The function from the decoder's output (dim,) to log p(x | output), nats.
+
+        Args:
+            x: The example, (dim,).
+            observed: Which of its pixels are seen, (dim,). The others are left out of the sum, and
+                so integrated out: what x holds there is not looked at. All, by default.
+        """
+        log_var = None if self.likelihood == "bernoulli" else self.log_var
+        if observed is None:
+            return lambda eta: bernoulli(x, eta) if log_var is None else gaussian(x, eta, log_var)
+        x = jnp.where(observed, x, 0.0)
+
+        def log_likelihood(eta: Float[Array, " dim"]) -> Float[Array, ""]:
+            if log_var is None:
+                terms = jax.vmap(bernoulli)(x[:, None], eta[:, None])
+            else:
+                each = jnp.broadcast_to(log_var, x.shape)
+                terms = jax.vmap(gaussian)(x[:, None], eta[:, None], each)
+            return jnp.sum(terms, where=observed)
+
+        return log_likelihood
+
+    def log_joint(
+        self,
+        x: Float[Array, " dim"],
+        head: WhitenedHead | None = None,
+        *,
+        observed: Bool[Array, " dim"] | None = None,
+    ) -> LogDensity:
         """The function from z (latent,) to log p(x, z), nats.
 
         Args:
             x: The example, (dim,).
             head: What `whitened_head` gave; with it the function is the same up to rounding and
                 does not touch the data dimension.
+            observed: See `log_likelihood`.
+
+        Raises:
+            ValueError: If `head`, which is that of all pixels, is given with `observed`.
         """
+        if head is not None and observed is not None:
+            raise ValueError("a whitened head holds all pixels: give head or observed, not both")
         if head is None or not isinstance(self.head, nnx.Linear):
             decode: Callable[[Array], Array] = self.decode
-            log_likelihood = self.log_likelihood(x)
+            log_likelihood = self.log_likelihood(x, observed)
         else:
             decode = self.features
             log_likelihood = whitened_affine_gaussian(
@@ -175,15 +213,23 @@ class VariationalAutoencoder(nnx.Module):
             return None
         return whiten_affine_head(self.head.kernel[...], self.log_var)
 
-    def expansions(self, x: Float[Array, " dim"]) -> tuple[Expansion, Expansion | None]:
+    def expansions(
+        self, x: Float[Array, " dim"], *, observed: Bool[Array, " dim"] | None = None
+    ) -> tuple[Expansion, Expansion | None]:
         """The exact expansion of the log joint, and its Gauss-Newton repair where that differs.
 
         For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is
         taken and there is nothing to repair. With a fully connected output layer the data
-        dimension is compressed away where that costs less.
+        dimension is compressed away where that costs less; a projection of some of the pixels
+        would be another for every example.
+
+        Args:
+            x: The example, (dim,).
+            observed: See `log_likelihood`.
         """
         smooth = not self.features.piecewise_linear
-        if self.likelihood == "gaussian" and isinstance(self.head, nnx.Linear):
+        gaussian_output = self.likelihood == "gaussian"
+        if gaussian_output and isinstance(self.head, nnx.Linear) and observed is None:
             expand = functools.partial(
                 affine_head_expansion,
                 self.features,
@@ -193,7 +239,7 @@ class VariationalAutoencoder(nnx.Module):
                 x,
             )
             return (expand(exact=True), expand()) if smooth else (expand(), None)
-        gauss_newton = gauss_newton_expansion(self.decode, self.log_likelihood(x))
-        return (
-            (exact_expansion(self.log_joint(x)), gauss_newton) if smooth else (gauss_newton, None)
-        )
+        gauss_newton = gauss_newton_expansion(self.decode, self.log_likelihood(x, observed))
+        if not smooth:
+            return gauss_newton, None
+        return exact_expansion(self.log_joint(x, observed=observed)), gauss_newton

@@ -1,7 +1,9 @@
 """How long work shows itself: a live line on a terminal, plain lines anywhere else."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -66,6 +68,18 @@ class ProgressLine:
         (self._live.console if self._live else self._console).print(
             text, markup=False, soft_wrap=True
         )
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of `total` images: gives the function to call with the number finished."""
+    with ProgressLine(what, total) as progress:
+        began = time.monotonic()
+
+        def show(done: int) -> None:
+            progress.update(done, f"{done / (time.monotonic() - began):.1f} images/s")
+
+        yield show
 
 
 def _clock(seconds: float) -> str:

@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "per_image.npz"
 
     @property
+    def gaps(self) -> Path:
+        """Where the bound loses its nats, as `vlae_jax gap` measured it."""
+        return self.path / "gaps.json"
+
+    @property
     def _config(self) -> Path:
         return self.path / "config.json"
 
@@ -126,6 +131,10 @@ class RunFolder:
     def write_snapshots(self, arrays: Mapping[str, Any]) -> None:
         """Write snapshots.npz."""
         write_atomically(self.snapshots, lambda file: np.savez_compressed(file, **arrays))
+
+    def write_gaps(self, gaps: Mapping[str, Any]) -> None:
+        """Write gaps.json."""
+        self._write_json(self.gaps, gaps)
 
     def write_per_image(self, arrays: Mapping[str, Any]) -> None:
         """Write per_image.npz."""

@@ -1,0 +1,202 @@
+"""Images that a user brings to a trained model: arrays, picture files and folders of them."""
+
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from vlae_jax.errors import UserError
+
+PICTURES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+"""Endings of the picture files that are read, by Pillow."""
+_MODES = {1: "L", 3: "RGB"}
+# What numpy has been seen to raise for a damaged or foreign file.
+_DAMAGED = (OSError, ValueError, EOFError, TypeError, KeyError, BadZipFile, zlib.error)
+
+Shape = tuple[int, ...]
+
+
+class Images(NamedTuple):
+    """Images as a model's data set has them."""
+
+    pixels: np.ndarray
+    """uint8, (n, height, width, channel)."""
+    names: tuple[str, ...] | None = None
+    """File names, where each image is a file of its own."""
+
+    def first(self, count: int | None) -> "Images":
+        """The first so many; all by default.
+
+        Raises:
+            UserError: If there are fewer, or none are asked for.
+        """
+        if count is None:
+            return self
+        if not 1 <= count <= len(self.pixels):
+            raise UserError(f"images must be from 1 to {len(self.pixels)}, got {count}")
+        return Images(self.pixels[:count], self.names and self.names[:count])
+
+
+def read_images(path: Path, shape: Shape, levels: int) -> Images:
+    """Read images of one shape.
+
+    An array is the key x or x_test of an .npz file, the only array in it, or an .npy file: uint8,
+    (n, height, width, channel), without the channel where there is one, or a single image. Picture
+    files are 8 bits a channel; colours become grey where the model has one channel. Nothing is
+    resized.
+
+    Args:
+        path: An .npz or .npy file, a picture, or a folder of pictures, taken in order of names.
+        shape: (height, width, channel) that the images must have.
+        levels: Pixels must lie below.
+
+    Raises:
+        UserError: If there are no such images there; the message names the file.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give an .npz, .npy or picture file, or a folder")
+    if path.is_dir() or path.suffix.lower() in PICTURES:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [file for file in files if file.suffix.lower() in PICTURES]
+        if not files:
+            raise UserError(f"{path} holds no pictures: none of {', '.join(sorted(PICTURES))}")
+        pictures = np.stack([_as_images(_picture(file, shape), shape, file)[0] for file in files])
+        names = tuple(file.name for file in files)
+        return Images(checked(pictures, shape, levels, path), names)
+    return Images(checked(_as_images(read_array(path), shape, path), shape, levels, path))
+
+
+def read_missing(path: Path, shape: Shape, count: int) -> np.ndarray:
+    """Read which pixels are missing: those that are not 0.
+
+    Args:
+        path: An .npz (key missing, or the only one) or .npy file, or a black and white picture:
+            one mask for all images or one each, with or without channels.
+        shape: (height, width, channel) of the images.
+        count: How many images there are.
+
+    Returns:
+        Booleans, (count, height, width, channel).
+
+    Raises:
+        UserError: If there is no such mask there, or nothing is missing.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give an .npz, .npy or picture file of the mask")
+    is_picture = path.suffix.lower() in PICTURES
+    mask = _picture(path, (*shape[:2], 1)) if is_picture else read_array(path, ("missing",))
+    if mask.dtype.kind not in "biu":
+        raise UserError(f"{path}: a mask holds booleans or integers, got {mask.dtype}")
+    given = mask.shape
+    if mask.shape in (shape[:2], (count, *shape[:2])):
+        mask = mask[..., None]
+    if mask.ndim == 3:
+        mask = mask[None]
+    wanted = (count, *shape)
+    if mask.ndim != 4 or any(a not in (1, b) for a, b in zip(mask.shape, wanted, strict=True)):
+        raise UserError(
+            f"{path}: a mask for {count} images must have shape {_by(shape[:2])} or "
+            f"{_by((count, *shape[:2]))}, with channels or without, got {_by(given)}"
+        )
+    if mask.shape[1:3] != shape[:2]:
+        raise UserError(f"{path}: a mask must have shape {_by(shape[:2])}, got {_by(given)}")
+    missing = np.broadcast_to(mask != 0, wanted)
+    if not missing.any():
+        raise UserError(f"{path}: nothing is missing; pixels that are not 0 are filled in")
+    return missing
+
+
+def read_array(path: Path, keys: tuple[str, ...] = ("x", "x_test")) -> np.ndarray:
+    """The array in an .npz file, the first of these keys or the only one, or in an .npy file.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if path.suffix.lower() not in (".npz", ".npy"):
+        raise UserError(f"{path} is not an .npz, .npy or picture file, nor a folder of pictures")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            found = [key for key in keys if key in loaded.files]
+            found = found or (loaded.files if len(loaded.files) == 1 else [])
+            if found:
+                return loaded[found[0]]
+            held = ", ".join(loaded.files) or "nothing"
+    except _DAMAGED as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    wanted = " or ".join(keys)
+    raise UserError(f"{path} needs an array {wanted}, or only one array; it holds {held}")
+
+
+def checked(images: np.ndarray, shape: Shape, levels: int, where: object) -> np.ndarray:
+    """The same images, (n, height, width, channel), if a model for these can take them.
+
+    Raises:
+        UserError: If they are of another type or shape, too bright, or none.
+    """
+    if images.dtype != np.uint8:
+        advice = f"give pixels from 0 to {levels - 1}"
+        if np.issubdtype(images.dtype, np.floating):
+            advice += f": round(x * {levels - 1}) where x lies in [0, 1]"
+        raise UserError(f"{where}: images must be uint8, got {images.dtype}; {advice}")
+    if images.shape[1:] != shape:
+        raise UserError(
+            f"{where}: images must have shape {_by(shape)}, as those of the run, "
+            f"got {_by(images.shape[1:])}"
+        )
+    if len(images) == 0:
+        raise UserError(f"{where} holds no images; at least one is needed")
+    if images.max() >= levels:
+        raise UserError(
+            f"{where}: pixels of the run's images lie from 0 to {levels - 1}, got {images.max()}"
+        )
+    return images
+
+
+def _as_images(array: np.ndarray, shape: Shape, where: Path) -> np.ndarray:
+    """With an axis of images and one of channels, where one can be told to be missing."""
+    plain = shape[:2] if shape[2] == 1 else None
+    if array.shape == shape or array.shape == plain:
+        return array.reshape(1, *shape)
+    if array.ndim == 3 and array.shape[1:] == plain:
+        return array[..., None]
+    if array.ndim != 4:
+        raise UserError(
+            f"{where}: images must have shape {_by(('n', *shape))}"
+            f"{' or ' + _by(('n', *plain)) if plain else ''}, or be one of them, "
+            f"got {_by(array.shape)}"
+        )
+    return array
+
+
+def _picture(path: Path, shape: Shape) -> np.ndarray:
+    """The pixels of a picture file, (height, width) or (height, width, 3)."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError(f"reading {path} needs Pillow: pip install 'vlae-jax[train]'") from None
+    mode = _MODES.get(shape[2])
+    if mode is None:
+        raise UserError(f"{path}: pictures have 1 or 3 channels, the run's images {shape[2]}")
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+                raise UserError(f"{path} has not 8 bits a channel but mode {image.mode}")
+            if image.has_transparency_data:
+                alpha = np.asarray(image.convert("RGBA"))[..., 3]
+                if alpha.min() < 255:
+                    raise UserError(f"{path} is transparent in places; put it on a background")
+                return np.asarray(image.convert("RGBA").convert(mode))
+            return np.asarray(image.convert(mode))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from None
+
+
+def _by(shape: tuple[object, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"

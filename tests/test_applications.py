@@ -1,0 +1,477 @@
+"""Uses of a trained run against the closed form of probabilistic PCA, and how they refuse."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from problems import assert_close
+from scipy.stats import multivariate_normal, norm
+from test_cli import refused
+
+from vlae_jax import applications, cli, verbs
+from vlae_jax.config import Config, DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
+from vlae_jax.experiment import build_experiment
+from vlae_jax.images import read_images
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+COUNT, LATENT = 20, 5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, quick_compile):
+    """The run folder of a probabilistic PCA of the digits, without evaluation and report."""
+    folder = tmp_path_factory.mktemp("uses") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_evaluate_and_report", lambda *_: None)
+        cli.main(
+            [
+                *("train", "--method", "ppca", "--preprocess", "raw", "--latent", str(LATENT)),
+                *("--evaluation-batch", "20", "--run-dir", str(folder)),
+            ]
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    """Its experiment and parameters, read as the verbs read them."""
+    return verbs.Encode(run).load()
+
+
+@pytest.fixture
+def use(run, loaded, tmp_path, monkeypatch):
+    """A verb by its command line, without reading the run again: → the arrays it wrote."""
+
+    def load(self, **evaluation):
+        experiment, params = loaded
+        config = experiment.config
+        config = dataclasses.replace(
+            config, evaluation=dataclasses.replace(config.evaluation, **evaluation)
+        )
+        return experiment._replace(config=config), params
+
+    def call(verb, *arguments):
+        output = tmp_path / f"{verb}.npz"
+        monkeypatch.setattr(verbs._Use, "load", load)
+        cli.main([verb, str(run), *map(str, arguments), "--output", str(output), "--overwrite"])
+        with np.load(output) as archive:
+            return dict(archive)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def truth(loaded):
+    """The parts of the model and of the first test images, float64."""
+    return Linear(*loaded)
+
+
+class Linear:
+    """p(x) of a probabilistic PCA, and of any of its pixels given others, by joint Gaussians."""
+
+    def __init__(self, experiment, params):
+        model = experiment.merge(params)
+        self.kernel = np.asarray(model.head.kernel[...], np.float64)
+        self.bias = np.asarray(model.head.bias[...], np.float64)
+        self.noise = np.exp(np.float64(model.log_var))
+        self.mean = np.asarray(experiment.preprocessor.mean, np.float64)
+        self.pixels = experiment.dataset.test[:COUNT]
+        self.xs = self.pixels.reshape(COUNT, -1) / 16 - self.mean
+        self.covariance = self.kernel.T @ self.kernel + self.noise * np.eye(64)
+
+    def given(self, seen):
+        """Mean and covariance of (z, x) for each image, from the pixels seen, (n, 64)."""
+        everything = np.block([[np.eye(LATENT), self.kernel], [self.kernel.T, self.covariance]])
+        means, covariances = [], []
+        for x, look in zip(self.xs, seen, strict=True):
+            at = LATENT + np.flatnonzero(look)
+            gain = np.linalg.solve(everything[np.ix_(at, at)], everything[at]).T
+            prior = np.concatenate([np.zeros(LATENT), self.bias])
+            means.append(prior + gain @ (x - self.bias)[look])
+            covariances.append(everything - gain @ everything[at])
+        return np.array(means), np.array(covariances)
+
+
+def clipped_moments(mean, variance):
+    """Mean, variance and fourth central moment of a Gaussian clipped to [0, 1], by quantiles."""
+    quantiles = norm.ppf((np.arange(2000) + 0.5) / 2000)
+    values = np.clip(mean[..., None] + np.sqrt(variance)[..., None] * quantiles, 0, 1)
+    first = values.mean(axis=-1)
+    rest = values - first[..., None]
+    return first, (rest**2).mean(axis=-1), (rest**4).mean(axis=-1)
+
+
+def assert_sampled(samples_mean, samples_variance, moments, count):
+    """Within five standard errors. Where the mean is clipped its samples are too rare to tell."""
+    first, second, fourth = moments
+    told = (first > 0.1) & (first < 0.9)
+    assert told.mean() > 0.2
+    assert_close(
+        np.asarray(samples_mean, np.float64)[told],
+        first[told],
+        standard_error=np.sqrt(second / count)[told],
+    )
+    assert_close(
+        np.asarray(samples_variance, np.float64)[told],
+        second[told],
+        standard_error=np.sqrt((fourth - second**2) / count)[told] + 1e-9,
+    )
+
+
+def test_encode_gives_the_closed_form_posterior(run, truth, tmp_path):
+    """From the command line to a file in the run folder, the run read from its folder."""
+    copied = shutil.copytree(run, tmp_path / "run")
+    cli.main(["encode", str(copied), "--images", str(COUNT)])
+    with np.load(copied / "encoded.npz") as archive:
+        encoded = dict(archive)
+    means, covariances = truth.given(np.ones((COUNT, 64), bool))
+    assert_close(encoded["mean"], means[:, :LATENT], rtol=1e-4)
+    assert_close(encoded["covariance"], covariances[:, :LATENT, :LATENT], rtol=1e-4)
+    assert encoded["converged"].all() and encoded["is_pd"].all()
+
+
+def test_reconstruct_decodes_the_posterior_mean(use, truth):
+    found = use("reconstruct", "--images", COUNT, "--every-step")
+    means, _ = truth.given(np.ones((COUNT, 64), bool))
+    expected = means[:, :LATENT] @ truth.kernel + truth.bias + truth.mean
+    pictures = np.clip(expected, 0, 1).reshape(truth.pixels.shape)
+    assert_close(found["images"], truth.pixels / 16)
+    assert_close(found["reconstructions"], pictures, rtol=1e-4)
+    error = np.mean((pictures - truth.pixels / 16) ** 2, axis=(1, 2, 3))
+    assert_close(found["squared_error"], error, rtol=1e-3)
+    assert found["steps"].shape == (COUNT, 2, 8, 8, 1)
+    assert_close(found["steps"][:, -1], found["reconstructions"])
+
+
+def test_samples_have_the_moments_of_the_model(use, truth):
+    count = 4000
+    found = use("sample", "--count", count, "--seed", 7, "--draws")
+    mean = truth.bias + truth.mean
+    signal = np.diag(truth.kernel.T @ truth.kernel)
+    for name, variance in (("expected", signal), ("draws", signal + truth.noise)):
+        pictures = found[name].reshape(count, 64)
+        moments = clipped_moments(mean, variance)
+        assert_sampled(pictures.mean(axis=0), pictures.var(axis=0), moments, count)
+    decoded = np.clip(found["z"] @ truth.kernel + mean, 0, 1)
+    assert_close(found["expected"].reshape(count, 64), decoded, rtol=1e-4)
+
+
+def test_a_sample_does_not_depend_on_how_many_and_temperature_scales_it(loaded):
+    few, more = (applications.sample(*loaded, count, seed=3)["z"] for count in (3, 7))
+    assert_close(more[:3], few)
+    half = applications.sample(*loaded, 3, seed=3, temperature=0.5)["z"]
+    assert_close(half, 0.5 * few)
+
+
+def test_impute_is_the_conditional_gaussian(use, truth):
+    hidden, count = 32, 500
+    found = use("impute", "--images", COUNT, "--samples", count, "--steps", 2, "--missing", 0.5)
+    missing = found["missing"].reshape(COUNT, 64)
+    assert (missing.sum(axis=1) == hidden).all() and (found["num_missing"] == hidden).all()
+    means, covariances = truth.given(~missing)
+    assert_close(found["mean"], means[:, :LATENT], rtol=1e-4)
+    assert_close(found["covariance"], covariances[:, :LATENT, :LATENT], rtol=1e-4)
+    # What the model says of the missing pixels, from what was found out about z.
+    kernel = truth.kernel
+    decoded = found["mean"] @ kernel + truth.bias
+    spread = np.einsum("kd,nkl,ld->nd", kernel, found["covariance"], kernel) + truth.noise
+    variances = np.diagonal(covariances, axis1=1, axis2=2)[:, LATENT:]
+    assert_close(decoded[missing], means[:, LATENT:][missing], rtol=1e-4)
+    assert_close(spread[missing], variances[missing], rtol=1e-4)
+    # And in pictures, where samples are clipped.
+    pictures, std = (found[name].reshape(COUNT, 64) for name in ("images", "std"))
+    moments = clipped_moments((means[:, LATENT:] + truth.mean)[missing], variances[missing])
+    assert_sampled(pictures[missing], std[missing] ** 2, moments, count)
+    seen = truth.pixels.reshape(COUNT, 64) / 16
+    assert_close(pictures[~missing], np.float32(seen[~missing]))
+    assert (std[~missing] == 0).all()
+    # Its errors, and those of the encoder, whose answer for the mean-filled image is in closed
+    # form too.
+    errors = np.mean(((pictures - seen) ** 2)[missing].reshape(COUNT, -1), axis=1)
+    assert_close(found["squared_error"], errors, rtol=1e-4)
+    filled = np.where(missing, 0.0, truth.xs)
+    precision = kernel @ kernel.T + truth.noise * np.eye(LATENT)
+    codes = np.linalg.solve(precision, kernel @ (filled - truth.bias).T).T
+    beside = (codes @ kernel + truth.bias - truth.xs)[missing].reshape(COUNT, -1)
+    assert_close(
+        np.mean(found["encoder_squared_error_x"]), np.float64(np.mean(beside**2)), rtol=0.02
+    )
+    assert found["squared_error_x"].mean() < found["encoder_squared_error_x"].mean()
+
+
+def test_what_is_hidden_is_what_was_asked_for(run, tmp_path):
+    shape = (4, 8, 6, 3)
+    hidden = applications.missing_at_random(shape, 0.3, seed=1)
+    assert hidden.shape == shape and (hidden == hidden[..., :1]).all()
+    assert (hidden[..., 0].sum(axis=(1, 2)) == 14).all()
+    assert not (hidden[0] == hidden[1]).all()
+    expected = np.zeros(shape, bool)
+    expected[:, 5:7, 4:6] = True
+    for box in ((5, 4, 2, 2), (5, 4, 2, 9)):
+        assert (verbs.Impute(run, missing_box=box)._missing(shape) == expected).all()
+    one = expected[0, ..., 0]
+    for mask in (one, 7 * expected[..., 0], expected[:1], expected[..., :1]):
+        np.save(tmp_path / "mask.npy", mask)
+        assert (verbs.Impute(run, mask=tmp_path / "mask.npy")._missing(shape) == expected).all()
+    np.savez(tmp_path / "mask.npz", missing=one, images=one)
+    assert (verbs.Impute(run, mask=tmp_path / "mask.npz")._missing(shape) == expected).all()
+
+
+@pytest.mark.parametrize("count", [2, 39, 200])
+def test_predictive_intervals_hold_one_more_draw_as_often_as_they_say(count):
+    sets = 4000
+    draws = jax.random.normal(jax.random.key(count), (count + 1, sets))
+    for probability in applications.COVERAGES:
+        held = np.asarray(applications._inside(draws[1:], draws[0], probability), np.float64)
+        error = held.std() / sets**0.5
+        assert_close(held.mean(), np.float64(probability), standard_error=error)
+        wide = applications._inside(draws[1:], jnp.full(sets, 9.0), probability)
+        assert count == 2 or (wide == 0).all()
+    assert count == 2 or (applications._inside(draws[1:], jnp.median(draws, axis=0), 0.5) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "preprocess", "activation"),
+    [("vlae", "logit", "tanh"), ("vae_iaf", "static_binary", "relu")],
+)
+def test_impute_takes_any_system_and_output(method, preprocess, activation):
+    experiment = build_experiment(
+        Config(
+            data=DataConfig(preprocess=preprocess),
+            model=ModelConfig(latent=3, hidden=(8,), activation=activation),
+            inference=InferenceConfig(method=method, steps=2),
+            evaluation=EvaluationConfig(evaluation_batch=5),
+        )
+    )
+    images = experiment.dataset.test[:5]
+    missing = applications.missing_at_random(images.shape, 0.4, seed=0)
+    arrays, errors = applications.impute(
+        experiment, experiment.initial_params, images, missing, num_steps=5, num_samples=40
+    )
+    assert all(np.isfinite(values).all() for values in [*arrays.values(), *errors.values()])
+    assert arrays["is_pd"].all()
+    is_binary = preprocess == "static_binary"
+    assert ("coverage_50" in errors) is not is_binary
+    if is_binary:
+        expected, std = arrays["images"][missing], arrays["std"][missing]
+        assert_close(std**2, expected * (1 - expected))
+        # Untrained, the decoder says one half of every pixel, near enough.
+        assert_close(errors["squared_error"], np.full(5, 0.25), rtol=0.1)
+
+
+def test_scores_are_the_closed_form_and_tell_noise_from_digits(use, truth, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 17, (30, 8, 8), np.uint8)
+    np.savez(tmp_path / "noise.npz", x=noise, y=np.zeros(30))
+    few = ("--images", COUNT, "--importance-samples", 30)
+    found = use("score", *few, "--against", tmp_path / "noise.npz")
+    closed = multivariate_normal(truth.bias, truth.covariance)
+    assert_close(found["log_prob"], closed.logpdf(truth.xs), rtol=1e-4)
+    assert_close(found["elbo"], closed.logpdf(truth.xs), rtol=1e-4)
+    others = noise[:COUNT].reshape(COUNT, 64) / 16 - truth.mean
+    assert_close(found["against_log_prob"], closed.logpdf(others), rtol=1e-4)
+    # Low log densities are outlying: the wrong sign would give 0.
+    assert found["auroc_log_prob"] > 0.99 and found["auroc_elbo"] > 0.99
+    assert "bits_per_dim" not in found
+    assert_close(found["newton_decrement"], np.zeros(COUNT), rtol=1e-3)
+    printed = capsys.readouterr().out
+    assert "outlying if" in printed and "AUROC" in printed
+
+
+def test_auroc_counts_pairs():
+    """Against its definition, with ties, infinities and what is not a number."""
+    inliers = {"pareto_k": np.array([-np.inf, 0.1, 0.4, 0.4]), "elbo": np.array([-1.0, -2, 5, 0])}
+    outliers = {"pareto_k": np.array([0.4, 0.9, np.nan]), "elbo": np.array([-np.inf, -3, 0])}
+    pairs = {
+        "pareto_k": [[1, 1, 0.5, 0.5], [1, 1, 1, 1], [1, 1, 1, 1]],
+        "elbo": [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 0.5]],
+    }
+    expected = {name: float(np.mean(won)) for name, won in pairs.items()}
+    found = applications.auroc(inliers, outliers)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(np.float64(found[name]), np.float64(value))
+    for half in applications.auroc(inliers, inliers).values():
+        assert_close(np.float64(half), np.float64(0.5))
+    nothing = {"pareto_k": np.full(3, np.nan)}
+    assert applications.auroc(nothing, nothing) == {}
+
+
+def test_pictures_are_read_in_order_and_named(use, truth, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, i in (("b.png", 1), ("a.PNG", 0), ("c.bmp", 2)):
+        Image.fromarray(truth.pixels[i, ..., 0]).save(folder / name)
+    (folder / "notes.txt").write_text("not a picture")
+    found = use("reconstruct", folder)
+    assert found["names"].tolist() == ["a.PNG", "b.png", "c.bmp"]
+    assert_close(found["images"], truth.pixels[:3] / 16)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+def test_a_picture_is_read_whatever_its_mode(truth, tmp_path, mode):
+    """Eight bits a channel, opaque, grey: all the same picture."""
+    Image.fromarray(truth.pixels[1, ..., 0]).convert(mode).save(tmp_path / "one.png")
+    one = read_images(tmp_path / "one.png", (8, 8, 1), 17)
+    assert (one.pixels == truth.pixels[1:2]).all() and one.names == ("one.png",)
+    three = read_images(tmp_path / "one.png", (8, 8, 3), 17).pixels
+    assert (three == truth.pixels[1:2]).all() and three.shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 8, 8), (8, 8, 1), (8, 8)])
+def test_an_array_may_leave_out_the_axes_of_images_and_channels(truth, tmp_path, shape):
+    pixels = truth.pixels[: 2 if shape[0] == 2 else 1]
+    np.save(tmp_path / "mine.npy", pixels.reshape(shape))
+    assert (read_images(tmp_path / "mine.npy", (8, 8, 1), 17).pixels == pixels).all()
+
+
+def test_own_images_under_a_mask_have_no_known_error(use, truth, tmp_path):
+    np.save(tmp_path / "one.npy", truth.pixels[0])
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:2] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    found = use("impute", tmp_path / "one.npy", "--mask", tmp_path / "mask.png")
+    assert "squared_error" not in found
+    assert found["missing"].sum() == 16
+
+
+GOOD = np.zeros((3, 8, 8, 1), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (GOOD + 17, "from 0 to 16, got 17"),
+        (GOOD.astype(np.float32), "round(x * 16)"),
+        (GOOD.astype(np.int64), "must be uint8, got int64"),
+        (GOOD[:, :7], "shape 8 x 8 x 1, as those of the run, got 7 x 8 x 1"),
+        (GOOD[:0], "no images"),
+        (GOOD.reshape(3, 64), "got 3 x 64"),
+        (np.array(["digits"], object), "cannot be read"),
+    ],
+)
+def test_wrong_arrays_are_refused(use, tmp_path, capsys, array, message):
+    np.save(tmp_path / "mine.npy", array)
+    use_refused(use, capsys, message, "encode", tmp_path / "mine.npy")
+
+
+def use_refused(use, capsys, message, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        use(*arguments)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    lines = [line for line in err.splitlines() if line.startswith("vlae_jax: error: ")]
+    assert len(lines) == 1 and message in lines[0], err
+
+
+def spoiled_files(folder):
+    (folder / "text.npz").write_text("nothing of the kind")
+    np.savez(folder / "keys.npz", one=GOOD, two=GOOD)
+    (folder / "text.png").write_text("nothing of the kind")
+    (folder / "images.csv").write_text("0,0")
+    (folder / "empty").mkdir()
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "large.png")
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(folder / "clear.png")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(folder / "bright.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.npz", "does not exist"),
+        ("text.npz", "cannot be read"),
+        ("keys.npz", "it holds one, two"),
+        ("text.png", "cannot be read as a picture"),
+        ("images.csv", "not an .npz, .npy or picture"),
+        ("empty", "holds no pictures"),
+        ("large.png", "got 9 x 9"),
+        ("clear.png", "transparent"),
+        ("deep.png", "8 bits a channel"),
+        ("bright.png", "got 200"),
+    ],
+)
+def test_unreadable_files_are_refused(use, tmp_path, capsys, name, message):
+    spoiled_files(tmp_path)
+    use_refused(use, capsys, message, "encode", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("encode", "--images", 0), "from 1 to 359"),
+        (("encode", "--images", 9999), "from 1 to 359"),
+        (("impute",), "one of --mask"),
+        (("impute", "--missing", 0.5, "--mask", "m.npy"), "one of --mask"),
+        (("impute", "--missing", 1), "between 0 and 1"),
+        (("impute", "--missing-box", 8, 0, 2, 2), "hides nothing"),
+        (("impute", "--missing", 0.5, "--samples", 1), "samples must be at least 2"),
+        (("impute", "--mask", "none.npy"), "does not exist"),
+        (("sample", "--count", 0), "count must be at least 1"),
+        (("sample", "--temperature", -1), "temperature"),
+        (("score", "--importance-samples", 0), "importance_samples must be at least 1"),
+        (("score", "--against", "none.npz"), "does not exist"),
+    ],
+)
+def test_wrong_options_are_refused(use, capsys, arguments, message):
+    use_refused(use, capsys, message, *arguments)
+
+
+def test_another_data_set_of_other_images_is_refused(use, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLAE_JAX_CACHE", str(tmp_path))
+    large = np.zeros((20, 28, 28, 1), np.uint8)
+    np.savez(tmp_path / "omniglot.npz", x_train=large, x_test=large)
+    message = "omniglot: images must have shape 8 x 8 x 1, as those of the run, got 28 x 28 x 1"
+    use_refused(use, capsys, message, "score", "--against", "omniglot")
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((8, 8), bool), "nothing is missing"),
+        (np.ones((7, 8), bool), "got 7 x 8"),
+        (np.ones((2, 8, 8), bool), "mask for 3 images"),
+        (np.ones((8, 8)), "booleans or integers"),
+    ],
+)
+def test_wrong_masks_are_refused(use, capsys, tmp_path, mask, message):
+    np.save(tmp_path / "mask.npy", mask)
+    arguments = ("--images", 3, "--mask", tmp_path / "mask.npy")
+    use_refused(use, capsys, message, "impute", *arguments)
+
+
+def test_output_is_refused_before_the_run_is_read(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verbs._Use, "load", lambda _: pytest.fail("loaded"))
+    (tmp_path / "there.npz").write_text("precious")
+    for output, message in (
+        ("there.npz", "--overwrite replaces it"),
+        ("none/codes.npz", "does not exist"),
+        ("codes.txt", "must be an .npz file"),
+    ):
+        assert message in refused(capsys, "encode", run, "--output", tmp_path / output)
+    assert (tmp_path / "there.npz").read_text() == "precious"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert "no run folder" in refused(capsys, "sample", tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["encode", "reconstruct", "sample", "impute", "score"])
+def test_help_explains(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert "--overwrite" in capsys.readouterr().out
+
+
+def test_impute_refuses_masks_of_another_shape(loaded):
+    experiment, params = loaded
+    images = experiment.dataset.test[:2]
+    with pytest.raises(ValueError, match="missing must have shape"):
+        applications.impute(experiment, params, images, jnp.zeros((2, 8, 8), bool))
+    with pytest.raises(ValueError, match="at least 2"):
+        applications.impute(experiment, params, images, np.zeros(images.shape, bool), num_samples=1)
