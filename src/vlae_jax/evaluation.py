@@ -212,15 +212,12 @@ def _figures(experiment: Experiment, measured: Mapping[str, np.ndarray]) -> list
     ]
     if "bits_per_dim" in measured:
         figures.append(mean_figure("bits_per_dim", measured["bits_per_dim"], "bits/dim", samples))
-    shapes, name = measured["pareto_k"], "log_prob_sampling_error"
+    shapes, errors = measured["pareto_k"], measured["log_prob_sampling_error"]
+    unreliable = np.where(np.isnan(shapes), np.nan, shapes > UNRELIABLE_K)
     figures += [
         mean_figure("ess", measured["ess"], "samples", samples),
-        mean_figure(
-            "log_prob_sampling_error", measured["log_prob_sampling_error"], "nats", samples
-        ),
-        mean_figure(
-            "unreliable", np.where(np.isnan(measured["pareto_k"]), np.nan, unreliable), "share"
-        ),
+        mean_figure("log_prob_sampling_error", errors, "nats", samples),
+        mean_figure("unreliable", unreliable, "share"),
         mean_figure("not_finite", ~np.isfinite(measured["log_prob"]), "share"),
     ]
     if "converged" in measured:

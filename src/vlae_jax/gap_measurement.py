@@ -18,6 +18,18 @@ from vlae_jax.posterior import GaussianPosterior, Posterior
 from vlae_jax.preprocessing import fixed_keys
 from vlae_jax.progress import counting
 
+_FIGURES = (
+    "log_prob_ais",
+    "best_in_family_elbo",
+    "converged_elbo",
+    "amortised_elbo",
+    "approximation_gap",
+    "amortisation_gap",
+    "non_convergence_gap",
+    "ais_sampling_error",
+)
+_SIMULATED = ("bdmc_lower", "bdmc_upper", "bdmc_gap")
+
 
 def measure_gaps(
     experiment: Experiment, params: Any, options: GapConfig
@@ -108,9 +120,10 @@ def measure_gaps(
         x = model.draw(x_key, z_exact)
         log_joint = model.log_joint(x, head)
         start = _start(_converged(model, x, model.encode(x)[0], options), options)
-        lower, info = annealed_importance_sampling(keys[0], log_joint, start, **counts)
-        upper, _ = reverse_annealed_importance_sampling(
-            keys[1], log_joint, start, z_exact, step_size=info.step_size, adapt=False, **counts
+        lower, forward = annealed_importance_sampling(keys[0], log_joint, start, **counts)
+        fixed: dict[str, Any] = {"step_size": forward.step_size, "adapt": False}
+        upper, _info = reverse_annealed_importance_sampling(
+            keys[1], log_joint, start, z_exact, **fixed, **counts
         )
         return {"bdmc_lower": lower, "bdmc_upper": upper, "bdmc_gap": upper - lower}
 
@@ -122,14 +135,13 @@ def measure_gaps(
         measured = on_test((params, head), show)
     with counting("bounds on simulated images", len(blank)) as show:
         drawn = on_drawn((params, head), show)
-    shares = ("ais_acceptance",)
     figures = [
-        *(
-            mean_figure(name, values, "share" if name in shares else "nats")
-            for name, values in measured.items()
-        ),
-        *(mean_figure(name, values, "nats", split="simulated") for name, values in drawn.items()),
+        mean_figure(name, measured[name], "nats", options.elbo_samples if "elbo" in name else None)
+        for name in _FIGURES
+        if name in measured
     ]
+    figures.append(mean_figure("ais_acceptance", measured["ais_acceptance"], "share"))
+    figures += [mean_figure(name, drawn[name], "nats", split="simulated") for name in _SIMULATED]
     return figures, {**measured, **drawn}
 
 
