@@ -21,6 +21,7 @@ LABELS = {
 FLOWS = frozenset({"vae_hf", "vae_iaf", "vae_planar"})
 STEPLESS = frozenset({"vae", "vae_full", "ppca"})
 Preprocess = Literal["logit", "raw", "static_binary", "dynamic_binary"]
+Proposal = Literal["posterior", "widened", "student_t"]
 Activation = Literal["relu", "leaky_relu", "softplus", "tanh", "elu", "gelu"]
 
 
@@ -244,7 +245,7 @@ class EvaluationConfig:
 
     importance_samples: int = 5000
     """K of the importance-weighted log-likelihood."""
-    proposal: Literal["posterior", "widened", "student_t"] = "posterior"
+    proposal: Proposal = "posterior"
     """What importance samples are drawn from: the posterior; the same with wider standard
     deviations; or a Student-t in its place, with heavier tails."""
     proposal_scale: float = 1.2
