@@ -24,6 +24,7 @@ CORE = [
 ]
 OUTER = [
     {"interop"},
+    {"flows"},
     {"models"},
     {"config"},
     {"data"},
