@@ -107,7 +107,7 @@ def training_gradient(
     def loss(params, xs, keys):
         def one(x, key):
             model = problem.model(curvature, params)
-            inference = vlae(model, x, config)
+            inference = vlae(model, x, key, config)
             bound = elbo(key, model.log_joint(x), inference.posterior)
             return bound - inference.amortization_loss
 

@@ -1,13 +1,15 @@
 """Bounds against the evidence of linear decoders, quadrature, and plain sums over samples."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 import scipy.special
-from problems import LATENT, TOLERANCES, assert_close, random_vector
+from problems import LATENT, TOLERANCES, assert_close, flatten, random_vector
 
 from vlae_jax import (
     DiagonalPosterior,
@@ -21,6 +23,7 @@ from vlae_jax import (
     newton_refine,
     standard_normal,
 )
+from vlae_jax.bounds import iwae_bound
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -110,7 +113,7 @@ def weigh_samples(key):
 
 
 def test_streaming_equals_the_naive_sums_for_any_chunk_size(x64):
-    """The same samples, by their keys; estimate, sample size, error and ELBO by their formulas."""
+    """The same samples, by their keys; estimate, sample size, error, ELBO and tail by formulas."""
     logs, bound, streamed = weigh_samples(jax.random.key(3))
     weights = np.exp(np.asarray(logs))
     relative_variance = np.mean((weights / np.mean(weights) - 1) ** 2) / NUM_SAMPLES
@@ -120,6 +123,8 @@ def test_streaming_equals_the_naive_sums_for_any_chunk_size(x64):
         assert_close(info.ess, np.sum(weights) ** 2 / np.sum(weights**2))
         assert_close(info.standard_error, np.sqrt(relative_variance))
         assert_close(info.elbo, np.mean(logs))
+        # A fifth of the weights, and the next.
+        assert_close(info.largest, np.sort(logs)[: -(NUM_SAMPLES // 5) - 2 : -1])
 
 
 @jax.jit
@@ -142,11 +147,14 @@ def test_samples_beyond_the_last_do_not_count(x64):
         assert_close(weigh_spoiled(key, sample, np.nan), clean)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.copysign(np.nan, -1), np.inf])
 def test_a_weight_that_is_not_finite_shows_in_the_estimate(x64, value):
+    """And is the largest of them, whatever sign a NaN has."""
     for sample in (0, 9):
-        estimate, _ = weigh_spoiled(jax.random.key(3), sample, value)
+        estimate, info = weigh_spoiled(jax.random.key(3), sample, value)
         assert not np.isfinite(estimate)
+        np.testing.assert_equal(np.isfinite(info.largest), [False, True, True])
+        np.testing.assert_array_equal(info.largest[0], np.abs(value))
 
 
 def test_a_weight_of_zero_is_no_failure(x64):
@@ -191,6 +199,89 @@ def test_many_samples_find_the_evidence_within_their_own_standard_error(x64):
     assert_close(estimate, np.asarray(true_log_evidence()), standard_error=info.standard_error)
 
 
+# ---------------------------------------------------------------- importance-weighted training
+
+
+@jax.jit
+def iwae_bounds(key):
+    """Of one sample, of many, and of many with the other gradient."""
+    return (
+        iwae_bound(key, log_joint, proposal(), num_samples=1),
+        elbo(key, log_joint, proposal()),
+        iwae_bound(key, log_joint, proposal(), num_samples=NUM_SAMPLES),
+        iwae_bound(
+            key, log_joint, proposal(), num_samples=NUM_SAMPLES, doubly_reparameterized=True
+        ),
+    )
+
+
+def test_the_iwae_bound_is_the_log_of_the_mean_weight(x64):
+    """Of the ELBO's samples; the gradient that is asked for changes no value."""
+    key = jax.random.key(3)
+    one, bound, many, doubly = iwae_bounds(key)
+    assert_close(one, np.asarray(bound))
+    weights = np.exp(np.asarray(weigh_samples(key)[0]))
+    assert_close(many, np.log(np.mean(weights)))
+    assert_close(doubly, np.asarray(many))
+
+
+@functools.partial(jax.jit, static_argnames="doubly")
+def iwae_gradients(keys, problem, posterior, *, doubly):
+    """One a key, with respect to the model's parameters and to those of q."""
+
+    def bound(problem, posterior, key):
+        return iwae_bound(
+            key, problem.log_joint, posterior, num_samples=5, doubly_reparameterized=doubly
+        )
+
+    return jax.vmap(jax.grad(bound, argnums=(0, 1)), in_axes=(None, None, 0))(
+        problem, posterior, keys
+    )
+
+
+def test_the_doubly_reparameterized_gradient_is_unbiased(x64):
+    """The same for the model key by key; for q on average over keys, and with less noise."""
+    problem, truth = problems.linear_gaussian(0, float, per_pixel=False)
+    wrong = DiagonalPosterior(jnp.asarray(truth.mode) + 0.3, jnp.full(LATENT, -0.5))
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    plain, doubly = (
+        iwae_gradients(keys, problem, wrong, doubly=doubly) for doubly in (False, True)
+    )
+    assert_close(doubly[0], jax.tree.map(np.asarray, plain[0]))
+    for one, other in zip(doubly[1], plain[1], strict=True):
+        assert np.all(np.std(one, axis=0) < np.std(other, axis=0))
+        error = np.std(one - other, axis=0) / np.sqrt(len(keys))
+        assert_close(np.mean(one, axis=0), np.mean(other, axis=0), standard_error=error)
+
+
+def test_the_doubly_reparameterized_gradient_vanishes_at_the_posterior(x64):
+    """All weights are equal there, for every key; the plain gradient keeps the noise of a score."""
+    problem, truth = problems.linear_gaussian(0, float, per_pixel=False)
+    chol = np.linalg.cholesky(np.linalg.inv(truth.covariance))
+    posterior = GaussianPosterior(jnp.asarray(truth.mode), jnp.asarray(chol))
+    keys = jax.random.split(jax.random.key(1), 100)
+    _, plain = iwae_gradients(keys, problem, posterior, doubly=False)
+    _, doubly = iwae_gradients(keys, problem, posterior, doubly=True)
+    assert np.max(np.abs(flatten(doubly))) < 1e-10
+    assert np.min(np.std(plain.mean, axis=0)) > 0.1
+
+
+def test_the_doubly_reparameterized_gradient_needs_log_prob():
+    class Samples(NamedTuple):
+        base: DiagonalPosterior
+
+        def sample_and_log_prob(self, key):
+            return self.base.sample_and_log_prob(key)
+
+    unknown = Samples(proposal(jnp.float32))
+    bound = functools.partial(iwae_bound, jax.random.key(0), log_joint, unknown)
+    assert np.isfinite(bound(num_samples=2))
+    with pytest.raises(ValueError, match="log_prob, which Samples lacks"):
+        bound(num_samples=2, doubly_reparameterized=True)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        bound(num_samples=0)
+
+
 # ---------------------------------------------------------------- Laplace
 
 
@@ -222,6 +313,5 @@ def test_a_nan_factor_makes_every_bound_nan():
             importance_weighted_log_prob(key, standard_normal, posterior, num_samples=4),
         )
 
-    broken = jax.tree.leaves(bounds(jnp.full((LATENT, LATENT), jnp.nan)))
-    assert np.all(np.isnan(broken))
-    assert np.all(np.isfinite(jax.tree.leaves(bounds(jnp.eye(LATENT)))))
+    assert np.all(np.isnan(flatten(bounds(jnp.full((LATENT, LATENT), jnp.nan)))))
+    assert np.all(np.isfinite(flatten(bounds(jnp.eye(LATENT)))))

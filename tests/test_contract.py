@@ -241,7 +241,7 @@ CASES = [
         lambda a: importance_weighted_log_prob(
             jax.random.key(0), a.log_joint, a.posterior(), num_samples=4, chunk_size=3
         ),
-        (shape(), ImportanceInfo(shape(), shape(), shape())),
+        (shape(), ImportanceInfo(shape(), shape(), shape(), shape(1))),
     ),
 ]
 

@@ -128,11 +128,13 @@ def test_help_is_the_default_and_lists_every_target(recorded):
 @needs_make
 def test_every_variable_becomes_its_option(recorded):
     variables = {
+        "PRESET": "paper-screenshot",
         "DATASET": "digits",
         "DATA_DIR": "/data",
         "PREPROCESS": "raw",
         "METHOD": "vlae",
         "STEPS": "4",
+        "SEARCH": "gradient",
         "DAMPING": "paper",
         "SOLVER": "cg",
         "GRADIENT": "stop",
@@ -141,11 +143,16 @@ def test_every_variable_becomes_its_option(recorded):
         "ACTIVATION": "tanh",
         "LIKELIHOOD": "gaussian",
         "VARIANCE": "shared",
+        "OBJECTIVE": "iwae",
+        "TRAIN_SAMPLES": "5",
         "EPOCHS": "2",
+        "PATIENCE": "3",
+        "MINUTES": "1.5",
         "BATCH_SIZE": "32",
         "LEARNING_RATE": "1e-3",
         "SEED": "7",
         "IMPORTANCE_SAMPLES": "100",
+        "PROPOSAL": "student_t",
         "TEST_IMAGES": "50",
         "CHUNK_SIZE": "10",
         "RUN_DIR": "runs/one",
@@ -218,6 +225,18 @@ def test_data_is_prepared_only_where_it_must_be(recorded, answer, calls):
     done = recorded.make("experiment", "DATASET=mnist", "DATA_DIR=/a b", CHECK_EXIT=str(answer))
     assert (done.returncode == 0) == (answer not in (1, 2)), done.stderr
     assert recorded.calls() == calls
+
+
+@needs_make
+def test_a_preset_brings_its_data_set(recorded):
+    """Another one can be asked for; no other preset, or none, asks for data."""
+    preset = ("experiment", "PRESET=paper-screenshot")
+    check = ["vlae_jax", "prepare", "--check", "mnist"]
+    train = ["vlae_jax", "train", "--preset", "paper-screenshot", "--dataset"]
+    assert recorded.make(*preset, CHECK_EXIT="0").returncode == 0
+    assert recorded.calls() == [check, [*train, "mnist"]]
+    assert recorded.make(*preset, "DATASET=digits").returncode == 0
+    assert recorded.calls()[2:] == [[*train, "digits"]]
 
 
 @needs_make

@@ -1,6 +1,7 @@
 """Gaussian posteriors against scipy, numpyro and closed forms by plain inverses in numpy."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,19 @@ from problems import (
 from vlae_jax import (
     DiagonalPosterior,
     GaussianPosterior,
+    Posterior,
     elbo,
     exact_expansion,
     gauss_newton_expansion,
     infer_posterior,
     laplace_posterior,
     standard_normal,
+)
+from vlae_jax.posterior import (
+    heavy_tailed,
+    kl_to_standard_normal,
+    mean_and_covariance,
+    widened,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -129,6 +137,104 @@ def test_sample_gradients_are_reparametrised(x64, kind):
     expected = central_differences(drawn, posterior)
     assert_close(jax.vmap(flatten)(jacobian), expected, rtol=FINITE_DIFFERENCE)
     np.testing.assert_array_equal(jacobian.mean, np.vstack([np.eye(LATENT), np.zeros(LATENT)]))
+
+
+# ---------------------------------------------------------------- proposals
+
+
+@jax.jit
+def weigh_tails(keys, posterior, points, freedom):
+    """The Student-t in a Gaussian's place: densities at points, and samples with theirs."""
+    proposal = heavy_tailed(posterior, freedom)
+    z, log_q = jax.vmap(proposal.sample_and_log_prob)(keys)
+    return jax.vmap(proposal.log_prob)(points), z, log_q, jax.vmap(proposal.log_prob)(z)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_heavy_tailed_proposal_is_scipys_student_t(dtype, kind):
+    """Of the Gaussian's mean, and of its covariance as the scale matrix."""
+    posterior, scale = make(kind, dtype)
+    mean = np.float64(posterior.mean)
+    points = jnp.stack([100.0**far * random_vector(far, LATENT, dtype) for far in range(3)])
+    keys = jax.random.split(jax.random.key(3), 100)
+    for freedom in (1.0, 5.0):
+        truth = scipy.stats.multivariate_t(mean, scale, df=freedom)
+        log_prob, z, log_q, log_prob_z = weigh_tails(keys, posterior, points, freedom)
+        assert {a.dtype for a in (log_prob, z, log_q)} == {jnp.dtype(dtype)}
+        assert_close(log_prob, truth.logpdf(np.float64(points)))
+        assert_close(log_q, truth.logpdf(np.float64(z)))
+        assert_close(log_prob_z, np.asarray(log_q))
+
+
+def test_heavy_tailed_samples_have_the_moments_of_a_student_t(x64):
+    """Mean, and covariance ν / (ν - 2) times the scale; and q's mean ratio to it is 1."""
+    num_samples, freedom = 40_000, 10.0
+    posterior, scale = make("gaussian")
+    keys = jax.random.split(jax.random.key(0), num_samples)
+    _, z, log_t, _ = weigh_tails(keys, posterior, jnp.zeros((3, LATENT)), freedom)
+    expected = freedom / (freedom - 2) * scale
+    error = np.sqrt(np.diag(expected) / num_samples)
+    assert_close(np.mean(z, axis=0), np.asarray(posterior.mean), standard_error=error)
+    centred = np.asarray(z) - np.asarray(posterior.mean)
+    products = np.einsum("ni,nj->nij", centred, centred)
+    error = np.std(products, axis=0) / np.sqrt(num_samples)
+    assert_close(np.mean(products, axis=0), expected, standard_error=error)
+    truth = scipy.stats.multivariate_normal(np.asarray(posterior.mean), scale)
+    ratios = np.exp(truth.logpdf(z) - np.asarray(log_t))
+    error = np.std(ratios) / np.sqrt(num_samples)
+    assert_close(np.mean(ratios), 1.0, standard_error=error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_widening_multiplies_standard_deviations_and_nothing_else(x64, kind):
+    posterior, covariance = make(kind)
+    wide, z = widened(posterior, 1.5), random_vector(4, LATENT)
+    assert type(wide) is type(posterior)
+    ours, _ = everything(wide, z)
+    truth = scipy.stats.multivariate_normal(np.asarray(posterior.mean), 1.5**2 * covariance)
+    assert_close(ours["log_prob"], truth.logpdf(z))
+    assert_close(ours["covariance"], truth.cov)
+
+
+class Sampler(NamedTuple):
+    """What only samples are known of."""
+
+    base: Posterior
+
+    def sample_and_log_prob(self, key):
+        return self.base.sample_and_log_prob(key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_and_divergence_are_exact_where_known_and_sampled_elsewhere(x64, kind):
+    posterior, covariance = make(kind)
+    key, num_samples, repeats = jax.random.key(4), 50, 400
+
+    @jax.jit
+    def exactly(posterior):
+        kl = kl_to_standard_normal(key, posterior, num_samples=num_samples)
+        return kl, *mean_and_covariance(key, posterior, num_samples=num_samples)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def sampled(key, posterior):
+        kl = kl_to_standard_normal(key, Sampler(posterior), num_samples=num_samples)
+        return kl, *mean_and_covariance(key, Sampler(posterior), num_samples=num_samples)
+
+    known = exactly(posterior)
+    assert_close(known[1:], (np.asarray(posterior.mean), covariance))
+    assert_close(known[0], np.asarray(posterior.kl_to_standard_normal()))
+    estimates = sampled(jax.random.split(key, repeats), posterior)
+    for estimate, truth in zip(estimates, known, strict=True):
+        error = np.std(estimate, axis=0) / np.sqrt(repeats)
+        assert_close(np.mean(estimate, axis=0), np.asarray(truth), standard_error=error)
+
+
+def test_sampled_moments_of_one_dimension_have_two_axes(x64):
+    """As those of many do."""
+    one = Sampler(DiagonalPosterior(jnp.ones(1), jnp.zeros(1)))
+    mean, covariance = mean_and_covariance(jax.random.key(0), one, num_samples=10)
+    assert mean.shape == (1,) and covariance.shape == (1, 1)
 
 
 def test_laplace_posterior_takes_mode_and_precision_as_they_are(x64):

@@ -23,7 +23,7 @@ class ImportanceInfo(NamedTuple):
     """Mean log weight: the K-sample estimate of the ELBO, nats."""
     largest: Float[Array, " tail_and_one"]
     """The largest log weights, descending: what the tail's shape (Pareto k) is fitted to, and the
-    one below it."""
+    one below it. NaN first."""
 
 
 def tail_size(num_samples: int) -> int:
@@ -133,6 +133,8 @@ def importance_weighted_log_prob(
             jnp.sum(weights, where=counts),
         )
         candidates = jnp.concatenate([largest, jnp.where(counts, weights, -jnp.inf)])
+        # A NaN with the sign of what inf - inf gives would rank below all numbers, and be lost.
+        candidates = jnp.where(jnp.isnan(candidates), jnp.nan, candidates)
         return jax.lax.top_k(jax.lax.stop_gradient(candidates), kept)[0], sums
 
     # A zero made from a weight, which the compiler drops, makes them vary over devices as it does.

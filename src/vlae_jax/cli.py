@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from vlae_jax.config import Config, EvaluationConfig, default_config
+from vlae_jax.config import Config, EvaluationConfig, Proposal, default_config
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.run_folder import RunFolder
 from vlae_jax.verbs import Encode, Gap, Impute, Reconstruct, Sample, Score, load_best
@@ -85,6 +85,12 @@ class Evaluate:
     """Where the images are now, if they have moved."""
     importance_samples: int | None = None
     """K of the importance-weighted log-likelihood; by default the run's."""
+    proposal: Proposal | None = None
+    """What importance samples are drawn from; by default as in the run."""
+    proposal_scale: float | None = None
+    """widened: the factor on standard deviations; by default the run's."""
+    proposal_freedom: float | None = None
+    """student_t: degrees of freedom; by default the run's."""
     chunk_size: int | None = None
     """Importance samples held in memory at once, per image; by default the run's."""
     test_images: int | None = None

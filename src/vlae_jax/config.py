@@ -18,8 +18,10 @@ LABELS = {
     "vlae": "VLAE",
     "ppca": "pPCA",
 }
+FLOWS = frozenset({"vae_hf", "vae_iaf", "vae_planar"})
 STEPLESS = frozenset({"vae", "vae_full", "ppca"})
 Preprocess = Literal["logit", "raw", "static_binary", "dynamic_binary"]
+Proposal = Literal["posterior", "widened", "student_t"]
 Activation = Literal["relu", "leaky_relu", "softplus", "tanh", "elu", "gelu"]
 
 
@@ -153,7 +155,8 @@ class InferenceConfig:
     ascent_clip: float | None = None
     """The same: clip the gradient of an image to this norm."""
     flow_width: int | None = None
-    """vae_iaf: width of the masked networks; by default that of the first hidden layer."""
+    """vae_iaf: width of the masked networks, at least latent; by default that of the first hidden
+    layer."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"steps must be at least 0, got {self.steps}")
@@ -169,6 +172,10 @@ class InferenceConfig:
         _require(
             self.flow_width is None or self.flow_width >= 1,
             f"flow_width must be at least 1, got {self.flow_width}",
+        )
+        _require(
+            self.steps >= 1 or self.method not in FLOWS,
+            f"{self.method} needs at least one step; without any it is vae",
         )
         _require(
             not (self.method == "sa_vae" and self.gradient == "implicit"),
@@ -252,7 +259,7 @@ class EvaluationConfig:
 
     importance_samples: int = 5000
     """K of the importance-weighted log-likelihood."""
-    proposal: Literal["posterior", "widened", "student_t"] = "posterior"
+    proposal: Proposal = "posterior"
     """What importance samples are drawn from: the posterior; the same with wider standard
     deviations; or a Student-t in its place, with heavier tails."""
     proposal_scale: float = 1.2
@@ -343,9 +350,15 @@ class Config:
             f"objective evidence is Laplace's, which vlae has and {method} has not",
         )
         _require(
-            objective != "dreg" or method not in ("vae_iaf", "vae_planar"),
+            objective != "dreg" or method not in FLOWS,
             f"objective dreg needs the density of any point, which {method} has only of its own "
             "samples: choose iwae",
+        )
+        width, latent = self.inference.flow_width, self.model.latent
+        _require(
+            method != "vae_iaf" or width is None or width >= latent,
+            f"flow_width must be at least latent, or the flow loses sight of dimensions: got "
+            f"{width} for {latent}",
         )
         if method == "ppca":
             _require(

@@ -171,7 +171,9 @@ def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
         elif np.isfinite(weights).all():
             # The fit looks at the tail and at the value below it, not at the others.
             rest = np.full(num_samples - len(weights), weights[-1])
-            _, shapes[i] = array_stats.psislw(-np.concatenate([weights, rest]))
+            # Equal weights next to the tail make it divide by zero on the way to a finite shape.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                _, shapes[i] = array_stats.psislw(-np.concatenate([weights, rest]))
     return shapes
 
 

@@ -190,7 +190,7 @@ class StudentTPosterior(NamedTuple):
         normal_key, gamma_key = jax.random.split(key)
         noise = jax.random.normal(normal_key, self.mean.shape, self.mean.dtype)
         half_freedom = jnp.asarray(0.5 * self.freedom, self.mean.dtype)
-        divisor = jax.random.gamma(gamma_key, half_freedom) / half_freedom
+        divisor = jax.random.gamma(gamma_key, half_freedom, dtype=noise.dtype) / half_freedom
         noise = noise / jnp.sqrt(divisor)
         z = self.mean + _solve(self.chol_precision, noise, transpose=True)
         return z, self._log_density(noise @ noise)

@@ -231,10 +231,10 @@ def _planar(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _inverse_autoregressive(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    width = config.inference.flow_width or next(iter(config.model.hidden), config.model.latent)
-    return InverseAutoregressiveFlow(
-        config.model.latent, features, config.inference.steps, width=width, rngs=rngs
-    )
+    latent, steps = config.model.latent, config.inference.steps
+    # A narrower network would not see all dimensions.
+    width = config.inference.flow_width or max((latent, *config.model.hidden[:1]))
+    return InverseAutoregressiveFlow(latent, features, steps, width=width, rngs=rngs)
 
 
 class SystemSpec(NamedTuple):
