@@ -48,7 +48,11 @@ OUTER = [
 ]
 PLACES = {room: place for place, rooms in enumerate(CORE + OUTER) for room in rooms}
 CORE_ROOMS = sorted(set.union(*CORE))
-MODULES = {path.stem: path for path in Path(vlae_jax.__file__).parent.glob("*.py")}
+FOLDER = Path(vlae_jax.__file__).parent
+# A room is a file, or a folder of files.
+MODULES = {path.stem: [path] for path in FOLDER.glob("*.py")} | {
+    path.parent.name: sorted(path.parent.rglob("*.py")) for path in FOLDER.glob("*/__init__.py")
+}
 # What the extras bring; the core must do without.
 EXTRAS = [
     "arviz_stats",
@@ -72,7 +76,8 @@ EXTRAS = [
 def imports_of(room: str) -> set[str]:
     """Every module imported anywhere in a room, in functions too, with rooms as `vlae_jax.room`."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[room].read_text())):
+    trees = [ast.parse(path.read_text()) for path in MODULES[room]]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -86,9 +91,9 @@ def imports_of(room: str) -> set[str]:
 
 
 def rooms_imported_by(room: str) -> set[str]:
-    """A bare `vlae_jax` is its `__init__`."""
+    """A bare `vlae_jax` is its `__init__`; files of one folder may import each other."""
     ours = {name for name in imports_of(room) if name.split(".")[0] == "vlae_jax"}
-    return {name.split(".")[1] if "." in name else "__init__" for name in ours}
+    return {name.split(".")[1] if "." in name else "__init__" for name in ours} - {room}
 
 
 def test_every_room_has_a_place():
@@ -119,8 +124,10 @@ def test_the_import_parser_sees_every_form(tmp_path, monkeypatch):
         "from . import report\nfrom .systems import System\n"
         "def f():\n    from vlae_jax.training import fit\n"
     )
-    monkeypatch.setitem(MODULES, "room", path)
-    assert rooms_imported_by("room") == {"cli", "data", "report", "systems", "training"}
+    inner = tmp_path / "inner.py"
+    inner.write_text("from vlae_jax.room.other import a\nfrom vlae_jax import models\n")
+    monkeypatch.setitem(MODULES, "room", [path, inner])
+    assert rooms_imported_by("room") == {"cli", "data", "models", "report", "systems", "training"}
     assert "optax" in imports_of("room")
 
 

@@ -121,14 +121,19 @@ class Report:
 
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
+    output: Path = Path("comparison")
+    """Folder for the pictures that compare several runs, and the page with all of them."""
 
     def run(self) -> None:
         """Do it."""
-        from vlae_jax.report import write_report
+        from vlae_jax.report import write_comparison, write_report
 
         if not self.run_dirs:
             raise UserError("name at least one run folder")
         write_report(self.run_dirs)
+        if len({path.resolve() for path in self.run_dirs}) > 1:
+            page, *_ = write_comparison(self.run_dirs, self.output)
+            print(f"comparison: {page}")
 
 
 @dataclasses.dataclass(frozen=True)

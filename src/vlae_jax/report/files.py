@@ -1,0 +1,305 @@
+"""What a run folder holds, read and checked; and how a finished file is put down."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlae_jax.config import LABELS, STEPLESS
+from vlae_jax.errors import UserError
+
+Curve = tuple[np.ndarray, np.ndarray]
+UNRELIABLE_K = 0.7
+"""Pareto k̂ above which an importance-weighted estimate is not to be relied on."""
+
+_IMAGE = "height, width, 1 or 3"
+_SNAPSHOTS = {
+    "data": f"(n, {_IMAGE})",
+    "reconstructions": f"(n, steps + 1, {_IMAGE})",
+    "step_log_joint": "(n, steps + 1)",
+    "step_error": "(n, steps + 1)",
+    "prior_samples": f"(m, {_IMAGE})",
+    "interpolations": f"(pairs, points, {_IMAGE})",
+    "covariances": "(k, latent, latent)",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What a run folder holds; a file that is not there is None or empty."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    results: dict[str, Any] | None
+    snapshots: dict[str, np.ndarray]
+    per_image: dict[str, np.ndarray]
+    """One value for each test image, (n,) each."""
+    gaps: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """What the results call it, or its folder."""
+        return str(self._described("name") or self.path.resolve().name)
+
+    @property
+    def method(self) -> str:
+        """The inference system as the configuration names it."""
+        return str(self.setting("inference", "method") or "?")
+
+    @property
+    def label(self) -> str:
+        """The inference system as tables and pictures name it, with an objective beside the ELBO.
+
+        A new version may have systems that this one does not know: the results' label counts.
+        """
+        label = str(self._described("label") or LABELS.get(self.method, self.method))
+        objective = self.setting("training", "objective") or "elbo"
+        if objective == "elbo":
+            return label
+        name = {"iwae": "IWAE", "dreg": "DReG"}.get(objective, str(objective))
+        samples = self.setting("training", "train_samples")
+        return f"{label} ({name})" if objective == "evidence" else f"{label} ({name}, {samples})"
+
+    @property
+    def steps(self) -> int | None:
+        """T, or None where the system takes no steps."""
+        steps = self._described("steps", self.setting("inference", "steps"))
+        whole = isinstance(steps, int) and not isinstance(steps, bool)
+        return steps if whole and self.method not in STEPLESS else None
+
+    @property
+    def system(self) -> str:
+        """The system with its T."""
+        return self.label if self.steps is None else f"{self.label}, T = {self.steps}"
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name."""
+        return str(self.setting("data", "dataset") or "?")
+
+    @property
+    def subject(self) -> str:
+        """What the run's pictures are about."""
+        return f"{self.dataset} · {self.system}"
+
+    @property
+    def seed(self) -> Any:
+        """The seed of the training."""
+        return self.setting("training", "seed")
+
+    @property
+    def fingerprint(self) -> Any:
+        """What identifies the images, None where it is not on record."""
+        return self._described("fingerprint")
+
+    @property
+    def checkpoint(self) -> Mapping[str, Any] | None:
+        """The chosen checkpoint, with its validation figures where they are on record."""
+        validation = [record for record in self.metrics if record.get("split") == "validation"]
+        chosen = (self.results or {}).get("checkpoint")
+        if isinstance(chosen, dict):
+            step = chosen.get("step")
+            validation = [record for record in validation if record.get("step") == step]
+        else:
+            validation = [record for record in validation if record.get("best")]
+        return validation[-1] if validation else chosen if isinstance(chosen, dict) else None
+
+    @property
+    def gap(self) -> dict[str, Any] | None:
+        """Log p(x) less ELBO; None where they come from different numbers of images."""
+        given = self.figure("inference_gap")
+        elbo, log_prob = self.figure("elbo"), self.figure("log_prob")
+        if given is not None or elbo is None or log_prob is None:
+            return given
+        if elbo.get("images") != log_prob.get("images"):
+            return None
+        value = number(log_prob.get("value")) - number(elbo.get("value"))
+        return {"value": value, "unit": "nats"}
+
+    def setting(self, section: str, name: str) -> Any:
+        """One value of the configuration, None where it has none."""
+        values = self.config.get(section)
+        return values.get(name) if isinstance(values, dict) else None
+
+    def figure(self, name: str) -> dict[str, Any] | None:
+        """The test figure of that name; of several, the one with the most samples."""
+        figures = [
+            figure
+            for figure in (self.results or {}).get("figures", [])
+            if figure["name"] == name and figure.get("split", "test") == "test"
+        ]
+        return max(figures, key=lambda figure: number(figure.get("samples"), 0.0), default=None)
+
+    def gap_figure(self, name: str) -> tuple[float, float]:
+        """Value and standard error of one figure of gaps.json, NaN where it has none."""
+        for figure in (self.gaps or {}).get("figures", []):
+            if figure["name"] == name:
+                return number(figure.get("value")), number(figure.get("standard_error"))
+        return math.nan, math.nan
+
+    def series(self, split: str, name: str, against: str = "epoch") -> Curve:
+        """One metric against epochs (or seconds): both coordinates, where both are finite."""
+        records = [record for record in self.metrics if record.get("split") == split]
+        points = np.array([(number(r.get(against)), number(r.get(name))) for r in records])
+        points = points.reshape(-1, 2)
+        points = points[np.isfinite(points).all(axis=1)]
+        points = points[np.argsort(points[:, 0], kind="stable")]
+        return points[:, 0], points[:, 1]
+
+    def _described(self, name: str, otherwise: Any = None) -> Any:
+        described = (self.results or {}).get("run")
+        return described.get(name, otherwise) if isinstance(described, dict) else otherwise
+
+
+def read_run(run_dir: str | os.PathLike[str]) -> Run:
+    """Read a run folder whole.
+
+    Raises:
+        UserError: If there is no such run, or one of its files is damaged.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise UserError(f"no run folder at {path}: give a folder that training wrote")
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is not a run folder, it has no config.json: give a folder that training wrote"
+        )
+    return Run(
+        path,
+        _read_json(path / "config.json"),
+        _read_metrics(path / "metrics.jsonl"),
+        _read_figures(path / "results.json", "evaluate the run again"),
+        _read_arrays(path / "snapshots.npz", _check_snapshots),
+        _read_arrays(path / "per_image.npz", _check_per_image),
+        _read_figures(path / "gaps.json", "measure the gaps again"),
+    )
+
+
+def read_runs(run_dirs: Iterable[str | os.PathLike[str]]) -> list[Run]:
+    """Read run folders, a folder given twice only once.
+
+    Raises:
+        UserError: If none is given, there is no such run, or one of the files is damaged.
+    """
+    folders: dict[Path, str | os.PathLike[str]] = {}
+    for run_dir in run_dirs:
+        folders.setdefault(Path(run_dir).resolve(), run_dir)
+    if not folders:
+        raise UserError("no run to report on: give one or more folders that training wrote")
+    return [read_run(run_dir) for run_dir in folders.values()]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({_one_line(error)}): restore it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_figures(path: Path, remedy: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    content = _read_json(path)
+    figures = content.get("figures")
+    if not isinstance(figures, list) or not all(
+        isinstance(figure, dict) and isinstance(figure.get("name"), str) for figure in figures
+    ):
+        raise UserError(f"{path} must hold 'figures', a list of objects with a name: {remedy}")
+    return content
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the records; of a step written twice, as by a resumed run, the later one counts."""
+    lines = _read_bytes(path).split(b"\n") if path.exists() else []
+    lines = [line for line in lines if line.strip()]
+    records: dict[tuple[str, str], dict[str, Any]] = {}
+    for place, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            # A killed process leaves its last line unfinished; that is no damage.
+            if place == len(lines):
+                break
+            raise UserError(f"{path}: record {place} is not valid JSON: remove it") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: record {place} is not a JSON object: remove it")
+        records[str(record.get("split")), str(record.get("step"))] = record
+    return list(records.values())
+
+
+def _read_arrays(
+    path: Path, check: Callable[[Path, Mapping[str, np.ndarray]], None]
+) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    # A damaged archive raises from zipfile, zlib or numpy, each with exceptions of its own.
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a numpy archive: evaluate again") from error
+    check(path, arrays)
+    return {name: array for name, array in arrays.items() if array.size}
+
+
+def _check_snapshots(path: Path, snapshots: Mapping[str, np.ndarray]) -> None:
+    for name, shape in _SNAPSHOTS.items():
+        array = snapshots.get(name)
+        if array is None:
+            continue
+        ok = array.ndim == shape.count(",") + 1 and array.dtype.kind in "fiu"
+        if "1 or 3" in shape:
+            ok = ok and array.shape[-1] in (1, 3)
+        if name == "covariances":
+            ok = ok and array.shape[1] == array.shape[2]
+        if not ok:
+            raise UserError(f"{path}: {name} must have shape {shape}, got {array.shape}")
+
+
+def _check_per_image(path: Path, values: Mapping[str, np.ndarray]) -> None:
+    lengths = {len(array) if array.ndim == 1 else -1 for array in values.values()}
+    numbers = all(array.dtype.kind in "fiub" for array in values.values())
+    if len(lengths) > 1 or -1 in lengths or not numbers:
+        raise UserError(
+            f"{path} must hold one number a test image under each name: evaluate the run again"
+        )
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write so that a reader sees the old file or the new one, never half of it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.write_bytes(content)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def number(value: Any, otherwise: float = math.nan) -> float:
+    """Take a number from JSON; null, and whatever is no number, becomes NaN."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if ok else otherwise

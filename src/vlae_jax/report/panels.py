@@ -1,0 +1,231 @@
+"""Panels that pictures of one run and of several have in common."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vlae_jax.report.files import UNRELIABLE_K, Run
+from vlae_jax.report.style import FAINT, INK, minus, write_message
+
+GOOD_K = 0.5
+"""Pareto k̂ below which importance weights have a finite variance."""
+K_EDGES = np.linspace(-0.5, 1.5, 41)
+"""One set of bins in every picture, so that pictures can be compared."""
+K_LABEL = "Pareto k\u0302 of the importance weights"
+GAP_WORDS = (
+    "Nats between the ELBO and log p(x). Approximation: what the best posterior of the family "
+    "still lacks. Amortisation: what inference within the family gives away; of it, "
+    "non-convergence is what more steps would regain (right of the bar's end where they would lose)."
+)
+# The parts of a gap are no systems, so they have no system's colour.
+_APPROXIMATION, _AMORTISATION = "#2f3e57", "#a9b8d0"
+
+
+class Tails(NamedTuple):
+    """Pareto k̂ of test images, and what a histogram cannot show of it."""
+
+    shapes: np.ndarray
+    """Those with a place on the axis; infinite ones lie beyond its right end."""
+    perfect: int
+    """Images whose weights are all alike: k̂ = -∞."""
+    undefined: int
+
+    @property
+    def images(self) -> int:
+        """All of them."""
+        return len(self.shapes) + self.perfect + self.undefined
+
+    @property
+    def unreliable(self) -> float:
+        """The share above 0.7 of those with a k̂; NaN if none has."""
+        judged = len(self.shapes) + self.perfect
+        return float(np.sum(self.shapes > UNRELIABLE_K) / judged) if judged else math.nan
+
+    @property
+    def words(self) -> str:
+        """What is above 0.7, and what is not drawn."""
+        share = "no k\u0302" if math.isnan(self.unreliable) else f"{100 * self.unreliable:.1f} %"
+        words = f"{share} of {self.images} images above {UNRELIABLE_K}"
+        if self.perfect:
+            words += f"; {self.perfect} with equal weights, a perfect fit (k\u0302 = −∞)"
+        if self.undefined:
+            words += f"; {self.undefined} without k\u0302 (NaN)"
+        return words
+
+
+def read_tails(runs: Sequence[Run]) -> Tails | None:
+    """The k̂ of all images of these runs; None if none has been measured."""
+    found = [run.per_image["pareto_k"] for run in runs if "pareto_k" in run.per_image]
+    if not found:
+        return None
+    shapes = np.concatenate(found).astype(np.float64)
+    undefined, perfect = np.isnan(shapes), np.isneginf(shapes)
+    return Tails(shapes[~undefined & ~perfect], int(perfect.sum()), int(undefined.sum()))
+
+
+def draw_tails(axes: Axes, tails: Tails, colour: str) -> None:
+    """The histogram of k̂ in per cent of all images, with the two thresholds."""
+    shapes = np.clip(tails.shapes, K_EDGES[0], K_EDGES[-1])
+    heights = np.histogram(shapes, K_EDGES)[0] * (100.0 / tails.images)
+    axes.stairs(heights, K_EDGES, fill=True, color=colour, linewidth=0)
+    for threshold in (GOOD_K, UNRELIABLE_K):
+        axes.axvline(threshold, color=INK, linewidth=1.0, linestyle=":")
+    ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", 0.7: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xlim(K_EDGES[0] - 0.03, K_EDGES[-1] + 0.03)
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.grid(False, axis="x")
+
+
+class GapRow(NamedTuple):
+    """One bar of the gaps: value and standard error of each part in nats, NaN where unknown."""
+
+    label: str
+    approximation: tuple[float, float]
+    amortisation: tuple[float, float]
+    non_convergence: tuple[float, float]
+
+    @property
+    def total(self) -> float:
+        """Log p(x) less the ELBO."""
+        return self.approximation[0] + self.amortisation[0]
+
+
+def gap_row(label: str, run: Run) -> GapRow | None:
+    """The bar of one run; None where its gaps are not measured."""
+    row = GapRow(label, *(run.gap_figure(f"{name}_gap") for name in GapRow._fields[1:]))
+    return row if math.isfinite(row.total) else None
+
+
+def draw_gaps(figure: Figure, axes: Axes, rows: Sequence[GapRow]) -> None:
+    """Horizontal bars from zero, top to bottom: what each part takes of the gap.
+
+    Sampling can make a small part negative; such a part lies left of zero.
+    """
+    places = np.arange(len(rows))
+    right, left = np.zeros(len(rows)), np.zeros(len(rows))
+    reach = np.zeros(len(rows))
+    parts = (
+        ("approximation", [row.approximation for row in rows], _APPROXIMATION, "#9aa7bf"),
+        ("amortisation", [row.amortisation for row in rows], _AMORTISATION, INK),
+    )
+    for label, figures, colour, ink in parts:
+        values, errors = np.array(figures).T
+        starts = np.where(values >= 0, right, left)
+        axes.barh(places, values, left=starts, height=0.62, color=colour, label=label, zorder=2)
+        errors = np.nan_to_num(errors)
+        style: dict[str, Any] = {
+            "fmt": "none",
+            "ecolor": ink,
+            "elinewidth": 1.0,
+            "capsize": 3,
+            "zorder": 4,
+        }
+        shown = errors > 0
+        axes.errorbar((starts + values)[shown], places[shown], xerr=errors[shown], **style)
+        right += np.maximum(values, 0.0)
+        left += np.minimum(values, 0.0)
+        reach = np.maximum(reach, starts + values + errors)
+    # A part of the amortisation gap, so inside its bar: the last nats before the ELBO.
+    lost = np.array([row.non_convergence[0] for row in rows])
+    if np.isfinite(lost).any():
+        style: dict[str, Any] = {
+            "color": "#ffffff",
+            "edgecolor": INK,
+            "hatch": "////",
+            "linewidth": 0.6,
+        }
+        label = "of which non-convergence"
+        inside = -np.nan_to_num(lost)
+        axes.barh(places, inside, left=right, height=0.24, label=label, zorder=3, **style)
+        reach = np.maximum(reach, right + inside)
+    low, high = min(0.0, float(left.min())), float(max(reach.max(), right.max())) or 1.0
+    for place, row in enumerate(rows):
+        text = minus(f"{row.total:,.2f}")
+        axes.text(reach[place] + 0.015 * (high - low), place, text, va="center", ha="left")
+    axes.set_xlim(low - 0.02 * (high - low) * (low < 0), high + 0.12 * (high - low))
+    axes.axvline(0.0, color=FAINT, linewidth=0.8)
+    axes.set_yticks(places, [row.label for row in rows], parse_math=False)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("log p(x) − ELBO, nats per image")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def step_paths(runs: Sequence[Run], name: str) -> np.ndarray | None:
+    """The finite rows (images, steps + 1) of a figure at each step; None where there are none."""
+    found = [np.asarray(run.snapshots[name], float) for run in runs if name in run.snapshots]
+    found = [path for path in found if path.shape[1] == found[0].shape[1]]
+    if not found:
+        return None
+    paths = np.concatenate(found)
+    paths = paths[np.isfinite(paths).all(axis=1)]
+    return paths if len(paths) else None
+
+
+def ordered_correlations(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order correlations (k, latent, latent) and standard deviations (k, latent), smallest first.
+
+    A covariance that is not one leaves NaN correlations.
+    """
+    covariances = np.asarray(covariances, np.float64)
+    variances = np.diagonal(covariances, axis1=1, axis2=2)
+    finite = np.isfinite(covariances).all(axis=(1, 2)) & (variances > 0).all(axis=1)
+    order = np.argsort(variances[finite].mean(axis=0) if finite.any() else variances[0])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        deviations = np.sqrt(variances)
+        correlations = covariances / deviations[:, :, None] / deviations[:, None, :]
+    correlations[~finite] = np.nan
+    return correlations[:, order][:, :, order], deviations[:, order]
+
+
+def colour_limit(correlations: np.ndarray) -> float:
+    """Take the smallest round limit that covers nearly all correlations off the diagonal."""
+    latent = correlations.shape[1]
+    sizes = np.abs(correlations[:, ~np.eye(latent, dtype=bool)])
+    sizes = sizes[np.isfinite(sizes)]
+    top = np.quantile(sizes, 0.995) if sizes.size else 1.0
+    return next((limit for limit in (0.25, 0.5) if 0 < top <= limit), 1.0)
+
+
+def heat_map(axes: Axes, correlation: np.ndarray, limit: float) -> Any:
+    """Correlations (latent, latent) as colours, symmetric about zero; what the colour bar needs."""
+    image = axes.imshow(
+        correlation, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto"
+    )
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set_color("#bbbbbb")
+    if not np.isfinite(correlation).all():
+        write_message(axes, "not positive\ndefinite")
+    return image
+
+
+def deviation_strip(axes: Axes, deviations: np.ndarray, index: int) -> None:
+    """Standard deviations of one of the posteriors (k, latent), on an axis common to all."""
+    top = max(1.0, float(deviations[np.isfinite(deviations)].max(initial=0.0)))
+    axes.stairs(np.nan_to_num(deviations[index]), fill=True, color="#9a9a9a", linewidth=0)
+    axes.set(xlim=(0, deviations.shape[1]), ylim=(0, top * 1.05), xticks=[], yticks=[0, 1])
+    axes.tick_params(labelsize=7, length=2, pad=2)
+    axes.set_xlabel("posterior std", fontsize=8, color=FAINT, labelpad=3)
+    axes.grid(False)
+
+
+def robust_limits(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """Choose limits that the first epochs and single spikes do not stretch."""
+    begin = min(epochs[0] for epochs, _ in curves)
+    end = max(epochs[-1] for epochs, _ in curves)
+    bounds = []
+    # Each by itself: a long curve must not push a short one's worst stretch out of sight.
+    for epochs, values in curves:
+        late = values[epochs >= begin + 0.15 * (end - begin)]
+        bounds += [*np.quantile(late if len(late) else values, [0.01, 0.99])]
+    margin = 0.08 * np.ptp(bounds) or 0.05 * max(abs(max(bounds)), 1.0)
+    return float(min(bounds) - margin), float(max(bounds) + margin)
