@@ -34,18 +34,25 @@ def make(kind, latent, steps=STEPS):
     return FLOWS[kind](latent, CONTEXT, steps, rngs=nnx.Rngs(0))
 
 
-def normals(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
+def abstract(build, *args):
+    """The module without its numbers: to draw those, a program for each shape is compiled."""
+    return nnx.eval_shape(lambda: build(*args, rngs=nnx.Rngs(0)))
 
 
 def randomized(module, scale=1.0, dtype=float):
-    """The module `SEEDS` times, on a leading axis, with noise on every weight and bias."""
+    """The module `SEEDS` times, on a leading axis, with every weight and bias random."""
     rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: np.asarray(scale * rng.normal(size=(SEEDS, *leaf.shape)), dtype), module
+    )
 
-    def add_noise(leaf):
-        return jnp.asarray(np.asarray(leaf) + scale * rng.normal(size=(SEEDS, *leaf.shape)), dtype)
 
-    return jax.tree.map(add_noise, module)
+def random_flows(kind, latent, steps=STEPS, scale=1.0, dtype=float):
+    return randomized(abstract(FLOWS[kind], latent, CONTEXT, steps), scale, dtype)
+
+
+def normals(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
 
 
 def pick(tree, index=0):
@@ -60,7 +67,7 @@ def test_log_det_is_that_of_the_jacobian(x64, kind, latent):
     def both(flow, z, context):
         return flow(z, context)[1], jax.jacfwd(lambda z: flow(z, context)[0])(z)
 
-    flows = randomized(make(kind, latent), 0.5)
+    flows = random_flows(kind, latent, scale=0.5)
     log_det, jacobian = both(flows, normals(1, SEEDS, latent), normals(2, SEEDS, CONTEXT))
     sign, truth = np.linalg.slogdet(jacobian)
     assert_close(np.exp(log_det - truth), np.ones(SEEDS))
@@ -71,7 +78,7 @@ def test_log_det_is_that_of_the_jacobian(x64, kind, latent):
 
 def test_householder_is_the_product_of_its_matrices(x64):
     latent = 5
-    flow = pick(randomized(make("householder", latent)))
+    flow = pick(random_flows("householder", latent))
     z, context = normals(1, latent), normals(2, CONTEXT)
     mapped, log_det = flow(z, context)
     product = np.eye(latent)
@@ -84,7 +91,7 @@ def test_householder_is_the_product_of_its_matrices(x64):
 
 def test_the_householder_posterior_is_that_of_the_flow(x64):
     """With its gradients, which one gets by a QR and the other by going back; up to stds of e⁶."""
-    flow = pick(randomized(make("householder", 5)))
+    flow = pick(random_flows("householder", 5))
 
     def by_factor(base, vectors, z):
         return householder_posterior(base, vectors).log_prob(z)
@@ -134,7 +141,7 @@ def test_shift_and_gate_see_the_dimensions_before_them_and_no_others(x64, depth)
         return jax.jacfwd(step.shift_and_gate, argnums=(0, 1))(z, context)
 
     for order in ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1]):
-        steps = randomized(GatedAutoregressiveStep(order, CONTEXT, 7, depth, rngs=nnx.Rngs(0)))
+        steps = randomized(abstract(GatedAutoregressiveStep, order, CONTEXT, 7, depth))
         for by_z, by_context in jacobians(steps, normals(1, 5), normals(2, CONTEXT)):
             for slope in by_z:
                 np.testing.assert_array_equal(slope != 0, np.less.outer(order, order).T)
@@ -144,7 +151,7 @@ def test_shift_and_gate_see_the_dimensions_before_them_and_no_others(x64, depth)
 def test_steps_run_forwards_and_backwards_in_turn(x64):
     full = np.ones((5, 5), bool)
     for steps, sees in ((1, np.tril(full)), (2, full)):
-        flow = pick(randomized(make("autoregressive", 5, steps)))
+        flow = pick(random_flows("autoregressive", 5, steps))
         jacobian = jax.jit(jax.jacfwd(lambda z, c, flow=flow: flow(z, c)[0]))
         np.testing.assert_array_equal(jacobian(normals(1, 5), normals(2, CONTEXT)) != 0, sees)
 
@@ -181,16 +188,16 @@ def test_flows_keep_probability(x64, kind, latent):
 
     By the trapezoidal rule, whose error is that of the kinks of the second derivative.
     """
-    points, spacing = np.linspace(-12, 12, 241, retstep=True)
+    points, spacing = np.linspace(-20, 20, 401, retstep=True)
     grid = np.stack(np.meshgrid(*[points] * latent), axis=-1).reshape(-1, latent)
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, 0, None))
     def integrals(flow, context, grid):
         mapped, log_dets = jax.vmap(flow, in_axes=(0, None))(grid, context)
-        return jnp.sum(jnp.exp(norm.logpdf(mapped, scale=0.7).sum(1) + log_dets))
+        return jnp.sum(jnp.exp(norm.logpdf(mapped, scale=0.3).sum(1) + log_dets))
 
-    flows = randomized(make(kind, latent), 0.4)
+    flows = random_flows(kind, latent, scale=0.3)
     found = integrals(flows, normals(2, SEEDS, CONTEXT), grid)
     assert_close(found * spacing**latent, np.ones(SEEDS), rtol=1e-4)
 
@@ -198,33 +205,37 @@ def test_flows_keep_probability(x64, kind, latent):
 @pytest.mark.parametrize("kind", FLOWS)
 def test_importance_weights_average_to_one(kind):
     """E_q[p / q] = 1 for a density p that q covers."""
-    flow = pick(randomized(make(kind, 2), 0.3, jnp.float32))
-    base = DiagonalPosterior(jnp.array([0.3, -0.2]), jnp.array([0.3, 0.5]))
+    flow = pick(random_flows(kind, 2, scale=0.3, dtype=np.float32))
+    base = DiagonalPosterior(np.float32([0.3, -0.2]), np.float32([1.0, 1.2]))
 
     @jax.jit
     def estimate(key, context):
-        posterior = FlowPosterior(base, context, flow)
+        centre, _ = flow(base.mean, context)
         return importance_weighted_log_prob(
             key,
-            lambda z: jnp.sum(norm.logpdf(z, scale=0.6)),
-            posterior,
+            lambda z: jnp.sum(norm.logpdf(z, centre, 0.5)),
+            FlowPosterior(base, context, flow),
             num_samples=20_000,
             chunk_size=20_000,
         )
 
-    log_mean, info = estimate(jax.random.key(0), jnp.asarray(normals(2, CONTEXT), jnp.float32))
-    assert info.standard_error < 0.02
+    log_mean, info = estimate(jax.random.key(0), np.float32(normals(2, CONTEXT)))
+    assert info.standard_error < 0.03
     assert_close(log_mean, np.zeros(()), standard_error=info.standard_error)
 
 
 def test_planar_steps_are_invertible_whatever_their_weights(x64):
-    """Where wᵀu is a thousand times below what an unconstrained step allows too."""
+    """Where wᵀu is millions below what an unconstrained step allows too.
+
+    At its steepest a step has the determinant 1 + wᵀû, here as near zero as 10⁻⁸: to full accuracy.
+    """
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, None))
     def along_w(weights, points):
-        flow, direction = make("planar", 2, 1), jnp.array([0.6, -0.8])
-        flow.u.bias = nnx.Param(weights[0] * direction + 3 * direction[::-1])
+        direction, across = np.array([0.6, -0.8]), np.array([0.8, 0.6])
+        flow = make("planar", 2, 1)
+        flow.u.bias = nnx.Param(weights[0] * direction + 3 * across)
         flow.w.bias = nnx.Param(weights[1] * direction)
         flow.b.bias = nnx.Param(weights[2:])
 
@@ -234,11 +245,15 @@ def test_planar_steps_are_invertible_whatever_their_weights(x64):
 
         return jax.vmap(move)(points)
 
-    scales = (-1000, -30, -1.01, 0, 5), (0, 1e-3, 1, 40), (0, 0.7)
+    scales = (-1e6, -30, -1.01, 0, 5), (0, 1e-3, 1, 40), (0, 0.7)
     weights = np.stack(np.meshgrid(*scales), axis=-1).reshape(-1, 3)
-    mapped, log_dets = along_w(weights.astype(float), np.linspace(-3, 3, 501))
+    mapped, log_dets = along_w(weights, np.linspace(-3, 3, 501))
     assert np.all(np.isfinite(log_dets))
     assert np.all(np.diff(mapped, axis=1) > 0)
+    overlap = weights[:, 0] * weights[:, 1]
+    steepest = np.sign(overlap) * np.log1p(np.abs(overlap))
+    is_centred = weights[:, 2] == 0
+    assert_close(np.exp(log_dets[:, 250] - steepest)[is_centred], np.ones(is_centred.sum()))
 
 
 @pytest.mark.parametrize("kind", FLOWS)
@@ -257,15 +272,16 @@ def test_gradients_are_finite_for_zero_and_huge_numbers(kind):
         args = flow, sizes[0] * z, sizes[1] * context
         return jax.value_and_grad(objective, argnums=(0, 1, 2))(*args)
 
-    z, context = (jnp.asarray(normals(1, size), jnp.float32) for size in (5, CONTEXT))
-    found = slopes(jnp.array(sizes), make(kind, 5), z, context)
+    z, context = (np.float32(normals(1, size)) for size in (5, CONTEXT))
+    flow = pick(random_flows(kind, 5, dtype=np.float32))
+    found = slopes(np.float32(sizes), flow, z, context)
     for leaf in jax.tree.leaves(found):
         finite = np.isfinite(leaf).reshape(len(sizes), -1).all(1)
         assert finite.all(), np.array(sizes)[~finite]
 
 
 def test_stop_gradient_maps_over_a_flow_posterior():
-    flow = make("planar", 2)
+    flow = pick(random_flows("planar", 2, dtype=np.float32))
 
     @jax.jit
     @jax.jacrev
@@ -275,7 +291,7 @@ def test_stop_gradient_maps_over_a_flow_posterior():
         draws = [q.sample_and_log_prob(jax.random.key(0)) for q in (posterior, stopped)]
         return jnp.stack([jnp.sum(z) + log_q for z, log_q in draws])
 
-    through, stopped = by_context(jnp.ones(CONTEXT))
+    through, stopped = by_context(np.ones(CONTEXT, np.float32))
     assert np.all(through != 0) and np.all(stopped == 0)
 
 
@@ -286,4 +302,4 @@ def test_wrong_calls_are_refused():
         make("autoregressive", 8)
     for kind in FLOWS:
         with pytest.raises(ValueError, match=r"jax\.vmap over the batch"):
-            make(kind, 5)(jnp.ones((2, 5)), jnp.ones((2, CONTEXT)))
+            abstract(FLOWS[kind], 5, CONTEXT, 1)(np.ones((2, 5)), np.ones((2, CONTEXT)))
