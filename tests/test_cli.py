@@ -148,6 +148,27 @@ def test_a_missing_best_checkpoint_is_named_and_another_used(copied, without_pic
     assert "no readable checkpoint" in refused(capsys, "evaluate", copied)
 
 
+def test_evaluate_takes_another_proposal(copied, without_pictures):
+    cli.main(["evaluate", str(copied), "--proposal", "student_t", "--proposal-freedom", "7"])
+    assert json.loads((copied / "results.json").read_text())["run"]["proposal"] == "student_t"
+
+
+def test_probabilistic_pca_is_trained_and_evaluated_in_closed_form(tmp_path):
+    """The posterior is exact: the gap is 0, and so is the excess energy of the encoder's guess."""
+    folder, samples = tmp_path / "run", ("--importance-samples", "8", "--test-images", "16")
+    cli.main(["train", "--method", "ppca", *samples, "--run-dir", str(folder)])
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["run"]["epochs"], results["run"]["steps"]) == (0, None)
+    figures = {figure["name"]: figure["value"] for figure in results["figures"]}
+    assert abs(figures["inference_gap"]) < 1e-3
+    assert figures["log_prob"] < 0 and figures["ess"] == pytest.approx(8, rel=1e-3)
+    assert figures["unconverged"] == figures["not_positive_definite"] == 0
+    (logged,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert (logged["split"], logged["step"], logged["best"]) == ("validation", 0, True)
+    assert abs(logged["amortization_loss"]) < 1e-3
+    assert (folder / "report.html").exists()
+
+
 def test_report_prints_several_runs(finished, capsys):
     folder, _ = finished
     cli.main(["report", str(folder), str(folder)])
@@ -200,6 +221,25 @@ def test_digits_have_smaller_defaults_and_other_sets_the_papers():
         (["--test-images", "99999"], "only 359 test images"),
         (["--log-every", "0"], "log_every"),
         (["--hidden", "16", "0"], "hidden widths"),
+        (["--preset", "paper-screenshoot"], "did you mean 'paper-screenshot'"),
+        (["--patience", "0"], "patience must be at least 1"),
+        (["--minutes", "0"], "minutes must be positive"),
+        (["--train-samples", "0"], "train_samples must be at least 1"),
+        (["--ascent-rate", "0"], "ascent_rate must be positive"),
+        (["--ascent-momentum", "1"], "ascent_momentum must be at least 0 and below 1"),
+        (["--ascent-clip", "0"], "ascent_clip must be positive"),
+        (["--proposal-scale", "0"], "proposal_scale must be positive"),
+        (["--proposal-freedom", "nan"], "proposal_freedom must be positive"),
+        (["--method", "sa_vae", "--gradient", "implicit"], "choose unroll or stop"),
+        (["--method", "vae_hf", "--steps", "0"], "vae_hf needs at least one step"),
+        (["--method", "vae_iaf", "--flow-width", "3"], "flow_width must be at least latent"),
+        (["--method", "vae", "--objective", "evidence"], "which vlae has and vae has not"),
+        (["--method", "vae_hf", "--objective", "dreg"], "needs the density of any point"),
+        (["--method", "ppca", "--hidden", "16"], "it has no hidden layers"),
+        (["--method", "ppca", "--epochs", "3"], "takes --epochs 0"),
+        (["--method", "ppca", "--preprocess", "static_binary"], "ppca has a gaussian output"),
+        (["--method", "ppca", "--variance", "per_pixel"], "of one variance"),
+        (["--method", "ppca", "--latent", "64"], "fewer latent dimensions than pixels"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(

@@ -3,8 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from arviz_stats.base import array_stats
+from problems import assert_close
 from scipy.stats import multivariate_normal
 
+from vlae_jax.bounds import tail_size
 from vlae_jax.config import (
     Config,
     DataConfig,
@@ -12,8 +15,7 @@ from vlae_jax.config import (
     InferenceConfig,
     ModelConfig,
 )
-from vlae_jax.diagnostics import take_snapshots
-from vlae_jax.evaluation import describe, evaluate
+from vlae_jax.evaluation import describe, evaluate, pareto_k
 from vlae_jax.experiment import build_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -33,7 +35,7 @@ def linear_experiment(method="vlae", **evaluation):
 
 
 def by_name(experiment):
-    figures = evaluate(experiment, experiment.initial_params)
+    figures, _ = evaluate(experiment, experiment.initial_params)
     return {figure.name: figure for figure in figures}
 
 
@@ -82,7 +84,9 @@ def test_the_amortised_bound_lies_below_the_closed_form():
 def test_figures_do_not_depend_on_batch_and_chunk(linear_figures):
     other = by_name(linear_experiment(evaluation_batch=23, chunk_size=20))
     for name, figure in linear_figures.items():
-        assert figure.images == other[name].images == 50
+        # Twenty samples have no tail to judge an image by.
+        images = 0 if name == "unreliable" else 50
+        assert figure.images == other[name].images == images
         np.testing.assert_allclose(figure.value, other[name].value, rtol=1e-4, atol=1e-4)
 
 
@@ -107,16 +111,96 @@ def test_results_say_what_they_depend_on(linear, linear_figures):
     assert all(figure["split"] == "test" for figure in described["figures"])
 
 
-def test_snapshots_show_the_data_and_every_step(linear):
-    snapshots = take_snapshots(linear, linear.initial_params)
-    images = linear.dataset.test[:10] / 16
-    np.testing.assert_allclose(snapshots["data"], images, atol=1e-6)
-    assert snapshots["reconstructions"].shape == (10, 2, 8, 8, 1)
-    assert snapshots["prior_samples"].shape[1:] == (8, 8, 1)
-    # One full step of a linear model lands on the mode, whatever the encoder said.
-    assert (np.diff(snapshots["step_log_joint"]) > 0).all()
-    model = linear.merge(linear.initial_params)
-    kernel = np.asarray(model.head.kernel[...], np.float64)
-    precision = np.eye(3) + kernel @ kernel.T / float(np.exp(model.log_var))
-    for covariance in snapshots["covariances"]:
-        np.testing.assert_allclose(covariance, np.linalg.inv(precision), atol=1e-5)
+# ---------------------------------------------------------------- proposals
+
+
+def per_image(experiment):
+    return evaluate(experiment, experiment.initial_params).per_image
+
+
+@pytest.fixture(scope="module")
+def with_its_posterior(quick_compile):
+    return per_image(linear_experiment(importance_samples=200, chunk_size=50))
+
+
+@pytest.mark.parametrize("proposal", ["widened", "student_t"])
+def test_another_proposal_finds_the_same_log_prob_and_leaves_the_bound(
+    linear, with_its_posterior, proposal
+):
+    """Within its own sampling error of the closed form, image by image."""
+    found = per_image(linear_experiment(importance_samples=200, chunk_size=50, proposal=proposal))
+    error = found["log_prob_sampling_error"]
+    assert (error > 0.005).all() and (error < 0.1).all()
+    assert_close(found["log_prob"], closed_form(linear), standard_error=error)
+    assert (found["ess"] < 199).all()
+    assert (found["pareto_k"] < 0.7).all()
+    for name in ("elbo", "kl", "reconstruction"):
+        assert_close(found[name], with_its_posterior[name])
+    assert_close(with_its_posterior["log_prob"], closed_form(linear))
+    assert (with_its_posterior["pareto_k"] < 0.7).all()
+
+
+@pytest.mark.parametrize("proposal", ["posterior", "widened", "student_t"])
+def test_a_flow_is_evaluated_with_every_proposal(proposal):
+    """Another base under the same flow; the random encoder's is good enough for many samples."""
+    experiment = linear_experiment(
+        "vae_iaf", importance_samples=1000, chunk_size=500, proposal=proposal
+    )
+    found = per_image(experiment)
+    error = found["log_prob_sampling_error"]
+    assert (error < 0.3).all()
+    assert_close(found["log_prob"], closed_form(experiment), standard_error=error)
+    assert (found["elbo"] < found["log_prob"]).all()
+
+
+# ---------------------------------------------------------------- the weights' tail
+
+
+def largest_of(log_weights):
+    """What `ImportanceInfo.largest` holds, by sorting: (n, K) → (n, tail + 1)."""
+    kept = tail_size(log_weights.shape[1]) + 1
+    return np.sort(log_weights, axis=1)[:, ::-1][:, :kept]
+
+
+def pareto_weights(shape, count, samples):
+    """Log of U⁻ᵏ, whose tail is exactly of shape k."""
+    return -shape * np.log(np.random.default_rng(0).uniform(size=(count, samples)))
+
+
+@pytest.mark.parametrize("samples", [25, 100, 225, 226, 5000])
+def test_pareto_k_from_the_largest_weights_is_that_of_all(samples):
+    """arviz_stats takes the negated log weights: with the sign wrong all looks excellent."""
+    log_weights = pareto_weights(0.6, 3, samples) - 700
+    truth = [array_stats.psislw(-weights)[1] for weights in log_weights]
+    assert_close(pareto_k(largest_of(log_weights), samples), np.array(truth))
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.8, 1.2])
+def test_pareto_k_recovers_the_shape_of_known_weights(shape):
+    """The mean of several tails of 948 weights, each known to (1 + k) / √948."""
+    log_weights = pareto_weights(shape, 8, 100_000)
+    assert abs(np.mean(pareto_k(largest_of(log_weights), 100_000)) - shape) < 0.1
+
+
+def test_pareto_k_of_weights_without_a_tail():
+    """Constant up to float32's rounding: the proposal is the posterior. Too few: no tail."""
+    rounding = 700 * np.finfo(np.float32).eps * np.random.default_rng(0).normal(size=(2, 5000))
+    log_weights = np.concatenate([np.full((1, 5000), -3.0), -700 + rounding])
+    np.testing.assert_array_equal(pareto_k(largest_of(log_weights), 5000), -np.inf)
+    few = pareto_weights(0.6, 2, 24)
+    np.testing.assert_array_equal(pareto_k(largest_of(few), 24), np.nan)
+
+
+def test_pareto_k_of_rounded_weights_is_small_and_warns_of_nothing(recwarn):
+    """Many equal weights, as of a nearly exact posterior in float32."""
+    noise = np.random.default_rng(0).normal(size=(20, 5000))
+    found = pareto_k(largest_of(np.round(6 * noise) * np.spacing(np.float32(700))), 5000)
+    assert (found < 0.3).all()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pareto_k_is_nan_where_a_weight_is_not_a_number(value):
+    largest = largest_of(pareto_weights(0.6, 2, 100))
+    largest[0, -1 if value == -np.inf else 0] = value
+    np.testing.assert_array_equal(np.isnan(pareto_k(largest, 100)), [True, False])

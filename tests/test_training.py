@@ -14,8 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+from flax import nnx
+from problems import assert_close
 
-from vlae_jax import cli
+from vlae_jax import cli, elbo
+from vlae_jax.bounds import iwae_bound
 from vlae_jax.checkpoints import Checkpoints, Notes
 from vlae_jax.config import (
     Config,
@@ -27,8 +31,10 @@ from vlae_jax.config import (
 )
 from vlae_jax.errors import RunFailure, UserError
 from vlae_jax.experiment import build_experiment, map_images
+from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.run_folder import RunFolder
-from vlae_jax.training import FitOptions, Trainer, fit, loss_fn, make_optimizer
+from vlae_jax.systems import find_system
+from vlae_jax.training import FitOptions, Trainer, fit, loss_fn, make_optimizer, objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -98,7 +104,7 @@ def copied(finished, tmp_path):
 def test_training_raises_the_validation_elbo(tmp_path, method):
     config = small_config(
         inference=InferenceConfig(method=method, steps=2),
-        training=TrainingConfig(epochs=4, learning_rate=1e-2),
+        training=TrainingConfig(epochs=4, learning_rate=1e-2, patience=1),
     )
     _, run = train(config, tmp_path / "run")
     elbos = [record["elbo"] for record in records(run, "validation")]
@@ -135,6 +141,108 @@ def test_the_loss_is_minus_the_mean_objective_of_single_images():
     whole = loss(xs, keys)
     singles = [loss(xs[i : i + 1], keys[i : i + 1]) for i in range(5)]
     np.testing.assert_allclose(whole, np.mean(singles), rtol=1e-5)
+
+
+KINDS = ["elbo", "iwae", "dreg", "evidence"]
+METRICS = {"elbo", "kl", "reconstruction", "amortization_loss"}
+
+
+def linear_model(dim=12):
+    """Probabilistic PCA with an encoder that knows nothing of it, and log p(x) of some x."""
+    rng = np.random.default_rng(0)
+    model = VariationalAutoencoder(
+        dim,
+        latent=3,
+        hidden=(),
+        activation="relu",
+        likelihood="gaussian",
+        variance=np.full(dim, 0.8),
+        rngs=nnx.Rngs(0),
+    )
+    model.head.kernel[...] = jnp.asarray(rng.normal(size=(3, dim)), jnp.float32)
+    xs = jnp.asarray(2 * rng.normal(size=(5, dim)), jnp.float32)
+    kernel = np.asarray(model.head.kernel[...], np.float64)
+    covariance = kernel.T @ kernel + np.exp(np.float64(model.log_var)) * np.eye(dim)
+    return model, xs, scipy.stats.multivariate_normal(cov=covariance).logpdf(xs)
+
+
+def test_every_objective_is_the_evidence_of_a_linear_model():
+    """Of five images; the posterior is exact. What is trained stands beside the ELBO."""
+    model, xs, evidence = linear_model()
+    system = find_system("vlae").build(InferenceConfig(steps=1))
+
+    @jax.jit
+    @jax.vmap
+    def run(x, key):
+        return {kind: objective(model, system, x, key, kind=kind, num_samples=3) for kind in KINDS}
+
+    for kind, (value, metrics) in run(xs, jax.random.split(jax.random.key(0), 5)).items():
+        assert_close(value + metrics["amortization_loss"], evidence)
+        assert_close(metrics["elbo"], evidence)
+        assert_close(metrics["reconstruction"], np.asarray(metrics["elbo"] + metrics["kl"]))
+        flags = {"converged", "is_pd", "newton_decrement"}
+        assert set(metrics) == METRICS | flags | ({"objective"} if kind != "elbo" else set())
+        if kind != "elbo":
+            assert_close(metrics["objective"], evidence)
+
+
+@pytest.mark.parametrize("kind", ["iwae", "dreg"])
+def test_an_importance_weighted_objective_stands_beside_the_elbo_of_its_samples(kind):
+    """Above it; and no gradient comes from what is only shown."""
+    model, xs, _ = linear_model()
+    x, key, system = xs[0], jax.random.key(0), find_system("vae").build(InferenceConfig())
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def run(params):
+        def shown(params):
+            model = nnx.merge(graphdef, params)
+            value, metrics = objective(model, system, x, key, kind=kind, num_samples=4)
+            return metrics["elbo"], (value, metrics)
+
+        slope, (value, metrics) = jax.grad(shown, has_aux=True)(params)
+        model = nnx.merge(graphdef, params)
+        posterior, log_joint = system(model, x, key).posterior, model.log_joint(x)
+        bounds = (
+            elbo(key, log_joint, posterior, num_samples=4),
+            iwae_bound(key, log_joint, posterior, num_samples=4),
+        )
+        return value, metrics, bounds, posterior.kl_to_standard_normal(), slope
+
+    value, metrics, (bound, weighted), kl, slope = run(params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope))
+    assert set(metrics) == METRICS | {"objective"}
+    assert_close(metrics["elbo"], np.asarray(bound))
+    assert_close(metrics["objective"], np.asarray(weighted))
+    assert_close(metrics["kl"], np.asarray(kl))
+    assert value == metrics["objective"] > metrics["elbo"] + 0.1
+
+
+def never_better(epochs, patience):
+    """Steps too small to change a weight: the first epoch's validation bound stays the best."""
+    return small_config(
+        inference=InferenceConfig(method="vae"),
+        training=TrainingConfig(epochs=epochs, learning_rate=1e-30, patience=patience),
+    )
+
+
+def test_patience_ends_a_run_so_many_epochs_after_the_best(tmp_path, capsys):
+    """And a run that was broken off in between ends at the same place in the same state."""
+    experiment, run = train(never_better(9, 2), tmp_path / "whole")
+    validations = records(run, "validation")
+    assert [record["epoch"] for record in validations] == [1, 2, 3]
+    assert [record["best"] for record in validations] == [True, False, False]
+    assert "stopped: no better validation bound in 2 epochs" in capsys.readouterr().err
+
+    _, broken = train(never_better(2, 2), tmp_path / "broken")
+    assert "stopped" not in capsys.readouterr().err
+    train(never_better(9, 2), broken.path, resume=True)
+    assert [record["epoch"] for record in records(broken, "validation")] == [1, 2, 3]
+    chex.assert_trees_all_equal(last_state(experiment, broken), last_state(experiment, run))
+
+    before = broken.metrics.read_text()
+    train(never_better(9, 2), broken.path, resume=True)
+    assert broken.metrics.read_text() == before, "and is not begun again"
 
 
 def test_the_same_seed_replays_a_run_and_another_does_not(finished, tmp_path):
@@ -287,9 +395,9 @@ def test_the_best_checkpoint_and_the_last_two_are_kept(tmp_path):
     folder = tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder)
     best_step, best_bound = None, -np.inf
-    for step, elbo in enumerate([-9.0, -2.0, -5.0, -4.0, -3.0], start=1):
-        if elbo > best_bound:
-            best_step, best_bound = step, elbo
+    for step, bound in enumerate([-9.0, -2.0, -5.0, -4.0, -3.0], start=1):
+        if bound > best_bound:
+            best_step, best_bound = step, bound
         notes = Notes(float(step), "data", best_step, best_bound)
         checkpoints.save(step, {"w": jnp.full(3, float(step))}, notes)
     checkpoints.close()

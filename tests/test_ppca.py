@@ -1,0 +1,90 @@
+"""Probabilistic PCA against scikit-learn, scipy and plain linear algebra."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import assert_close
+from scipy.stats import multivariate_normal
+from sklearn.decomposition import PCA
+
+from vlae_jax.config import default_config
+from vlae_jax.errors import UserError
+from vlae_jax.experiment import build_experiment
+from vlae_jax.ppca import fit_ppca
+from vlae_jax.preprocessing import fixed_keys
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def sklearn_score(xs, latent):
+    """Mean log density of the maximum-likelihood model, nats.
+
+    scikit-learn divides by n - 1 where maximum likelihood divides by n: it is shown the data a
+    little closer to their mean.
+    """
+    mean = xs.mean(axis=0)
+    shrunk = mean + np.sqrt((len(xs) - 1) / len(xs)) * (xs - mean)
+    return PCA(latent, svd_solver="full").fit(shrunk).score(xs)
+
+
+def score(xs, kernel, bias, variance):
+    covariance = kernel.T @ kernel + variance * np.eye(len(bias))
+    return multivariate_normal(bias, covariance).logpdf(xs).mean()
+
+
+@pytest.fixture
+def xs():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(300, 3)) @ rng.normal(size=(3, 6)) + rng.normal(size=(300, 6)) + 2.0
+
+
+def test_the_likelihood_is_that_of_scikit_learn(xs):
+    for latent in (1, 3, 5):
+        fitted = fit_ppca(xs, latent)
+        assert fitted.kernel.shape == (latent, 6)
+        found = score(xs, fitted.kernel, fitted.bias, fitted.variance)
+        assert_close(found, sklearn_score(xs, latent))
+
+
+def test_the_posterior_is_exact_and_diagonal(xs):
+    fitted = fit_ppca(xs, 3)
+    precision = np.eye(3) + fitted.kernel @ fitted.kernel.T / fitted.variance
+    covariance = np.linalg.inv(precision)
+    assert_close(np.diag(fitted.posterior_std**2), covariance)
+    assert_close(fitted.posterior_kernel, fitted.kernel.T @ covariance / fitted.variance)
+
+
+def test_the_variance_keeps_its_floor_and_the_rest_fits_it(xs):
+    """Directions with less variance than the floor are left out, and have no spread to learn."""
+    fitted = fit_ppca(xs, 5, min_variance=2.0)
+    assert fitted.variance == 2.0
+    values = np.linalg.eigvalsh(np.cov(xs.T, bias=True))[:0:-1]
+    assert_close(np.sum(fitted.kernel**2, axis=1), np.maximum(values - 2.0, 0.0))
+    precision = np.eye(5) + fitted.kernel @ fitted.kernel.T / 2.0
+    assert_close(np.diag(fitted.posterior_std**2), np.linalg.inv(precision))
+
+
+@pytest.mark.parametrize("latent", [0, 6, 7])
+def test_as_many_latents_as_pixels_are_refused(xs, latent):
+    with pytest.raises(UserError, match=f"fewer latent dimensions than pixels, got {latent} of 6"):
+        fit_ppca(xs, latent)
+
+
+def test_an_experiments_network_is_the_fitted_model_of_its_training_images():
+    """Decoder, variance, and an encoder that gives the exact posterior, in float32."""
+    experiment = build_experiment(default_config(method="ppca"))
+    model = experiment.merge(experiment.initial_params)
+    train = experiment.dataset.train
+    apply = jax.vmap(experiment.preprocessor.apply)
+    xs = np.asarray(apply(fixed_keys(len(train)), jnp.asarray(train))[0], np.float64)
+    kernel, bias = (
+        np.asarray(part[...], np.float64) for part in (model.head.kernel, model.head.bias)
+    )
+    variance = float(np.exp(np.float64(model.log_var)))
+    assert_close(np.float32(score(xs, kernel, bias, variance)), sklearn_score(xs, 16))
+
+    mean, log_std = jax.vmap(model.encode)(jnp.asarray(xs[:20], jnp.float32))
+    covariance = np.linalg.inv(np.eye(16) + kernel @ kernel.T / variance)
+    assert_close(mean, (xs[:20] - bias) @ kernel.T @ covariance / variance)
+    assert_close(np.exp(2 * log_std[0]), np.diag(covariance))
