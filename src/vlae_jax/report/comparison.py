@@ -136,7 +136,7 @@ def draw_differences(problem: Problem) -> tuple[Figure, str] | None:
         images |= {d.images for row in differences for d in row}
         _dots(axes, rows, [[(d.mean, d.standard_error) for d in row] for row in differences])
         axes.axvline(0.0, color=INK, linewidth=1.2, zorder=1.5)
-        axes.set_title(f"{title} less the VAE's")
+        axes.set_title(f"{title} less the VAE’s")
         axes.set_xlabel("nats per image, right of 0 is better")
     return figure, (
         "Differences to the VAE of the same seed, image by image on the same "
@@ -244,6 +244,8 @@ def draw_reliabilities(problem: Problem) -> tuple[Figure, str] | None:
         axes.tick_params(axis="y", labelleft=index % columns == 0)
         if last:
             axes.set_xlabel(K_LABEL)
+            # Below it there may be an empty place, but no wider gap between the rows.
+            axes.xaxis.set_in_layout(index + 1 == len(rows) or index % columns == 0)
     figure.supylabel("% of test images", size=9.0)
     _suptitle(figure, f"Reliability of log p(x) · {problem.title}")
     words = "; ".join(f"{c.label}: {tails.words}" for c, tails in rows)
@@ -306,7 +308,7 @@ def draw_posteriors(problem: Problem) -> tuple[Figure, str] | None:
     count = min(COMPARED_IMAGES, *(len(run.snapshots["covariances"]) for _, run in columns))
     count = min(count, len(data))
     found = [ordered_correlations(run.snapshots["covariances"][:count]) for _, run in columns]
-    limit = max(colour_limit(correlations) for correlations, _ in found)
+    limit = colour_limit(*(correlations for correlations, _ in found))
     side = max(max(1, round(190 / d.shape[1])) * d.shape[1] for _, d in found)
     picture = enlarge(data[0], 90).shape[1]
     left, top, step_x, step_y = 24 + picture + 50, 112, side + 44, side + 74

@@ -219,8 +219,9 @@ def draw_steps(run: Run) -> tuple[Figure, str] | None:
         axes.set_title("Reconstruction error")
     _band(first, behind)
     # Newton's steps shrink by orders of magnitude: a linear axis would show the first alone.
-    first.set_yscale("symlog", linthresh=0.1, linscale=0.5)
-    first.yaxis.set_major_formatter(lambda value, _: minus(f"{value:g}"))
+    if np.ptp(np.quantile(behind, [0.1, 0.5, 0.9], axis=0)) > 0.2:
+        first.set_yscale("symlog", linthresh=0.1, linscale=0.5)
+        first.yaxis.set_major_formatter(lambda value, _: minus(f"{value:g}"))
     first.axhline(0.0, color=FAINT, linewidth=0.8)
     first.set_ylabel(r"$\log p(x, z_t) - \log p(x, z_T)$, nats")
     first.set_title("Log joint, less its final value" if panels > 1 else "")

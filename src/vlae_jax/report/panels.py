@@ -19,8 +19,8 @@ K_EDGES = np.linspace(-0.5, 1.5, 41)
 K_LABEL = "Pareto k\u0302 of the importance weights"
 GAP_WORDS = (
     "Nats between the ELBO and log p(x). Approximation: what the best posterior of the family "
-    "still lacks. Amortisation: what inference within the family gives away; of it, "
-    "non-convergence is what more steps would regain (right of the bar's end where they would lose)."
+    "still lacks. Amortisation: what inference within the family gives away; non-convergence is "
+    "the part of it that more steps would regain (right of the bar’s end where they would lose)."
 )
 # The parts of a gap are no systems, so they have no system's colour.
 _APPROXIMATION, _AMORTISATION = "#2f3e57", "#a9b8d0"
@@ -108,43 +108,29 @@ def draw_gaps(figure: Figure, axes: Axes, rows: Sequence[GapRow]) -> None:
     Sampling can make a small part negative; such a part lies left of zero.
     """
     places = np.arange(len(rows))
-    right, left = np.zeros(len(rows)), np.zeros(len(rows))
-    reach = np.zeros(len(rows))
+    right, left, reach = np.zeros((3, len(rows)))
     parts = (
         ("approximation", [row.approximation for row in rows], _APPROXIMATION, "#9aa7bf"),
         ("amortisation", [row.amortisation for row in rows], _AMORTISATION, INK),
     )
     for label, figures, colour, ink in parts:
-        values, errors = np.array(figures).T
+        values, errors = np.nan_to_num(np.array(figures)).T
         starts = np.where(values >= 0, right, left)
+        ends, some = starts + values, errors > 0
         axes.barh(places, values, left=starts, height=0.62, color=colour, label=label, zorder=2)
-        errors = np.nan_to_num(errors)
-        style: dict[str, Any] = {
-            "fmt": "none",
-            "ecolor": ink,
-            "elinewidth": 1.0,
-            "capsize": 3,
-            "zorder": 4,
-        }
-        shown = errors > 0
-        axes.errorbar((starts + values)[shown], places[shown], xerr=errors[shown], **style)
-        right += np.maximum(values, 0.0)
-        left += np.minimum(values, 0.0)
-        reach = np.maximum(reach, starts + values + errors)
+        bars: dict[str, Any] = {"fmt": "none", "elinewidth": 1.0, "capsize": 3, "zorder": 4}
+        axes.errorbar(ends[some], places[some], xerr=errors[some], ecolor=ink, **bars)
+        right, left = np.maximum(right, ends), np.minimum(left, ends)
+        reach = np.maximum(reach, ends + errors)
     # A part of the amortisation gap, so inside its bar: the last nats before the ELBO.
     lost = np.array([row.non_convergence[0] for row in rows])
     if np.isfinite(lost).any():
-        style: dict[str, Any] = {
-            "color": "#ffffff",
-            "edgecolor": INK,
-            "hatch": "////",
-            "linewidth": 0.6,
-        }
-        label = "of which non-convergence"
         inside = -np.nan_to_num(lost)
-        axes.barh(places, inside, left=right, height=0.24, label=label, zorder=3, **style)
-        reach = np.maximum(reach, right + inside)
-    low, high = min(0.0, float(left.min())), float(max(reach.max(), right.max())) or 1.0
+        strip: dict[str, Any] = {"color": "#ffffff", "edgecolor": INK, "hatch": "////"}
+        strip |= {"linewidth": 0.6, "label": "non-convergence, a part of amortisation"}
+        axes.barh(places, inside, left=ends, height=0.24, zorder=3, **strip)
+        reach = np.maximum(reach, ends + inside)
+    low, high = float(left.min()), float(max(reach.max(), right.max())) or 1.0
     for place, row in enumerate(rows):
         text = minus(f"{row.total:,.2f}")
         axes.text(reach[place] + 0.015 * (high - low), place, text, va="center", ha="left")
@@ -185,13 +171,18 @@ def ordered_correlations(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return correlations[:, order][:, :, order], deviations[:, order]
 
 
-def colour_limit(correlations: np.ndarray) -> float:
-    """Take the smallest round limit that covers nearly all correlations off the diagonal."""
-    latent = correlations.shape[1]
-    sizes = np.abs(correlations[:, ~np.eye(latent, dtype=bool)])
-    sizes = sizes[np.isfinite(sizes)]
-    top = np.quantile(sizes, 0.995) if sizes.size else 1.0
-    return next((limit for limit in (0.25, 0.5) if 0 < top <= limit), 1.0)
+def colour_limit(*systems: np.ndarray) -> float:
+    """Take the smallest round limit that covers nearly all correlations off the diagonal.
+
+    Args:
+        systems: Correlations (k, latent, latent), of each system as many as it has.
+    """
+    tops = [0.0]
+    for correlations in systems:
+        sizes = np.abs(correlations[:, ~np.eye(correlations.shape[1], dtype=bool)])
+        sizes = sizes[np.isfinite(sizes)]
+        tops.append(float(np.quantile(sizes, 0.995)) if sizes.size else 0.0)
+    return next((limit for limit in (0.25, 0.5) if 0 < max(tops) <= limit), 1.0)
 
 
 def heat_map(axes: Axes, correlation: np.ndarray, limit: float) -> Any:
