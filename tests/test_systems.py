@@ -30,17 +30,17 @@ DIM, LATENT = 40, 3
 KEY = jax.random.key(0)
 
 
-def make(method="vlae", *, hidden=(7, 9), activation="relu", **inference):
+def make(method="vlae", *, hidden=(7, 9), latent=LATENT, activation="relu", **inference):
     """A system and its model, for Gaussian outputs of variance 1."""
     config = Config(
-        model=ModelConfig(latent=LATENT, hidden=hidden, activation=activation),
+        model=ModelConfig(latent=latent, hidden=hidden, activation=activation),
         inference=InferenceConfig(method=method, **inference),
         training=TrainingConfig(epochs=0),
     )
     spec = find_system(method)
     model = VariationalAutoencoder(
         DIM,
-        latent=LATENT,
+        latent=latent,
         hidden=hidden,
         activation=activation,
         likelihood="gaussian",
@@ -146,6 +146,18 @@ def test_the_full_covariance_starts_near_the_encoders_diagonal(x):
     np.testing.assert_allclose(np.diag(chol), 1 / std, rtol=1e-5)
     below = np.abs(np.tril(chol * std, -1))[np.tril_indices(LATENT, -1)]
     assert (below > 0).all() and (below < 0.5).all()
+
+
+@pytest.mark.parametrize("method", ["vae_full", "vae_hf", "vae_iaf", "vae_planar"])
+def test_any_latent_dimension_will_do(x, method):
+    """One, or more than there are hidden units: a flow's network is as wide as that at least."""
+    for latent in (1, 9):
+        system, model = make(method, hidden=(7,), latent=latent, steps=2)
+        graphdef, params = nnx.split(model)
+        value, _ = jax.eval_shape(
+            lambda p, g=graphdef, s=system: objective(nnx.merge(g, p), s, x, KEY), params
+        )
+        assert value.shape == ()
 
 
 # ---------------------------------------------------------------- semi-amortised

@@ -200,8 +200,9 @@ class FullCovarianceHead(nnx.Module):
     """The Cholesky factor of an amortised Gaussian's precision, from the encoder's features."""
 
     def __init__(self, latent: int, features: int, *, rngs: nnx.Rngs) -> None:
-        # Starts close to a diagonal, as the plain VAE does.
-        quiet = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
+        # Starts close to a diagonal, as the plain VAE does. One dimension has nothing below it,
+        # which initializers that divide by the number of outputs do not stand.
+        quiet = nnx.initializers.normal(0.1 * features**-0.5)
         self.lower = nnx.Linear(features, latent * (latent - 1) // 2, kernel_init=quiet, rngs=rngs)
 
     def __call__(
