@@ -14,7 +14,7 @@ VENV := .venv
 # ------------------------------------------------------------------------------ variables
 
 OPTIONS := PRESET DATASET DATA_DIR PREPROCESS METHOD STEPS SEARCH DAMPING SOLVER GRADIENT \
-    CURVATURE LATENT HIDDEN ACTIVATION LIKELIHOOD VARIANCE OBJECTIVE TRAIN_SAMPLES EPOCHS PATIENCE \
+    CURVATURE NETWORK CHANNELS LATENT HIDDEN ACTIVATION LIKELIHOOD VARIANCE OBJECTIVE TRAIN_SAMPLES EPOCHS PATIENCE \
     MINUTES BATCH_SIZE LEARNING_RATE SEED IMPORTANCE_SAMPLES PROPOSAL TEST_IMAGES CHUNK_SIZE \
     RUN_DIR RUNS_DIR
 SWITCHES := RESUME OVERWRITE TENSORBOARD
@@ -60,6 +60,8 @@ TRAIN_OPTIONS = $\
     $(call option,GRADIENT,--gradient)$\
     $(call option,CURVATURE,--curvature)$\
     $(call option,LATENT,--latent)$\
+    $(call option,NETWORK,--network)$\
+    $(if $(value CHANNELS), --channels $(foreach width,$(value CHANNELS),$(call quote,$(width))))$\
     $(if $(value HIDDEN), --hidden $(foreach width,$(value HIDDEN),$(call quote,$(width))))$\
     $(call option,ACTIVATION,--activation)$\
     $(call option,LIKELIHOOD,--likelihood)$\

@@ -9,7 +9,7 @@ from experiments.systems import systems
 STUDY = Study(
     "mnist_binary",
     "dynamically binarised MNIST, equal epochs",
-    systems((1, 4)),
+    systems((1, 4), linear=False),
     [
         *("--dataset", "mnist", "--hidden", "200", "200", "--latent", "20"),
         *("--test-images", "1000", "--importance-samples", "1000", "--log-every", "1000"),

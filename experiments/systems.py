@@ -5,19 +5,21 @@ from collections.abc import Sequence
 ASCENT = ("--ascent-rate", "1e-2")
 
 
-def systems(steps: Sequence[int], *, ascent: Sequence[str] = ASCENT) -> dict[str, list[str]]:
+def systems(
+    steps: Sequence[int], *, ascent: Sequence[str] = ASCENT, linear: bool = True
+) -> dict[str, list[str]]:
     """Label → options of every system, the plain VAE first.
 
     Args:
         steps: T of those that take steps. VLAE also has T = 0: the Laplace posterior at the
             encoder's guess.
         ascent: How SA-VAE ascends.
+        linear: Also probabilistic PCA, which needs a Gaussian output.
     """
-    found = {
-        "VAE": ["--method", "vae"],
-        "pPCA": ["--method", "ppca", "--hidden", "--epochs", "0"],
-        "VAE+full": ["--method", "vae_full"],
-    }
+    found = {"VAE": ["--method", "vae"]}
+    if linear:
+        found["pPCA"] = ["--method", "ppca", "--hidden", "--epochs", "0"]
+    found["VAE+full"] = ["--method", "vae_full"]
     for name, method in (("HF", "vae_hf"), ("IAF", "vae_iaf"), ("planar", "vae_planar")):
         found |= {f"VAE+{name} T={t}": ["--method", method, "--steps", str(t)] for t in steps}
     found |= {f"SA-VAE T={t}": ["--method", "sa_vae", "--steps", str(t), *ascent] for t in steps}
