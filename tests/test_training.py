@@ -100,17 +100,30 @@ def copied(finished, tmp_path):
     return RunFolder(shutil.copytree(finished[1].path, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("method", ["vae", "vlae"])
-def test_training_raises_the_validation_elbo(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "network", "gain"), [("vae", "mlp", 5), ("vlae", "mlp", 5), ("vlae", "conv", 3)]
+)
+def test_training_raises_the_validation_elbo(tmp_path, method, network, gain):
     config = small_config(
+        model=ModelConfig(latent=3, hidden=(16,), network=network, channels=(8, 8)),
         inference=InferenceConfig(method=method, steps=2),
         training=TrainingConfig(epochs=4, learning_rate=1e-2, patience=1),
     )
-    _, run = train(config, tmp_path / "run")
+    experiment, run = train(config, tmp_path / "run")
     elbos = [record["elbo"] for record in records(run, "validation")]
     assert len(elbos) == 4
     assert elbos == sorted(elbos)
-    assert elbos[-1] > elbos[0] + 5
+    assert elbos[-1] > elbos[0] + gain
+
+    moved = jax.tree.map(
+        lambda new, old: bool(jnp.any(new != old)),
+        last_state(experiment, run).params,
+        build_experiment(config).initial_params,  # training has given its own away
+    )
+    flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(moved)}
+    # A Laplace posterior has no use for the encoder's own spread; all else must learn.
+    unmoved = {name for name in flat if method == "vlae" and "log_std" in name}
+    assert {name for name, has_moved in flat.items() if not has_moved} == unmoved
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "stop", "unroll"])

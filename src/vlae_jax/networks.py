@@ -26,16 +26,28 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu"})
 
 _LECUN = nnx.initializers.lecun_normal()  # what Flax's own layers start from
+# Convolutional networks are deeper. With a start that halves the signal at every layer their VAE
+# shuts the latent off, on the digits for good; this one keeps its size through ReLU.
+_HE = nnx.initializers.he_normal()
 
 
 class MLP(nnx.Module):
     """Fully connected hidden layers, an activation after each; the identity if there are none."""
 
     def __init__(
-        self, in_size: int, widths: Sequence[int], activation: str, *, rngs: nnx.Rngs
+        self,
+        in_size: int,
+        widths: Sequence[int],
+        activation: str,
+        *,
+        kernel_init: nnx.Initializer = _LECUN,
+        rngs: nnx.Rngs,
     ) -> None:
         sizes = (in_size, *widths)
-        self.layers = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes))
+        self.layers = nnx.List(
+            nnx.Linear(a, b, kernel_init=kernel_init, rngs=rngs)
+            for a, b in itertools.pairwise(sizes)
+        )
         self.activation = activation
         self.out_size = sizes[-1]
         self.piecewise_linear = activation in PIECEWISE_LINEAR or not widths
@@ -73,9 +85,11 @@ class ConvEncoder(nnx.Module):
         height, width = halvings(image_shape, len(channels))[-1]
         counts = (image_shape[-1], *channels)
         self.convolutions = nnx.List(
-            nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in itertools.pairwise(counts)
+            nnx.Conv(a, b, (3, 3), strides=2, kernel_init=_HE, rngs=rngs)
+            for a, b in itertools.pairwise(counts)
         )
-        self.dense = MLP(height * width * counts[-1], hidden, activation, rngs=rngs)
+        flat = height * width * counts[-1]
+        self.dense = MLP(flat, hidden, activation, kernel_init=_HE, rngs=rngs)
         self.image_shape = tuple(image_shape)
         self.activation = activation
         self.out_size = self.dense.out_size
@@ -118,7 +132,8 @@ class ConvDecoder(nnx.Module):
         sizes = halvings(image_shape, len(channels))[:0:-1]  # from coarse to fine
         counts = tuple(reversed(channels))
         self.map_shape = (*sizes[0], counts[0])
-        self.dense = MLP(latent, (*hidden, math.prod(self.map_shape)), activation, rngs=rngs)
+        widths = (*hidden, math.prod(self.map_shape))
+        self.dense = MLP(latent, widths, activation, kernel_init=_HE, rngs=rngs)
         self.doublings = nnx.List(
             Doubling(a, b, size, rngs=rngs)
             for (a, b), size in zip(itertools.pairwise(counts), sizes[1:], strict=True)
@@ -159,7 +174,7 @@ class Doubling(nnx.Module):
         out_channels: int,
         out_size: tuple[int, int],
         *,
-        kernel_init: nnx.Initializer = _LECUN,
+        kernel_init: nnx.Initializer = _HE,
         rngs: nnx.Rngs,
     ) -> None:
         self.blocks = nnx.Linear(
