@@ -394,8 +394,10 @@ class Config:
         parts += [] if self.model.network == "mlp" else [self.model.network]
         parts.append(self.inference.method)
         parts += [] if steps is None else [f"T{steps}"]
-        if self.training.objective != "elbo":
-            parts.append(f"{self.training.objective}{self.training.train_samples}")
+        objective = self.training.objective
+        if objective != "elbo":
+            count = "" if objective == "evidence" else str(self.training.train_samples)
+            parts.append(objective + count)
         return "-".join([*parts, f"seed{self.training.seed}"])
 
     def differences(self, saved: "Config") -> list[str]:

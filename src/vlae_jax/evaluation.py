@@ -155,7 +155,7 @@ def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
         num_samples: K, of which they are the largest.
 
     Returns:
-        (n,). NaN where fewer than 25 samples leave no tail, or a weight is not a number.
+        (n,). NaN where fewer than 25 samples leave no tail, or a weight in it is zero or no number.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling.

@@ -320,7 +320,7 @@ class _Loop:
         """Say why to stop before the last epoch, if there is a reason."""
         config, each = self.trainer.experiment.config.training, self.trainer.steps_per_epoch
         patience, best = config.patience, self.notes.best_step
-        if step % each:
+        if step == 0 or step % each:
             return None
         if patience is not None and best is not None and step - best >= patience * each:
             return f"no better validation bound in {patience} epochs"
