@@ -11,8 +11,12 @@ import pytest
 from matplotlib import image as matplotlib_image
 from rich.console import Console
 
+from vlae_jax import report
 from vlae_jax.errors import UserError
 from vlae_jax.report import draw_figures, print_summary, summary_table, write_report
+from vlae_jax.report.figures import draw_gap, draw_interpolations, draw_reliability, draw_steps
+from vlae_jax.report.files import read_run
+from vlae_jax.report.panels import K_EDGES
 
 PICTURES = {
     "reconstructions.png",
@@ -29,6 +33,7 @@ FIGURES = (
     ("ess", 321.5, None, "samples", 500, 1234),
     ("unconverged", 0.0625, None, "share", 500, None),
     ("not_positive_definite", 0.0, None, "share", 500, None),
+    ("unreliable", 0.125, None, "share", 500, None),
 )
 
 
@@ -75,7 +80,9 @@ def make_snapshots(steps=2, channels=1, images=4, latent=5):
     }
 
 
-def write_run(path, *, config=None, metrics=None, results=None, snapshots=None):
+def write_run(
+    path, *, config=None, metrics=None, results=None, snapshots=None, per_image=None, gaps=None
+):
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config or make_config()))
     if metrics is not None:
@@ -85,6 +92,14 @@ def write_run(path, *, config=None, metrics=None, results=None, snapshots=None):
         (path / "results.json").write_text(json.dumps(results))
     if snapshots is not None:
         np.savez(path / "snapshots.npz", **snapshots)
+    if per_image is not None:
+        np.savez(path / "per_image.npz", **per_image)
+    if gaps is not None:
+        figures = [
+            {"name": name, "value": value, "standard_error": error, "unit": "nats", "images": 9}
+            for name, (value, error) in gaps.items()
+        ]
+        (path / "gaps.json").write_text(json.dumps({"figures": figures, "settings": {}}))
     return path
 
 
@@ -256,6 +271,7 @@ def test_the_table_holds_the_figures_given(run):
         "K": "1234",
         "gap": "3.62",
         "bits/dim": "1.8125 ± 0.0008",
+        "unreliable": "12.50 %",
         "unconverged": "6.25 %",
         "not PD": "0.00 %",
     }
@@ -326,7 +342,10 @@ def test_one_page_for_several_runs(run, tmp_path, capsys):
     other = write_run(tmp_path / "other", metrics=make_metrics())
     [path] = write_report([run, str(other)], tmp_path / "new" / "all.html")
     page = Page(path)
-    assert path == tmp_path / "new" / "all.html" and page.pictures == len(PICTURES) + 1
+    compared = {picture.name for picture in (tmp_path / "new").glob("*.png")}
+    assert compared == {"log_likelihood.png", "steps.png", "training_curves.png"}
+    assert path == tmp_path / "new" / "all.html"
+    assert page.pictures == len(PICTURES) + 1 + len(compared)
     assert "2 runs" in page.text and "other" in page.text and "not evaluated" in page.text
     assert not (run / "report.html").exists()
     printed = capsys.readouterr().out
@@ -403,6 +422,127 @@ def test_images_whose_search_diverged_are_counted_in_the_caption(tmp_path):
     assert "mean over 3 test images (1 more came out non-finite" in Page(path).text
 
 
+def test_the_histogram_counts_every_shape_and_names_what_has_no_place(tmp_path):
+    shapes = [0.12, 0.12, 0.62, 0.72, 7.0, -0.9, -np.inf, -np.inf, np.nan, 0.32]
+    per_image = {"pareto_k": np.array(shapes)}
+    figure, caption = draw_reliability(read_run(write_run(tmp_path / "run", per_image=per_image)))
+    [axes] = figure.axes
+    heights, edges, _ = axes.patches[0].get_data()
+    assert edges == pytest.approx(K_EDGES)
+    bins = {round(float(edge), 2): height for edge, height in zip(edges, heights, strict=False)}
+    # In per cent of ten images; what lies outside is at the ends.
+    drawn = {edge: height for edge, height in bins.items() if height}
+    assert drawn == pytest.approx({0.1: 20, 0.6: 10, 0.7: 10, 1.45: 10, -0.5: 10, 0.3: 10})
+    assert {line.get_xdata()[0] for line in axes.lines} == {0.5, 0.7}
+    # Two of the nine that have a shape.
+    assert "22.2 % of 10 images above 0.7" in caption
+    assert "2 with equal weights" in caption and "1 without" in caption
+
+
+def test_steps_show_medians_and_spreads_over_images(tmp_path):
+    rng = np.random.default_rng(1)
+    errors = rng.uniform(1.0, 2.0, size=(21, 3))
+    joint = rng.normal(-50.0, 9.0, size=(21, 3))
+    errors[4, 1] = np.nan
+    snapshots = {"step_log_joint": joint, "step_error": errors}
+    figure, _ = draw_steps(read_run(write_run(tmp_path / "run", snapshots=snapshots)))
+    behind, error = figure.axes[1], figure.axes[0]
+    if error.get_ylabel() != "RMSE, model space":
+        behind, error = error, behind
+    finite = np.delete(errors, 4, axis=0)
+    assert error.lines[0].get_ydata() == pytest.approx(np.median(finite, axis=0))
+    assert behind.lines[0].get_ydata() == pytest.approx(np.median(joint - joint[:, 2:], axis=0))
+    band = error.collections[0].get_paths()[0].vertices
+    for t in range(3):
+        heights = band[band[:, 0] == t, 1]
+        low, high = np.quantile(finite[:, t], [0.1, 0.9])
+        assert (heights.min(), heights.max()) == pytest.approx((low, high))
+
+
+def test_interpolations_have_a_row_a_pair_in_order(tmp_path):
+    greys = np.linspace(0.1, 0.9, 6).reshape(2, 3)
+    lines = np.broadcast_to(greys[..., None, None, None], (2, 3, 8, 8, 1))
+    run = read_run(write_run(tmp_path / "run", snapshots={"interpolations": lines}))
+    figure, caption = draw_interpolations(run)
+    [image] = figure.axes[0].images
+    # 8 x 8 pixels, each 12 times as large, 6 pixels apart.
+    middles = np.asarray(image.get_array())[48::102, 48::102, 0]
+    assert middles == pytest.approx(greys)
+    assert "2 pairs" in caption
+
+
+GAPS = {
+    "log_prob_ais": (-60.0, 0.5),
+    "best_in_family_elbo": (-62.5, 0.5),
+    "amortised_elbo": (-66.5, 0.5),
+    "converged_elbo": (-65.5, 0.5),
+    "approximation_gap": (2.5, 0.25),
+    "amortisation_gap": (4.0, 0.125),
+    "non_convergence_gap": (1.0, None),
+}
+
+
+def bars(axes):
+    return [(patch.get_x(), patch.get_width()) for patch in axes.patches]
+
+
+def test_gap_bars_add_up_and_non_convergence_lies_inside(tmp_path):
+    figure, caption = draw_gap(read_run(write_run(tmp_path / "run", gaps=GAPS)))
+    [axes] = figure.axes
+    assert bars(axes) == [(0.0, 2.5), (2.5, 4.0), (6.5, -1.0)]
+    [[first], [second]] = [
+        container[2][0].get_segments() for container in axes.containers[1::2][:2]
+    ]
+    assert (first[:, 0].tolist(), second[:, 0].tolist()) == ([2.25, 2.75], [6.375, 6.625])
+    assert "6.50" in {text.get_text() for text in axes.texts}
+    assert "annealed importance sampling −60.00" in caption
+
+
+def test_a_negative_part_of_the_gap_lies_left_of_zero(tmp_path):
+    gaps = {"approximation_gap": (3.0, None), "amortisation_gap": (-0.5, None)}
+    figure, _ = draw_gap(read_run(write_run(tmp_path / "run", gaps=gaps)))
+    [axes] = figure.axes
+    assert bars(axes) == [(0.0, 3.0), (0.0, -0.5)]
+    assert {text.get_text() for text in axes.texts} == {"2.50"}
+
+
+def test_new_files_bring_new_pictures(tmp_path):
+    snapshots = {"interpolations": np.zeros((2, 3, 8, 8, 1))}
+    per_image = {"pareto_k": np.full(5, -np.inf)}
+    run = write_run(tmp_path / "run", snapshots=snapshots, per_image=per_image, gaps=GAPS)
+    paths = draw_figures(run)
+    assert [path.name for path in paths] == ["interpolations.png", "pareto_k.png", "gaps.png"]
+    first = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in draw_figures(run)] == first
+    unfinished = write_run(tmp_path / "other", gaps={"approximation_gap": (None, None)})
+    assert draw_figures(unfinished) == []
+
+
+@pytest.mark.parametrize(
+    ("training", "label"),
+    [
+        ({}, "VAE+HF"),
+        ({"objective": "elbo", "train_samples": 3}, "VAE+HF"),
+        ({"objective": "iwae", "train_samples": 5}, "VAE+HF (IWAE, 5)"),
+        ({"objective": "dreg", "train_samples": 5}, "VAE+HF (DReG, 5)"),
+    ],
+)
+def test_labels_name_the_system_and_an_objective_beside_the_elbo(tmp_path, training, label):
+    config = make_config(method="vae_hf", steps=3)
+    config["training"] |= training
+    [cells] = table_cells(write_run(tmp_path / "run", config=config))
+    assert (cells["method"], cells["T"]) == (label, "3")
+
+
+def test_the_label_of_the_results_counts(tmp_path):
+    """A system that a later version knows, in the words of that version."""
+    results = make_results()
+    results["run"] |= {"label": "NEW-VAE", "steps": None}
+    config = make_config(method="new_vae")
+    [cells] = table_cells(write_run(tmp_path / "run", config=config, results=results))
+    assert (cells["method"], cells["T"]) == ("NEW-VAE", "–")
+
+
 def damage(name, content):
     def apply(run: Path):
         (run / name).write_bytes(content)
@@ -421,6 +561,13 @@ def cut_archive(run):
 
 def pickle_inside(run):
     np.savez(run / "snapshots.npz", data=np.array([object()]))
+
+
+def per_image(**arrays):
+    def apply(run: Path):
+        np.savez(run / "per_image.npz", **arrays)
+
+    return apply
 
 
 def wrong_shape(run):
@@ -443,6 +590,12 @@ def wrong_shape(run):
         (cut_archive, "snapshots.npz"),
         (pickle_inside, "snapshots.npz cannot be read"),
         (wrong_shape, "snapshots.npz"),
+        (damage("per_image.npz", b"PK"), "per_image.npz cannot be read"),
+        (per_image(elbo=np.zeros(3), kl=np.zeros(4)), "per_image.npz"),
+        (per_image(elbo=np.zeros((3, 1))), "per_image.npz"),
+        (per_image(elbo=np.array(["a"])), "per_image.npz"),
+        (damage("gaps.json", b"{"), "gaps.json"),
+        (damage("gaps.json", b'{"figures": {}}'), "gaps.json"),
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(run, spoil, names):
@@ -465,8 +618,12 @@ def test_no_such_run_and_no_run_at_all(tmp_path):
 
 
 def test_jax_is_not_needed():
-    """Read from the file, since other tests have imported JAX by now."""
-    from vlae_jax import report
-
-    imported = re.findall(r"^(?:import|from) (\w+)", Path(report.__file__).read_text(), re.M)
-    assert not {"jax", "flax", "optax", "orbax"} & set(imported)
+    """Read from the files, since other tests have imported JAX by now."""
+    files = list(Path(report.__file__).parent.glob("*.py"))
+    source = "\n".join(path.read_text() for path in files)
+    imported = set(re.findall(r"^\s*(?:import|from) (\S+)", source, re.M))
+    assert len(files) > 5 and "numpy" in imported
+    assert not {"jax", "flax", "optax", "orbax"} & {name.split(".")[0] for name in imported}
+    ours = {name for name in imported if name.split(".")[0] == "vlae_jax"}
+    rooms = {name for name in ours if not name.startswith("vlae_jax.report")}
+    assert rooms == {"vlae_jax.config", "vlae_jax.errors"}

@@ -59,7 +59,7 @@ def save_comparison(problems: Sequence[Problem], folder: Path) -> list[list[tupl
     """Draw and write the pictures of each problem."""
     saved = []
     for problem in problems:
-        suffix = re.sub(r"[^\w.]+", "_", f"-{problem.title}") if len(problems) > 1 else ""
+        suffix = re.sub(r"[^\w.-]+", "_", f"-{problem.title}") if len(problems) > 1 else ""
         pictures = compare(problem)
         saved.append([(folder / f"{each.name}{suffix}.png", each) for each in pictures])
     for path, picture in (item for items in saved for item in items):
@@ -240,7 +240,7 @@ def draw_reliabilities(problem: Problem) -> tuple[Figure, str] | None:
         if not math.isnan(tails.unreliable):
             axes.set_title(share, loc="right", fontsize=8.5, color=FAINT, pad=4.0)
         last = index + columns >= len(rows)
-        axes.tick_params(axis="x", labelbottom=last)
+        axes.tick_params(axis="x", labelbottom=last, labelsize=8)
         axes.tick_params(axis="y", labelleft=index % columns == 0)
         if last:
             axes.set_xlabel(K_LABEL)
@@ -321,7 +321,7 @@ def draw_posteriors(problem: Problem) -> tuple[Figure, str] | None:
     ):
         x = left + column * step_x
         label = "\n".join(textwrap.wrap(configuration.label, max(10, side // 11)))
-        sheet.text(x + side / 2, top - 26, label, ha="center", linespacing=1.3)
+        sheet.text(x + side / 2, top - 12, label, ha="center", va="bottom", linespacing=1.3)
         for row in range(count):
             y = top + row * step_y
             mappable = heat_map(sheet.axes(x, y, side, side), correlations[row], limit)

@@ -229,7 +229,7 @@ NAMES = {
     "bits_per_dim": "bits per dimension",
     "ess": "effective sample size",
     "kl": "KL",
-    "unreliable": "k\u0302 > 0.7",
+    "unreliable": "unreliable (Pareto k\u0302 above 0.7)",
     "log_prob_sampling_error": "sampling error of log p(x)",
     "not_positive_definite": "not positive definite",
 }
