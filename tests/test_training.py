@@ -1,13 +1,17 @@
 """Training end to end on small real images: it learns, replays, resumes and fails as it says."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import chex
 import jax
@@ -30,35 +34,61 @@ from vlae_jax.config import (
     TrainingConfig,
 )
 from vlae_jax.errors import RunFailure, UserError
-from vlae_jax.experiment import build_experiment, map_images
+from vlae_jax.experiment import Experiment, build_experiment, map_images
 from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.run_folder import RunFolder
 from vlae_jax.systems import find_system
-from vlae_jax.training import FitOptions, Trainer, fit, loss_fn, make_optimizer, objective
+from vlae_jax.training import (
+    FitOptions,
+    Trainer,
+    TrainState,
+    fit,
+    loss_fn,
+    make_optimizer,
+    objective,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SMALL = [
-    *("--hidden", "16", "--latent", "3", "--epochs", "4"),
+    *("--method", "vae", "--steps", "2", "--hidden", "16", "--latent", "3"),
+    *("--epochs", "4", "--batch-size", "128", "--learning-rate", "0.01"),
     *("--importance-samples", "8", "--test-images", "16"),
 ]
 
 
-def small_config(**sections):
+def small_config(method="vlae", **sections):
     defaults = {
         "model": ModelConfig(latent=3, hidden=(16,)),
-        "training": TrainingConfig(epochs=2),
+        "inference": InferenceConfig(method=method, steps=2),
+        "training": TrainingConfig(epochs=4, learning_rate=1e-2),
         "evaluation": EvaluationConfig(importance_samples=8, test_images=16),
     }
     return Config(**{**defaults, **sections})
 
 
-def train(config, folder, *, resume=False, **options):
-    run = RunFolder(Path(folder))
+@pytest.fixture(scope="module", autouse=True)
+def one_trainer_an_experiment():
+    """So that a run and those that resume it compile one step."""
+    trainers = {}
+
+    def trainer(experiment):
+        # A trainer keeps its experiment, whose id no other one can get.
+        if id(experiment) not in trainers:
+            trainers[id(experiment)] = Trainer(experiment)
+        return trainers[id(experiment)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlae_jax.training.Trainer", trainer)
+        yield trainer
+
+
+def train(config, folder, *, resume=False):
+    """A run, new or resumed, of a new experiment."""
+    experiment, run = build_experiment(config), RunFolder(Path(folder))
     if not resume:
         run.create(config, overwrite=False)
-    experiment = build_experiment(config)
-    fit(experiment, run, resume=resume, options=FitOptions(**options))
+    fit(experiment, run, resume=resume, options=FitOptions())
     return experiment, run
 
 
@@ -73,7 +103,7 @@ def records(run, split):
 
 
 def command(folder, *more):
-    """Arguments of a run like `small_config()`, for longer."""
+    """Arguments of a run of `small_config("vae")`."""
     return ["train", "--run-dir", str(folder), *SMALL, *more]
 
 
@@ -87,43 +117,65 @@ def start(*arguments, **options):
     )
 
 
+class Finished(NamedTuple):
+    """A run to its end, for tests that leave it as it is."""
+
+    experiment: Experiment
+    run: RunFolder
+    state: TrainState
+    """Its last."""
+
+
+def finish(method, folders):
+    experiment, run = train(small_config(method), folders.mktemp(method) / "run")
+    return Finished(experiment, run, last_state(experiment, run))
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_compile):
-    """A short run and its last state, for tests that leave the run as it is."""
-    experiment, run = train(small_config(), tmp_path_factory.mktemp("finished") / "run")
-    return experiment, run, last_state(experiment, run)
+def finished(tmp_path_factory, quick_compile, one_trainer_an_experiment):
+    return finish("vlae", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def finished_vae(tmp_path_factory, quick_compile, one_trainer_an_experiment):
+    """It compiles sooner, for what is the same with either method."""
+    return finish("vae", tmp_path_factory)
 
 
 @pytest.fixture
 def copied(finished, tmp_path):
     """The same run, to be changed."""
-    return RunFolder(shutil.copytree(finished[1].path, tmp_path / "run"))
+    return RunFolder(shutil.copytree(finished.run.path, tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    ("method", "network", "gain"), [("vae", "mlp", 5), ("vlae", "mlp", 5), ("vlae", "conv", 3)]
-)
-def test_training_raises_the_validation_elbo(tmp_path, method, network, gain):
-    config = small_config(
-        model=ModelConfig(latent=3, hidden=(16,), network=network, channels=(8, 8)),
-        inference=InferenceConfig(method=method, steps=2),
-        training=TrainingConfig(epochs=4, learning_rate=1e-2, patience=1),
-    )
-    experiment, run = train(config, tmp_path / "run")
+def learned(run, state, initial_params, *, gain, method):
+    """Every epoch was better than the one before, and every weight has moved."""
     elbos = [record["elbo"] for record in records(run, "validation")]
     assert len(elbos) == 4
     assert elbos == sorted(elbos)
     assert elbos[-1] > elbos[0] + gain
-
-    moved = jax.tree.map(
-        lambda new, old: bool(jnp.any(new != old)),
-        last_state(experiment, run).params,
-        build_experiment(config).initial_params,  # training has given its own away
-    )
+    moved = jax.tree.map(lambda new, old: bool(jnp.any(new != old)), state.params, initial_params)
     flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(moved)}
     # A Laplace posterior has no use for the encoder's own spread; all else must learn.
     unmoved = {name for name in flat if method == "vlae" and "log_std" in name}
     assert {name for name, has_moved in flat.items() if not has_moved} == unmoved
+
+
+@pytest.mark.parametrize("method", ["vae", "vlae"])
+def test_training_raises_the_validation_elbo(request, method):
+    finished = request.getfixturevalue("finished_vae" if method == "vae" else "finished")
+    # Training has given the first parameters of its own experiment away.
+    initial = build_experiment(finished.experiment.config).initial_params
+    learned(finished.run, finished.state, initial, gain=5, method=method)
+
+
+def test_training_raises_the_validation_elbo_of_a_convolutional_network(tmp_path):
+    config = small_config(
+        model=ModelConfig(latent=3, hidden=(16,), network="conv", channels=(8, 8))
+    )
+    experiment, run = train(config, tmp_path / "run")
+    initial = build_experiment(config).initial_params
+    learned(run, last_state(experiment, run), initial, gain=3, method="vlae")
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "stop", "unroll"])
@@ -146,7 +198,7 @@ def test_every_gradient_and_activation_gives_finite_updates_to_every_weight(grad
 
 
 def test_the_loss_is_minus_the_mean_objective_of_single_images():
-    experiment = build_experiment(small_config(inference=InferenceConfig(method="vae")))
+    experiment = build_experiment(small_config("vae"))
     params = experiment.initial_params
     xs = jax.random.normal(jax.random.key(0), (5, experiment.preprocessor.dim))
     keys = jax.random.split(jax.random.key(1), 5)
@@ -258,19 +310,18 @@ def test_patience_ends_a_run_so_many_epochs_after_the_best(tmp_path, capsys):
     assert broken.metrics.read_text() == before, "and is not begun again"
 
 
-def test_the_same_seed_replays_a_run_and_another_does_not(finished, tmp_path):
-    *_, first = finished
+def test_the_same_seed_replays_a_run_and_another_does_not(finished, finished_vae, tmp_path):
+    """Of the two methods one each."""
     again = last_state(*train(small_config(), tmp_path / "again"))
-    other = last_state(
-        *train(small_config(training=TrainingConfig(epochs=2, seed=1)), tmp_path / "other")
-    )
-    chex.assert_trees_all_equal(first, again)
+    chex.assert_trees_all_equal(finished.state, again)
+    seed = TrainingConfig(epochs=4, learning_rate=1e-2, seed=1)
+    other = last_state(*train(small_config("vae", training=seed), tmp_path / "other"))
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_equal(first.params, other.params)
+        chex.assert_trees_all_equal(finished_vae.state.params, other.params)
 
 
 def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
-    trainer = Trainer(build_experiment(small_config()))
+    trainer = Trainer(build_experiment(small_config("vae")))
     first, second = np.asarray(trainer.order(0)), np.asarray(trainer.order(1))
     assert first.shape == (trainer.steps_per_epoch, 128)
     assert len(np.unique(first)) == first.size
@@ -279,77 +330,94 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
 
 
 @pytest.mark.slow
-def test_killed_at_a_random_moment_and_resumed_equals_the_unbroken_run(tmp_path):
+def test_killed_at_a_random_moment_and_resumed_equals_the_unbroken_run(finished_vae, tmp_path):
     """SIGKILL, wherever it falls, loses only the steps since the last complete checkpoint.
 
-    Of a VAE, which compiles sooner; another test resumes the other method.
+    Of a VAE; another test resumes the other method.
     """
-    config = small_config(
-        inference=InferenceConfig(method="vae"),
-        training=TrainingConfig(epochs=4, batch_size=64, learning_rate=1e-3),
+    broken = RunFolder(tmp_path / "broken")
+    options = FitOptions(checkpoint_every=3, log_every=1)
+    every = ("--checkpoint-every", "3", "--log-every", "1")
+    process = start(
+        *command(broken.path, *every), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    whole, whole_run = train(config, tmp_path / "whole")
-
-    broken = tmp_path / "broken"
-    metrics, checkpoints = broken / "metrics.jsonl", broken / "checkpoints"
-    every = ("--method", "vae", "--checkpoint-every", "3", "--log-every", "1")
-    process = start(*command(broken, *every), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wanted = int(np.random.default_rng(time.time_ns()).integers(4, 50))
+    wanted = int(np.random.default_rng(time.time_ns()).integers(4, 30))
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         # A checkpoint gets its number for a name when it is complete.
-        saved = any(path.name.isdigit() for path in checkpoints.glob("*"))
-        if saved and metrics.read_bytes().count(b"\n") >= wanted:
+        saved = any(path.name.isdigit() for path in broken.checkpoints.glob("*"))
+        if saved and broken.metrics.read_bytes().count(b"\n") >= wanted:
             break
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "ended before it was killed"
-    assert Checkpoints(checkpoints, read_only=True).steps(), "killed before the first checkpoint"
+    assert Checkpoints(broken.checkpoints, read_only=True).steps(), "killed before a checkpoint"
+    assert broken.read_config() == finished_vae.run.read_config()
 
-    resumed = start(
-        *command(broken, *every, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    _, err = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, err
-    run = RunFolder(broken)
-    expected, found = last_state(whole, whole_run), last_state(whole, run)
-    chex.assert_trees_all_equal(found.params, expected.params)
-    chex.assert_trees_all_equal(found.opt_state, expected.opt_state)
-    steps = [record["step"] for record in records(run, "train")]
+    fit(finished_vae.experiment, broken, resume=True, options=options)
+    found = last_state(finished_vae.experiment, broken)
+    chex.assert_trees_all_equal(found.params, finished_vae.state.params)
+    chex.assert_trees_all_equal(found.opt_state, finished_vae.state.opt_state)
+    steps = [record["step"] for record in records(broken, "train")]
     assert steps == sorted(set(steps))
     strip = ("elbo", "kl", "step", "best")
-    assert [[record[name] for name in strip] for record in records(run, "validation")] == [
-        [record[name] for name in strip] for record in records(whole_run, "validation")
+    assert [[record[name] for name in strip] for record in records(broken, "validation")] == [
+        [record[name] for name in strip] for record in records(finished_vae.run, "validation")
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves_and_the_run_can_be_resumed(tmp_path, number):
-    """Of a VAE, which compiles sooner; the method does not matter."""
-    folder, method = tmp_path / "run", ("--method", "vae")
-    process = start(
-        *command(folder, *method, "--epochs", "100000", "--log-every", "1"),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    )
-    metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert metrics.exists(), "training never began"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert "Traceback" not in err
-    assert "--resume continues" in err
+@contextlib.contextmanager
+def signalled(number, metrics):
+    """Send this process a signal once the run inside has logged a line more."""
 
-    steps = Checkpoints(folder / "checkpoints", read_only=True).steps()
-    logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps[-1] == logged[-1], "the last step done is the one saved"
-    epochs = str(steps[-1] // 20 + 1)
-    cli.main(command(folder, *method, "--epochs", epochs, "--resume"))
-    assert (folder / "results.json").exists()
+    def lines():
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def refuse(*_):
+        raise AssertionError("the run does not handle the signal")
+
+    before, is_over = lines(), threading.Event()
+
+    def send():
+        while lines() <= before:
+            if is_over.wait(0.01):
+                return
+        os.kill(os.getpid(), number)
+
+    previous = signal.signal(number, refuse)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        sender.join()
+        signal.signal(number, previous)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_leaves_and_the_run_can_be_resumed(tmp_path, monkeypatch, capsys):
+    """Stopped by SIGINT, resumed, stopped by SIGTERM, and resumed to its end; of a VAE."""
+    run = RunFolder(tmp_path / "run")
+    monkeypatch.setattr("vlae_jax.experiment.build_experiment", functools.cache(build_experiment))
+    evaluated = []
+    monkeypatch.setattr(cli, "_evaluate_and_report", lambda _, run: evaluated.append(run.path))
+    for number, resume in ((signal.SIGINT, ()), (signal.SIGTERM, ("--resume",))):
+        long = command(run.path, "--epochs", "100000", "--log-every", "1", *resume)
+        with signalled(number, run.metrics), pytest.raises(SystemExit) as stopped:
+            cli.main(long)
+        err = capsys.readouterr().err
+        assert stopped.value.code == 128 + number, err
+        assert "Traceback" not in err
+        assert f"stopped by {number.name}" in err and "--resume continues" in err
+        steps = Checkpoints(run.checkpoints, read_only=True).steps()
+        logged = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+        assert steps[-1] == logged[-1], "the last step done is the one saved"
+
+    epochs = int(records(run, "train")[-1]["epoch"]) + 1
+    cli.main(command(run.path, "--epochs", str(epochs), "--resume"))
+    assert records(run, "validation")[-1]["epoch"] == epochs
+    assert evaluated == [run.path]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
@@ -363,10 +431,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_ch
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good.params))
 
 
-def test_a_bad_step_changes_nothing_but_its_own_record():
-    experiment = build_experiment(small_config(inference=InferenceConfig(method="vae")))
-    trainer = Trainer(experiment)
-    poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, experiment.initial_params)
+def test_a_bad_step_changes_nothing_but_its_own_record(finished_vae, one_trainer_an_experiment):
+    trainer = one_trainer_an_experiment(finished_vae.experiment)
+    poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, finished_vae.state.params)
     before = trainer.init()._replace(params=poisoned)
     kept = jax.tree.map(np.array, before)
     after, _ = trainer.step(before, trainer.images, trainer.order(0))
@@ -376,7 +443,7 @@ def test_a_bad_step_changes_nothing_but_its_own_record():
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, copied):
     """And training goes on from there to where it had been before."""
-    experiment, _, whole = finished
+    experiment = finished.experiment
     newest = max(Checkpoints(copied.checkpoints, read_only=True).steps())
     damage(copied.checkpoints / str(newest))
     like = Trainer(experiment).init()
@@ -385,14 +452,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, copi
     assert f"checkpoint {newest} is damaged" in restored.damaged[0]
     assert f"using checkpoint {restored.step} instead" in restored.damaged[0]
 
-    train(small_config(), copied.path, resume=True)
-    chex.assert_trees_all_equal(last_state(experiment, copied), whole)
+    fit(experiment, copied, resume=True, options=FitOptions())
+    chex.assert_trees_all_equal(last_state(experiment, copied), finished.state)
 
 
 def test_no_readable_checkpoint_is_an_error_of_one_line(finished, copied):
     for step in copied.checkpoints.iterdir():
         damage(step)
-    like = Trainer(finished[0]).init()
+    like = Trainer(finished.experiment).init()
     with pytest.raises(UserError, match=r"no readable checkpoint.*damaged") as error:
         Checkpoints(copied.checkpoints, read_only=True).restore_best(like)
     assert "\n" not in str(error.value)
@@ -458,9 +525,7 @@ def test_the_learning_rate_follows_its_schedule():
 
 def test_static_binarisation_gives_the_same_image_each_time_and_dynamic_does_not():
     def first_batch(kind, step):
-        experiment = build_experiment(
-            small_config(data=DataConfig(preprocess=kind), inference=InferenceConfig(method="vae"))
-        )
+        experiment = build_experiment(small_config("vae", data=DataConfig(preprocess=kind)))
         key = jax.random.key(step)
         x, _ = experiment.preprocessor.apply(key, experiment.dataset.train[0])
         return np.asarray(x)
