@@ -79,8 +79,8 @@ def draw_tails(axes: Axes, tails: Tails, colour: str) -> None:
     axes.set_xticks(list(ticks), list(ticks.values()))
     texts = axes.get_xticklabels()
     # Within the panel, away from those of the panel beside it.
-    texts[0].set_ha("left")
-    texts[-1].set_ha("right")
+    texts[0].set_horizontalalignment("left")
+    texts[-1].set_horizontalalignment("right")
     axes.set_xlim(K_EDGES[0] - 0.03, K_EDGES[-1] + 0.03)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.grid(False, axis="x")
