@@ -152,7 +152,7 @@ def test_configurations_are_told_apart_by_what_differs(folder):
     assert [(c.label, [run.seed for run in c.runs]) for c in configurations] == [
         ("VAE", [0, 1]),
         ("VLAE, T = 1", [0]),
-        ("VLAE, T = 8 (damping line_search)", [0, 1]),
+        ("VLAE, T = 8 (damping line search)", [0, 1]),
         ("VLAE, T = 8 (damping paper)", [0]),
     ]
     colours = [c.colour for c in configurations]

@@ -298,8 +298,13 @@ def draw_all_steps(problem: Problem) -> tuple[Figure, str] | None:
 
 def draw_posteriors(problem: Problem) -> tuple[Figure, str] | None:
     """Posterior correlations of the same test images, a row each, in a column for each system."""
-    chosen = {c.first.label: c for c in problem.configurations if _posterior_run(c) is not None}
-    columns = [(c, run) for c in chosen.values() if (run := _posterior_run(c)) is not None]
+    chosen: dict[str, tuple[Configuration, Run]] = {}
+    for configuration in problem.configurations:
+        run = _posterior_run(configuration)
+        best = chosen.get(configuration.first.label)
+        if run is not None and (best is None or (run.steps or 0) > (best[1].steps or 0)):
+            chosen[run.label] = configuration, run
+    columns = list(chosen.values())
     if len(columns) < 2:
         return None
     data = columns[0][1].snapshots["data"]

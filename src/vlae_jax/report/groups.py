@@ -127,7 +127,7 @@ def _label(run: Run, others: Sequence[Run]) -> str:
     names = sorted({name for identity in alike for name in identity} - _SAID)
     differing = [name for name in names if len({str(each.get(name)) for each in alike}) > 1]
     mine = _identity(run)
-    words = [f"{name.split('.')[1].replace('_', ' ')} {mine.get(name)}" for name in differing]
+    words = [f"{name.split('.')[1]} {mine.get(name)}".replace("_", " ") for name in differing]
     return run.system + (f" ({', '.join(words)})" if words else "")
 
 

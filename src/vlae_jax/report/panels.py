@@ -77,6 +77,10 @@ def draw_tails(axes: Axes, tails: Tails, colour: str) -> None:
         axes.axvline(threshold, color=INK, linewidth=1.0, linestyle=":")
     ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", 0.7: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
     axes.set_xticks(list(ticks), list(ticks.values()))
+    texts = axes.get_xticklabels()
+    # Within the panel, away from those of the panel beside it.
+    texts[0].set_horizontalalignment("left")
+    texts[-1].set_horizontalalignment("right")
     axes.set_xlim(K_EDGES[0] - 0.03, K_EDGES[-1] + 0.03)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.grid(False, axis="x")
