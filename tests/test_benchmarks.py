@@ -1,12 +1,15 @@
 """The benchmarks run, at sizes of no interest, and their FLOPs are counted right."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +33,12 @@ POSTERIORS = {
     "gram line_search cholesky",
     "jacobian line_search cholesky",
     "hessian line_search cholesky",
+}
+CONVOLUTIONS = {
+    "gauss_newton",
+    "gauss_newton chunks of 5",
+    "hessian",
+    "hessian chunks of 5",
 }
 
 
@@ -62,7 +71,8 @@ def test_rows_chosen_by_name_are_measured_printed_and_written(tmp_path):
     """By the command as it is printed, in a process of its own."""
     arguments = options(tmp_path, "--only", "posterior jacobian")
     command = [sys.executable, "-m", "benchmarks.run", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=quick)
     assert result.returncode == 0, result.stderr
     printed, found = result.stdout, json.loads((tmp_path / "bench.json").read_text())
     (row,) = found["rows"]
@@ -72,12 +82,41 @@ def test_rows_chosen_by_name_are_measured_printed_and_written(tmp_path):
     assert "jax" in found["setting"]["versions"]
 
 
-@pytest.mark.slow
-def test_all_rows_are_measured(quick_compile, monkeypatch, tmp_path):
+def test_there_is_a_row_for_every_way(monkeypatch, tmp_path, capsys):
+    """None of them is compiled, which takes minutes."""
+    from benchmarks import measure
+    from benchmarks import run as program
+
+    nothing = measure.Program(lambda *_: (np.zeros(2), np.ones(2)), 0.0, 0.0, 0)
+    monkeypatch.setattr(program, "compile_program", lambda function, *arguments: nothing)
+    monkeypatch.setattr(program, "given_posteriors", lambda problem: (None,) * 4)
     found = run(monkeypatch, tmp_path)
     assert names(found, "step") == STEPS
     assert names(found, "posterior") == POSTERIORS
     assert names(found, "log_prob") == {"whitened head", "full decode"}
+    assert names(found, "convolutions") == CONVOLUTIONS
+    printed = capsys.readouterr().out
+    assert all(f"| {row['name']} |" in printed for row in found["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [
+        ("step hessian unroll", 1),
+        ("log_prob", 2),
+        ("convolutions gauss_newton chunks of 5", 1),
+    ],
+)
+def test_rows_of_each_section_are_measured(quick_compile, monkeypatch, tmp_path, only, count):
+    """One of the posteriors' is measured in the process above."""
+    found = run(monkeypatch, tmp_path, "--only", only)
+    assert len(found["rows"]) == count
+    for row in found["rows"]:
+        assert only in f"{row['section']} {row['name']}"
+        assert min(row["best_seconds"], row["compile_seconds"], row["gigaflop"]) > 0
+    assert len(found["agreement"]) == count - 1
+    assert all(re.search("head = -?0.0000 nats", line) for line in found["agreement"])
 
 
 @pytest.mark.slow
