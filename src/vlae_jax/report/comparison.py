@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vlae_jax.report.files import Run, write_file
 from vlae_jax.report.groups import (
@@ -396,6 +396,9 @@ def draw_training(problem: Problem) -> tuple[Figure, str] | None:
     if ends and max(ends) > 5 * min(ends) > 0:
         # Else the quick systems would be a stroke at the left edge.
         panels["seconds"].set_xscale("log")
+        panels["seconds"].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels["seconds"].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panels["seconds"].xaxis.set_minor_formatter(NullFormatter())
         caption += " (on a logarithmic axis)"
     legend_below(figure, panels["epoch"])
     _suptitle(figure, f"Training · {problem.title}")
