@@ -40,6 +40,7 @@ BAD_FLOW = Conditional(
 )
 
 
+FAR = 1e6
 STARTS = {"full": BAD_FULL, "diagonal": BAD_DIAGONAL, "flow": BAD_FLOW}
 
 
@@ -48,7 +49,8 @@ def search(problem, starts, hole, learning_rate):
     """The best of each family, with its ELBO and that of the start; no log joint beyond `hole`."""
 
     def log_joint(z):
-        return jnp.where(z[0] > hole, jnp.nan, problem.log_joint(z))
+        # NaN there with its gradient, and untouched elsewhere.
+        return problem.log_joint(z) + 0 * jnp.sqrt(hole - z[0])
 
     results = {}
     for name, start in starts.items():
@@ -72,7 +74,7 @@ def linear():
 @pytest.fixture(scope="module")
 def found(linear, quick_compile):
     problem, truth = linear
-    return search(problem, STARTS, np.inf, 0.1), truth
+    return search(problem, STARTS, FAR, 0.1), truth
 
 
 def test_the_best_full_covariance_is_the_posterior(found):
@@ -144,7 +146,7 @@ def test_what_a_search_cannot_improve_is_returned_as_it_is(linear):
         "flow": BAD_FLOW._replace(context=BAD_FLOW.context * np.nan),
     }
     for starts, learning_rate in ((STARTS, 1e9), (broken, 0.1)):
-        results = search(problem, starts, np.inf, learning_rate)
+        results = search(problem, starts, FAR, learning_rate)
         for name, start in starts.items():
             jax.tree.map(np.testing.assert_array_equal, results[name][0], start)
 
@@ -152,7 +154,7 @@ def test_what_a_search_cannot_improve_is_returned_as_it_is(linear):
 def test_a_log_joint_that_is_nan_somewhere_does_not_end_the_search(linear):
     """Some samples of the starts lie there, but hardly any of the best posteriors."""
     problem, truth = linear
-    hole = float(truth.mode[0] + 6 * truth.covariance[0, 0] ** 0.5)
+    hole = float(truth.mode[0] + 4 * truth.covariance[0, 0] ** 0.5)
     assert hole < BAD_DIAGONAL.mean[0] + 1.5 * jnp.exp(BAD_DIAGONAL.log_std[0])
     results = search(problem, STARTS, hole, 0.1)
     for name, (posterior, best, _) in results.items():

@@ -21,7 +21,7 @@ from vlae_jax.densities import LogDensity
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 
 TARGET_ACCEPTANCE = 0.65
-"""Mean acceptance at which HMC moves farthest for its gradients (Neal, 2011, section 5.4.4.3)."""
+"""Mean acceptance at which HMC moves farthest for its gradients (Beskos et al., 2013)."""
 _ADAPTATION = 0.1
 """Change of log step size for an acceptance that is wrong by one."""
 _JITTER = 0.2
@@ -190,7 +190,6 @@ class _Chains(NamedTuple):
 
     offset: Float[Array, "chains latent"]
     log_weight: Float[Array, " chains"]
-    rounding: Float[Array, " chains"]
     failed: Bool[Array, " chains"]
     log_factor: Float[Array, ""]
     """What adaptation has made of the step sizes given."""
@@ -249,9 +248,11 @@ def _anneal(key, log_joint, start, origins, betas, num_leapfrog, step_sizes, ada
         chains = chains._replace(log_factor=chains.log_factor + change)
         return chains, (acceptance, step_size)
 
-    zeros = jnp.zeros(num_chains, dtype)
     chains = _Chains(
-        jnp.zeros_like(origins), zeros, zeros, jnp.zeros(num_chains, bool), jnp.zeros((), dtype)
+        offset=jnp.zeros_like(origins),
+        log_weight=jnp.zeros(num_chains, dtype),
+        failed=jnp.zeros(num_chains, bool),
+        log_factor=jnp.zeros((), dtype),
     )
     given = (np.arange(len(deltas) - 1), betas[1:-1], deltas[:-1], step_sizes)
     chains, (acceptance, step_sizes) = jax.lax.scan(step, chains, given)
@@ -278,15 +279,9 @@ def _anneal(key, log_joint, start, origins, betas, num_leapfrog, step_sizes, ada
 
 
 def _weigh(chains: _Chains, increment: Float[Array, " chains"]) -> _Chains:
-    """Add to the log weights by Kahan's compensated summation.
-
-    A plain float32 sum of ten thousand small numbers to several hundred nats drifts by tenths.
-    """
     failed = chains.failed | ~jnp.isfinite(increment)
-    increment = jnp.where(failed, 0.0, increment) - chains.rounding
-    log_weight = chains.log_weight + increment
-    rounding = (log_weight - chains.log_weight) - increment
-    return chains._replace(log_weight=log_weight, rounding=rounding, failed=failed)
+    log_weight = chains.log_weight + jnp.where(failed, 0.0, increment)
+    return chains._replace(log_weight=log_weight, failed=failed)
 
 
 def _whitening(start: Any) -> Callable[[Array], Array]:

@@ -129,7 +129,7 @@ def best_in_family(
     Adam with a cosine decay to 0, on fresh samples in every step; a gradient that is not finite is
     left out. Parameters are relative to the given posterior (see `local_parameters`), so a step is
     in its standard deviations: a posterior that is off by n of them takes at least
-    n / `learning_rate` steps. For a Gaussian family the gradient is that through the path of the
+    2 n / `learning_rate` steps. For a Gaussian family the gradient is that through the path of the
     samples alone, whose noise vanishes where the family holds the posterior (Roeder et al., 2017).
 
     Args:
@@ -215,8 +215,9 @@ def local_parameters(posterior: Any) -> Family:
 
     - `DiagonalPosterior`: the mean in standard deviations, and log standard deviations.
     - `GaussianPosterior`: z = mean + L⁻ᵀ(m + Aε), with m and an upper triangular A, its diagonal
-      as a logarithm. L⁻ᵀA is upper, so L A⁻ᵀ is the new lower factor of the precision; the ELBO of
-      a log joint that is concave in z is concave in m and A (Challis and Barber, 2013).
+      as a logarithm and the rest times the root of the dimension. L⁻ᵀA is upper, so L A⁻ᵀ is the
+      new lower factor of the precision; the ELBO of a log joint that is concave in z is concave in
+      m and A (Challis and Barber, 2013).
     - A NamedTuple with fields `base` and `context`, such as a normalising flow conditioned on what
       the encoder says: the parameters of `base`, by these rules, and `context` itself. All its
       other fields are common to the examples, and stay as they are.
@@ -251,7 +252,9 @@ def _gaussian(posterior: GaussianPosterior) -> Family:
 
     def rebuild(params):
         shift, log_diagonal, strict = params
-        scale = jnp.diag(jnp.exp(log_diagonal)) + jnp.triu(strict, 1)
+        # Adam moves all entries alike: unscaled, a row of them would outweigh mean and diagonal.
+        strict = jnp.triu(strict, 1) / mean.size**0.5
+        scale = jnp.diag(jnp.exp(log_diagonal)) + strict
         shift = solve_triangular(chol, shift, lower=True, trans=1)
         return GaussianPosterior(mean + shift, solve_triangular(scale, chol.T, lower=False).T)
 
