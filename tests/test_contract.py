@@ -39,8 +39,10 @@ from vlae_jax import (
     gaussian_heteroscedastic,
     gaussian_heteroscedastic_fisher,
     gradient_refine,
+    heavy_tailed,
     importance_weighted_log_prob,
     infer_posterior,
+    iwae_bound,
     laplace_evidence,
     laplace_posterior,
     multivariate_normal,
@@ -50,6 +52,7 @@ from vlae_jax import (
     standard_normal,
     student_t,
     student_t_fisher,
+    widened,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -233,6 +236,26 @@ CASES = [
     Case(
         "elbo",
         lambda a: elbo(jax.random.key(0), a.log_joint, a.posterior(), num_samples=4),
+        shape(),
+    ),
+    *(
+        Case(
+            f"iwae_bound, {doubly=}",
+            lambda a, doubly=doubly: iwae_bound(
+                jax.random.key(0),
+                a.log_joint,
+                a.posterior(),
+                num_samples=4,
+                doubly_reparameterized=doubly,
+            ),
+            shape(),
+        )
+        for doubly in (False, True)
+    ),
+    Case("widened", lambda a: widened(a.posterior(), 1.3), POSTERIOR),
+    Case(
+        "heavy_tailed",
+        lambda a: heavy_tailed(a.posterior(), 5.0).log_prob(a.x[:LATENT]),
         shape(),
     ),
     Case("laplace_evidence", lambda a: laplace_evidence(a.gauss_newton(), a.z), shape()),

@@ -5,7 +5,13 @@ The names here are pure functions of one example, for use inside your own `jit`,
 `evaluation`, ...) are imported by name and need the `train` extra.
 """
 
-from vlae_jax.bounds import ImportanceInfo, elbo, importance_weighted_log_prob, laplace_evidence
+from vlae_jax.bounds import (
+    ImportanceInfo,
+    elbo,
+    importance_weighted_log_prob,
+    iwae_bound,
+    laplace_evidence,
+)
 from vlae_jax.curvature import (
     Expansion,
     MatrixFreeExpansion,
@@ -35,7 +41,10 @@ from vlae_jax.posterior import (
     DiagonalPosterior,
     GaussianPosterior,
     Posterior,
+    StudentTPosterior,
+    heavy_tailed,
     laplace_posterior,
+    widened,
 )
 from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine
 
@@ -52,6 +61,7 @@ __all__ = [
     "Products",
     "Quadratic",
     "RefinementInfo",
+    "StudentTPosterior",
     "affine_head_expansion",
     "bernoulli",
     "categorical",
@@ -63,8 +73,10 @@ __all__ = [
     "gaussian_heteroscedastic",
     "gaussian_heteroscedastic_fisher",
     "gradient_refine",
+    "heavy_tailed",
     "importance_weighted_log_prob",
     "infer_posterior",
+    "iwae_bound",
     "laplace_evidence",
     "laplace_posterior",
     "multivariate_normal",
@@ -74,4 +86,5 @@ __all__ = [
     "standard_normal",
     "student_t",
     "student_t_fisher",
+    "widened",
 ]
