@@ -139,6 +139,7 @@ def test_every_variable_becomes_its_option(recorded):
         "SOLVER": "cg",
         "GRADIENT": "stop",
         "CURVATURE": "exact",
+        "NETWORK": "conv",
         "LATENT": "8",
         "ACTIVATION": "tanh",
         "LIKELIHOOD": "gaussian",
@@ -159,11 +160,12 @@ def test_every_variable_becomes_its_option(recorded):
         "RUNS_DIR": "runs",
     }
     (listed,) = re.findall(r"^OPTIONS := ((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
-    assert {*variables, "HIDDEN"} == set(listed.replace("\\", "").split())
+    assert {*variables, "HIDDEN", "CHANNELS"} == set(listed.replace("\\", "").split())
     done = recorded.make(
         "experiment",
         *[f"{name}={value}" for name, value in variables.items()],
         "HIDDEN=500 300",
+        "CHANNELS=16 32",
         "RESUME=1",
         "OVERWRITE=0",
         "ARGS=--warmup-steps '1 2'",

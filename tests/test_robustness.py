@@ -301,7 +301,7 @@ def check_the_log_joint_never_falls(name):
     down to x is off by many epsilons of its distance to x.
     """
     _, outcome, is_sane = run(name)
-    epsilons = 128 if name == "gaussian" else 8
+    epsilons = 128 if name in ("gaussian", "heteroscedastic") else 8
     for info in (outcome.info, outcome.plain_info):
         values = np.float64(info.log_joint[is_sane])
         sizes = np.maximum(np.abs(values[:, :-1]), 1)

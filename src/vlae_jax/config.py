@@ -370,8 +370,8 @@ class Config:
                 self.model.network == "mlp"
                 and self.model.hidden == ()
                 and self.training.epochs == 0,
-                "ppca is fitted in closed form: it takes --network mlp, no hidden layers "
-                "(--hidden) and --epochs 0",
+                "ppca is fitted in closed form: it has no hidden layers (--hidden) and no "
+                "convolutions (--network mlp), and takes --epochs 0",
             )
 
     @property
