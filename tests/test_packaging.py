@@ -175,9 +175,10 @@ def test_every_variable_becomes_its_option(recorded):
     assert call[:2] == ["vlae_jax", "train"]
     given = call[2:]
     assert given[-3:] == ["--resume", "--warmup-steps", "1 2"]
-    at = given.index("--hidden")
-    assert given[at : at + 3] == ["--hidden", "500", "300"]
-    del given[at : at + 3]
+    for several in (["--hidden", "500", "300"], ["--channels", "16", "32"]):
+        at = given.index(several[0])
+        assert given[at : at + 3] == several
+        del given[at : at + 3]
     options = {f"--{name.lower().replace('_', '-')}": value for name, value in variables.items()}
     assert dict(zip(given[:-3:2], given[1:-3:2], strict=True)) == options
 
