@@ -1,5 +1,6 @@
 """Fixtures of the core's tests, and how their programs are compiled."""
 
+import gc
 import os
 from importlib import metadata
 
@@ -16,6 +17,9 @@ QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_sp
 GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")
 if metadata.version("jaxlib").startswith(("0.8.", "0.9.")) and QUICK_FLAGS not in GIVEN_FLAGS:
     os.environ["XLA_FLAGS"] = f"{QUICK_FLAGS} {GIVEN_FLAGS}".strip()
+
+# Tracing makes objects by the million that stay; looking through them all finds little garbage.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="module")

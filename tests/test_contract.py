@@ -353,20 +353,24 @@ def test_gradients_are_finite_through_checkpoint(compiled):
 # ---------------------------------------------------------------- shapes and dtypes
 
 
+def assert_shaped(actual, case, dtype):
+    """All sizes differ, so that a transposed matrix cannot pass."""
+    names = {"same": dtype, "bool": bool, "int": jnp.asarray(0).dtype}
+    expected, tree = jax.tree.flatten(case.shapes, is_leaf=lambda node: isinstance(node, Shape))
+    assert jax.tree.structure(actual) == tree
+    for leaf, size in zip(jax.tree.leaves(actual), expected, strict=True):
+        assert (leaf.shape, leaf.dtype) == (size, names[size.dtype])
+
+
+def test_shapes_are_right(compiled):
+    first = jax.tree.map(lambda leaf: leaf[0], compiled.loop)
+    assert_shaped(first, compiled.case, jnp.float32)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("in_x64", [False, True], ids=["x32", "x64"])
-def test_shapes_are_right_and_the_arguments_precision_is_kept(case, in_x64):
-    """All sizes differ; single precision stays single where double is the default."""
-    with jax.enable_x64(in_x64):
-        for dtype in (jnp.float32, jnp.float64) if in_x64 else (jnp.float32,):
-            names = {"same": dtype, "bool": bool, "int": jnp.asarray(0).dtype}
-            actual = jax.eval_shape(case.call, arguments(0, dtype))
-            expected, tree = jax.tree.flatten(
-                case.shapes, is_leaf=lambda node: isinstance(node, Shape)
-            )
-            assert jax.tree.structure(actual) == tree
-            for leaf, size in zip(jax.tree.leaves(actual), expected, strict=True):
-                assert (leaf.shape, leaf.dtype) == (size, names[size.dtype])
+def test_the_arguments_precision_is_kept_where_double_is_the_default(x64, case):
+    for dtype in (jnp.float32, jnp.float64):
+        assert_shaped(jax.eval_shape(case.call, arguments(0, dtype)), case, dtype)
 
 
 def check_annotations() -> None:

@@ -533,8 +533,12 @@ def test_student_t_tail_is_convex_with_the_right_slope_and_curvature(dtype):
     def density(loc):
         return student_t(jnp.zeros(1, dtype), loc[None], 0.0, 3.0)
 
-    slope = jax.vmap(jax.grad(density))(distance)
-    curvature = jax.vmap(jax.hessian(density))(distance)
+    @jax.jit
+    @jax.vmap
+    def differentiate(loc):
+        return jax.grad(density)(loc), jax.hessian(density)(loc)
+
+    slope, curvature = differentiate(distance)
     r = np.float64(distance)
     assert_values(slope * distance, -4 / (3 / r**2 + 1))
     assert_values(curvature * distance**2, -4 * (3 / r**2 - 1) / (3 / r**2 + 1) ** 2)

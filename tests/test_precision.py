@@ -22,6 +22,8 @@ from vlae_jax import (
     standard_normal,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MANTISSA_BITS = {"bfloat16": 8, "tf32": 11}
 """The leading one included."""
 

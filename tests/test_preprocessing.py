@@ -9,6 +9,8 @@ import pytest
 
 from vlae_jax.preprocessing import KINDS, Preprocessor, fit_preprocessor, fixed_keys
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SHAPE = (3, 4, 2)
 
 

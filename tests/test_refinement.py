@@ -81,8 +81,8 @@ def test_one_full_step_reaches_the_mode_of_a_linear_decoder(linear_gaussian, dam
 
 
 @functools.cache
-def search_many(damping):
-    """4096 random ReLU and tanh decoders, of weak to violent weights."""
+def search_many():
+    """By trust region, of 4096 random ReLU and tanh decoders of weak to violent weights."""
 
     def one(key):
         keys = jax.random.split(key, 7)
@@ -102,7 +102,7 @@ def search_many(damping):
 
         expand = gauss_newton_expansion(decode, lambda eta: gaussian(x, eta, log_var))
         z_init = 2 * jax.random.normal(keys[6], (LATENT,))
-        mode, info = newton_refine(expand, z_init, num_steps=6, damping=damping)
+        mode, info = newton_refine(expand, z_init, num_steps=6, damping="trust_region")
         start = expand(z_init)
         full_step = z_init + jnp.linalg.solve(start.precision, start.grad)
         return mode, info, jax.vmap(log_joint)(info.path), log_joint(full_step)
@@ -110,9 +110,9 @@ def search_many(damping):
     return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4096))
 
 
-@pytest.mark.parametrize("damping", ["line_search", "trust_region"])
-def test_the_log_joint_never_falls_on_thousands_of_random_decoders(x64, damping):
-    mode, info, along_path, after_full_step = search_many(damping)
+def test_the_log_joint_never_falls_on_thousands_of_random_decoders(x64):
+    """Nor by line search, nor in float32: see the test of the engine's robustness."""
+    mode, info, along_path, after_full_step = search_many()
     rounding = 1e-12 * np.max(np.abs(along_path), axis=1)
     assert np.all(np.diff(along_path, axis=1) >= -rounding[:, None])
     np.testing.assert_array_equal(info.path[:, -1], mode)
@@ -123,7 +123,7 @@ def test_the_log_joint_never_falls_on_thousands_of_random_decoders(x64, damping)
 
 def test_a_step_that_the_trust_region_refuses_is_not_convergence(x64):
     """It may only have been too long; what is left to gain decides."""
-    _, info, _, _ = search_many("trust_region")
+    _, info, _, _ = search_many()
     refused = np.all(info.path[:, -1] == info.path[:, -2], axis=1)
     far = np.asarray(info.newton_decrement) > 1.0
     assert np.sum(refused & far) > 100

@@ -6,6 +6,7 @@ the activation is an argument, and so is the likelihood among those that never o
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -213,7 +214,14 @@ def infer(program: Program, problem: Problem) -> Outcome:
 
 @functools.cache
 def compiled(program: Program) -> Callable[[Problem], Outcome]:
-    return jax.jit(jax.vmap(functools.partial(infer, program)))
+    """As users compile it where exponentials are taken, and quickly (`conftest`) elsewhere.
+
+    Quickly, one exponential in twenty thousand decoders rounds by ten epsilons.
+    """
+    flag, options = "xla_cpu_use_fusion_emitters", {}
+    if EXPONENTIATING & set(program.likelihoods) and flag in os.environ.get("XLA_FLAGS", ""):
+        options = {flag: True}
+    return jax.jit(jax.vmap(functools.partial(infer, program)), compiler_options=options)
 
 
 class Run(NamedTuple):
