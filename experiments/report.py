@@ -27,6 +27,14 @@ COLUMNS = {
     "unreliable": "k̂ > 0.7",
 }
 PAIRED = {"log_prob": "log p(x) − baseline", "elbo": "ELBO − baseline"}
+GAPS = {
+    "log_prob_ais": "log p(x), AIS",
+    "amortised_elbo": "ELBO",
+    "approximation_gap": "approximation gap",
+    "amortisation_gap": "amortisation gap",
+    "non_convergence_gap": "of it non-convergence",
+    "bdmc_gap": "AIS sandwich, simulated",
+}
 BLUE, ORANGE, INK, FAINT = "#0072B2", "#D55E00", "#222222", "#888888"
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -49,16 +57,40 @@ def main() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
         name = record["name"]
-        mark = f"<!-- table: {name} -->\n"
-        if mark not in text:
-            raise SystemExit(f"{README} has no place for {name}: {mark.strip()} ... <!-- end -->")
-        before, after = text.split(mark, 1)
-        after = after.split("<!-- end -->", 1)[1]
-        text = f"{before}{mark}{table(record)}\n\n{provenance(record)}\n<!-- end -->{after}"
+        text = put(text, f"table: {name}", f"{table(record)}\n\n{provenance(record)}")
+        if any(run.get("gaps") for run in record["runs"]):
+            text = put(text, f"gaps: {name}", gap_table(record))
         IMAGES.mkdir(parents=True, exist_ok=True)
         draw(record, IMAGES / f"study_{name}.png")
         print(f"{record['title']}: {len(record['runs'])} runs")
     README.write_text(text)
+
+
+def put(text: str, mark: str, content: str) -> str:
+    """The page with what stands between a mark and the next end replaced."""
+    start = f"<!-- {mark} -->\n"
+    if start not in text:
+        raise SystemExit(f"{README} has no place for {mark}: {start.strip()} ... <!-- end -->")
+    before, after = text.split(start, 1)
+    after = after.split("<!-- end -->", 1)[1]
+    return f"{before}{start}{content}\n<!-- end -->{after}"
+
+
+def gap_table(record: Mapping[str, Any]) -> str:
+    """Where the bounds of the first seed lose their nats, for the runs that were measured."""
+    head = ["system", *GAPS.values()]
+    lines = [head, ["---"] * len(head)]
+    for label, runs in by_label(record).items():
+        found = runs[0].get("gaps")
+        if found:
+            cells = [
+                words(found[name][0], math.nan if found[name][1] is None else found[name][1])
+                if name in found
+                else ""
+                for name in GAPS
+            ]
+            lines.append([label, *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_label(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -100,6 +100,7 @@ def collect(study: Study, folder: Path) -> None:
                         for figure in results["figures"]
                     },
                     "paired": _paired(path, baseline) if path != baseline else {},
+                    "gaps": _gaps(path),
                     "images": results["figures"][0]["images"],
                     "samples": results["figures"][0]["samples"],
                     "epoch": results["checkpoint"]["epoch"],
@@ -122,6 +123,14 @@ def collect(study: Study, folder: Path) -> None:
     unfinished = RESULTS / f".{study.name}.{os.getpid()}"
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(RESULTS / f"{study.name}.json")
+
+
+def _gaps(path: Path) -> dict[str, list[float]]:
+    """What `vlae_jax gap` measured of a run, if it was asked to."""
+    if not (path / "gaps.json").exists():
+        return {}
+    figures = json.loads((path / "gaps.json").read_text())["figures"]
+    return {f["name"]: [f["value"], f["standard_error"], f["images"]] for f in figures}
 
 
 def _paired(path: Path, baseline: Path) -> dict[str, list[float]]:

@@ -37,6 +37,7 @@ def objectives_and_gradients(*, ascent: Sequence[str] = ASCENT) -> dict[str, lis
         "IWAE K=50": [*iwae, "50", "--objective", "iwae"],
         "IWAE K=5 DReG": [*iwae, "5", "--objective", "dreg"],
         "SA-VAE T=4 stop": [*semi, "--gradient", "stop"],
+        "VLAE T=4, steps of the paper": [*vlae, "--damping", "paper"],
         "VLAE T=4 stop": [*vlae, "--gradient", "stop"],
         "VLAE T=4 unroll": unroll,
         "VLAE T=4 unroll, steps of the paper": [*unroll, "--damping", "paper"],

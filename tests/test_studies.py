@@ -97,7 +97,7 @@ def test_a_table_without_a_place_is_refused(record, tmp_path, monkeypatch):
     page.write_text("no marks\n")
     monkeypatch.setattr(report, "README", page)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    with pytest.raises(SystemExit, match="no place for example"):
+    with pytest.raises(SystemExit, match="no place for table: example"):
         report.main()
 
 
