@@ -46,7 +46,8 @@ System = Callable[[VariationalAutoencoder, Float[Array, " dim"], PRNGKeyArray], 
 
 def vae(model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray) -> Inference:
     """The amortised diagonal Gaussian (Kingma and Welling, 2014)."""
-    return _amortized(DiagonalPosterior(*model.encode(x)))
+    posterior = DiagonalPosterior(*model.encode(x))
+    return _amortized(posterior, posterior.mean)
 
 
 def full_covariance_vae(
@@ -56,7 +57,7 @@ def full_covariance_vae(
     features = model.encoder(x)
     mean, log_std = model.mean(features), model.log_std(features)
     assert model.posterior_head is not None
-    return _amortized(GaussianPosterior(mean, model.posterior_head(features, log_std)))
+    return _amortized(GaussianPosterior(mean, model.posterior_head(features, log_std)), mean)
 
 
 def flow_vae(
@@ -73,12 +74,12 @@ def flow_vae(
     flow = model.posterior_head
     assert flow is not None
     centre, _ = flow(base.mean, features)
-    return _amortized(FlowPosterior(base, features, flow))._replace(path=centre[None])
+    return _amortized(FlowPosterior(base, features, flow), centre)
 
 
-def _amortized(posterior: Posterior) -> Inference:
-    mean = getattr(posterior, "mean", jnp.zeros(()))
-    return Inference(posterior, jnp.zeros(()), mean[None], {})
+def _amortized(posterior: Posterior, centre: Float[Array, " latent"]) -> Inference:
+    """What the encoder says is all there is: no steps, no loss beside the bound."""
+    return Inference(posterior, jnp.zeros(()), centre[None], {})
 
 
 def semi_amortized_vae(

@@ -3,11 +3,10 @@
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,12 +39,12 @@ from vlae_jax.report.style import (
     DPI,
     FAINT,
     INK,
-    STYLE,
+    Drawer,
     Picture,
     Sheet,
+    draw_pictures,
     enlarge,
     legend_below,
-    png,
 )
 
 COMPARED_IMAGES = 4
@@ -69,7 +68,7 @@ def save_comparison(problems: Sequence[Problem], folder: Path) -> list[list[tupl
 
 def compare(problem: Problem) -> list[Picture]:
     """Draw every picture that the runs have the data for, in the order of the page."""
-    drawers: Sequence[tuple[str, str, Callable[[Problem], tuple[Figure, str] | None]]] = (
+    drawers: Sequence[tuple[str, str, Drawer[Problem]]] = (
         ("log_likelihood", "Log-likelihood and ELBO", draw_log_likelihood),
         ("paired_differences", "Differences to the VAE", draw_differences),
         ("gaps", "Inference gaps", draw_all_gaps),
@@ -78,13 +77,7 @@ def compare(problem: Problem) -> list[Picture]:
         ("posterior_covariances", "Posterior correlations", draw_posteriors),
         ("training_curves", "Training", draw_training),
     )
-    pictures = []
-    for name, title, draw in drawers:
-        with matplotlib.rc_context(STYLE):
-            drawn = draw(problem)
-            if drawn is not None:
-                pictures.append(Picture(name, title, png(drawn[0]), drawn[1]))
-    return pictures
+    return draw_pictures(problem, drawers)
 
 
 Values = Sequence[tuple[float, float]]

@@ -2,11 +2,10 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,13 +32,13 @@ from vlae_jax.report.style import (
     FAINT,
     INK,
     ORANGE,
-    STYLE,
+    Drawer,
     Picture,
     Sheet,
+    draw_pictures,
     enlarge,
     minus,
     mosaic,
-    png,
     write_message,
 )
 
@@ -75,7 +74,7 @@ def save_pictures(run: Run) -> list[tuple[Path, Picture]]:
 
 
 def _pictures(run: Run) -> list[Picture]:
-    drawers: Sequence[tuple[str, str, Callable[[Run], tuple[Figure, str] | None]]] = (
+    drawers: Sequence[tuple[str, str, Drawer[Run]]] = (
         ("reconstructions", "Reconstructions", _draw_reconstructions),
         ("step_log_joint", "Refinement", draw_steps),
         ("posterior_covariances", "Posterior correlations", _draw_posteriors),
@@ -85,13 +84,7 @@ def _pictures(run: Run) -> list[Picture]:
         ("gaps", "Inference gap", draw_gap),
         ("training_curve", "Training", _draw_training_curve),
     )
-    pictures = []
-    for name, title, draw in drawers:
-        with matplotlib.rc_context(STYLE):
-            drawn = draw(run)
-            if drawn is not None:
-                pictures.append(Picture(name, title, png(drawn[0]), drawn[1]))
-    return pictures
+    return draw_pictures(run, drawers)
 
 
 def _spread(count: int, most: int) -> list[int]:

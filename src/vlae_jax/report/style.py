@@ -1,8 +1,10 @@
 """How all pictures look, and the few things that several of them draw."""
 
 import io
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,6 +77,24 @@ def png(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
+
+
+Subject = TypeVar("Subject")
+Drawer = Callable[[Subject], tuple[Figure, str] | None]
+"""What is drawn → a figure and its caption, or None where it has no data for it."""
+
+
+def draw_pictures(
+    subject: Subject, drawers: Sequence[tuple[str, str, Drawer[Subject]]]
+) -> list[Picture]:
+    """Every picture that there is the data for; drawers come with file name and title."""
+    pictures = []
+    for name, title, draw in drawers:
+        with matplotlib.rc_context(STYLE):
+            drawn = draw(subject)
+            if drawn is not None:
+                pictures.append(Picture(name, title, png(drawn[0]), drawn[1]))
+    return pictures
 
 
 class Sheet:
