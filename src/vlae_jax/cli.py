@@ -195,7 +195,7 @@ def _parse(arguments: list[str]) -> Any:
         command,
         args=arguments,
         prog="vlae_jax",
-        description="Variational Laplace Autoencoders: train, evaluate and report.",
+        description="Variational Laplace Autoencoders: train, evaluate, report, and use.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
 

@@ -304,7 +304,7 @@ class Gap:
 
     run_dir: tyro.conf.Positional[Path]
     """The run folder; its best checkpoint is used."""
-    options: GapConfig = dataclasses.field(default_factory=GapConfig)
+    effort: GapConfig = dataclasses.field(default_factory=GapConfig)
     data_dir: str | None = None
     """Where the images of the run are now, if they have moved."""
 
@@ -315,10 +315,10 @@ class Gap:
 
         run = RunFolder(self.run_dir)
         experiment, params = load_run(run, self.data_dir)
-        figures, _ = measure_gaps(experiment, params, self.options)
+        figures, _ = measure_gaps(experiment, params, self.effort)
         content = {
             "figures": [figure._asdict() for figure in figures],
-            "settings": dataclasses.asdict(self.options),
+            "settings": dataclasses.asdict(self.effort),
         }
         run.write_gaps(content)
         _print_table(
