@@ -24,7 +24,9 @@ def systems(
         found |= {f"VAE+{name} T={t}": ["--method", method, "--steps", str(t)] for t in steps}
     found |= {f"SA-VAE T={t}": ["--method", "sa_vae", "--steps", str(t), *ascent] for t in steps}
     found["IWAE K=5"] = ["--method", "vae", "--objective", "iwae", "--train-samples", "5"]
-    return found | {f"VLAE T={t}": ["--method", "vlae", "--steps", str(t)] for t in (0, *steps)}
+    found |= {f"VLAE T={t}": ["--method", "vlae", "--steps", str(t)] for t in (0, *steps)}
+    found["VLAE T=4, steps of the paper"] = ["--method", "vlae", "--damping", "paper"]
+    return found
 
 
 def objectives_and_gradients(*, ascent: Sequence[str] = ASCENT) -> dict[str, list[str]]:
@@ -37,7 +39,6 @@ def objectives_and_gradients(*, ascent: Sequence[str] = ASCENT) -> dict[str, lis
         "IWAE K=50": [*iwae, "50", "--objective", "iwae"],
         "IWAE K=5 DReG": [*iwae, "5", "--objective", "dreg"],
         "SA-VAE T=4 stop": [*semi, "--gradient", "stop"],
-        "VLAE T=4, steps of the paper": [*vlae, "--damping", "paper"],
         "VLAE T=4 stop": [*vlae, "--gradient", "stop"],
         "VLAE T=4 unroll": unroll,
         "VLAE T=4 unroll, steps of the paper": [*unroll, "--damping", "paper"],
