@@ -204,7 +204,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         # A system far below the others would press these together.
         values = sorted(measured(runs, "elbo")[0] for runs in groups.values())
         best = max(measured(runs, "log_prob")[0] for runs in groups.values())
-        low = values[max(0, len(values) // 8 - 1)] if len(values) > 8 else values[0]
+        low = values[len(values) // 8] if len(values) > 8 else values[0]
         cut = best - 1.6 * (best - low)
         if values[0] < cut:
             axes.set_xlim(left=cut)
