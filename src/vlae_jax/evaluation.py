@@ -120,7 +120,7 @@ def measure(
 
     run = map_images(one, images, fixed_keys(len(images)), batch_size=config.evaluation_batch)
     with counting(what, len(images)) as show:
-        head = jax.jit(lambda params: experiment.merge(params).whitened_head())(params)
+        head = experiment.whitened_head(params)
         measured = run((params, head), show)
     largest = measured.pop("largest_weights")
     measured["pareto_k"] = pareto_k(largest, config.importance_samples)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from vlae_jax.config import Config
+from vlae_jax.curvature import WhitenedHead
 from vlae_jax.data import Dataset, load_dataset
 from vlae_jax.errors import UserError
 from vlae_jax.models import VariationalAutoencoder
@@ -37,6 +38,10 @@ class Experiment(NamedTuple):
     def merge(self, params: Any) -> VariationalAutoencoder:
         """The model with these parameters."""
         return nnx.merge(self.graphdef, params)
+
+    def whitened_head(self, params: Any) -> WhitenedHead | None:
+        """The model's `whitened_head`, factored once for all images; what `log_joint` takes."""
+        return jax.jit(lambda params: self.merge(params).whitened_head())(params)
 
 
 def build_experiment(config: Config) -> Experiment:

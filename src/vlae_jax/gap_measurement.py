@@ -127,7 +127,7 @@ def measure_gaps(
         )
         return {"bdmc_lower": lower, "bdmc_upper": upper, "bdmc_gap": upper - lower}
 
-    head = jax.jit(lambda params: experiment.merge(params).whitened_head())(params)
+    head = experiment.whitened_head(params)
     on_test = map_images(real, images, fixed_keys(len(images)), batch_size=options.batch)
     blank = np.zeros((options.simulated_images, 1, 1, 1), np.uint8)
     on_drawn = map_images(simulated, blank, fixed_keys(len(blank)), batch_size=options.batch)
