@@ -26,10 +26,14 @@ gc.set_threshold(50_000, 20, 100)
 def quick_compile():
     """Compile with few optimisations: the core's tests compile for minutes and run for seconds.
 
-    One test runs a full-size step, in a process of its own, with all of them.
+    One test runs a full-size step, in a process of its own, with all of them. What was compiled
+    before goes: the setting is not part of JAX's keys, and the rounding of an initialiser would
+    depend on which modules ran earlier in this process.
     """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
+    if not before:
+        jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
