@@ -1,0 +1,3 @@
+"""Tables."""
+def run(options):
+    """Set tables."""
