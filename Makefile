@@ -17,14 +17,15 @@ OPTIONS := PRESET DATASET DATA_DIR PREPROCESS METHOD STEPS SEARCH DAMPING SOLVER
     CURVATURE NETWORK CHANNELS LATENT HIDDEN ACTIVATION LIKELIHOOD VARIANCE OBJECTIVE \
     TRAIN_SAMPLES EPOCHS PATIENCE MINUTES BATCH_SIZE LEARNING_RATE SEED IMPORTANCE_SAMPLES \
     PROPOSAL TEST_IMAGES CHUNK_SIZE RUN_DIR RUNS_DIR
-SWITCHES := RESUME OVERWRITE TENSORBOARD
+DISTRIBUTED := DEVICES COORDINATOR PROCESSES PROCESS_ID
+SWITCHES := RESUME RESUME_IF_THERE OVERWRITE TENSORBOARD SHARD_PARAMETERS
 OTHERS := PLATFORM ARGS PYTHON VENV TEST_WORKERS JAX_PLATFORMS
 
 # A misspelt name must not become an experiment with the default in its place.
 TYPED := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
-UNKNOWN := $(firstword $(filter-out $(OPTIONS) $(SWITCHES) $(OTHERS) -% MAKE%,$(TYPED)))
+UNKNOWN := $(firstword $(filter-out $(OPTIONS) $(DISTRIBUTED) $(SWITCHES) $(OTHERS) -% MAKE%,$(TYPED)))
 ifneq ($(UNKNOWN),)
-  $(error Unknown variable $(UNKNOWN). Known: $(OPTIONS) $(SWITCHES) $(OTHERS))
+  $(error Unknown variable $(UNKNOWN). Known: $(OPTIONS) $(DISTRIBUTED) $(SWITCHES) $(OTHERS))
 endif
 
 # The data set that a preset stands for.
@@ -80,7 +81,13 @@ TRAIN_OPTIONS = $\
     $(call option,CHUNK_SIZE,--chunk-size)$\
     $(call option,RUN_DIR,--run-dir)$\
     $(call option,RUNS_DIR,--runs-dir)$\
+    $(call option,DEVICES,--distributed.devices)$\
+    $(call option,COORDINATOR,--distributed.coordinator)$\
+    $(call option,PROCESSES,--distributed.processes)$\
+    $(call option,PROCESS_ID,--distributed.process-id)$\
+    $(call switch,SHARD_PARAMETERS,--distributed.shard-parameters)$\
     $(call switch,RESUME,--resume)$\
+    $(call switch,RESUME_IF_THERE,--resume-if-there)$\
     $(call switch,OVERWRITE,--overwrite)$\
     $(call switch,TENSORBOARD,--tensorboard)$\
     $(if $(ARGS), $(ARGS))
@@ -112,6 +119,7 @@ help: ## Show this text
 	@echo
 	@echo "make experiment takes, each as --name of 'vlae_jax train', whose --help explains them:"
 	@echo "  $(OPTIONS)" | fold -s -w 88 | sed 's/^ */  /'
+	@echo "and as --distributed.name: $(DISTRIBUTED)"
 	@echo "=1 turns on: $(SWITCHES)"
 	@echo "PLATFORM=cpu|cuda|tpu chooses what JAX runs on. ARGS=\"...\" goes to the command as it is."
 	@echo "PYTHON=python3.12 makes .venv with that Python (make distclean removes the old one)."

@@ -123,7 +123,7 @@ def test_evaluate_takes_another_number_of_samples(copied, without_pictures):
 def test_resuming_a_finished_run_trains_no_further_and_more_epochs_do(copied, monkeypatch, capsys):
     """Either way it is evaluated again; what that does is tested above."""
     evaluated = []
-    monkeypatch.setattr(cli, "_evaluate_and_report", lambda _, run: evaluated.append(run.path))
+    monkeypatch.setattr(cli, "_evaluate_and_report", lambda _, run, *__: evaluated.append(run.path))
     again = ["train", *QUICK, "--run-dir", str(copied), "--resume"]
     before = (copied / "metrics.jsonl").read_text()
     cli.main(again)

@@ -35,6 +35,7 @@ from vlae_jax.config import (
 )
 from vlae_jax.errors import RunFailure, UserError
 from vlae_jax.experiment import Experiment, build_experiment, map_images
+from vlae_jax.feeding import epoch_order
 from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.run_folder import RunFolder
 from vlae_jax.systems import find_system
@@ -72,7 +73,7 @@ def one_trainer_an_experiment():
     """So that a run and those that resume it compile one step."""
     trainers = {}
 
-    def trainer(experiment):
+    def trainer(experiment, placement=None):
         # A trainer keeps its experiment, whose id no other one can get.
         if id(experiment) not in trainers:
             trainers[id(experiment)] = Trainer(experiment)
@@ -321,12 +322,13 @@ def test_the_same_seed_replays_a_run_and_another_does_not(finished, finished_vae
 
 
 def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
-    trainer = Trainer(build_experiment(small_config("vae")))
-    first, second = np.asarray(trainer.order(0)), np.asarray(trainer.order(1))
-    assert first.shape == (trainer.steps_per_epoch, 128)
+    config = TrainingConfig(batch_size=128, seed=3)
+    first, second = (epoch_order(config, epoch, 1294) for epoch in (0, 1))
+    assert first.shape == (10, 128)
     assert len(np.unique(first)) == first.size
+    assert first.min() >= 0 and first.max() < 1294
     assert not np.array_equal(first, second)
-    np.testing.assert_array_equal(first, trainer.order(0))
+    np.testing.assert_array_equal(first, epoch_order(config, 0, 1294))
 
 
 @pytest.mark.slow
@@ -401,7 +403,7 @@ def test_a_signal_saves_and_leaves_and_the_run_can_be_resumed(tmp_path, monkeypa
     run = RunFolder(tmp_path / "run")
     monkeypatch.setattr("vlae_jax.experiment.build_experiment", functools.cache(build_experiment))
     evaluated = []
-    monkeypatch.setattr(cli, "_evaluate_and_report", lambda _, run: evaluated.append(run.path))
+    monkeypatch.setattr(cli, "_evaluate_and_report", lambda _, run, *__: evaluated.append(run.path))
     for number, resume in ((signal.SIGINT, ()), (signal.SIGTERM, ("--resume",))):
         long = command(run.path, "--epochs", "100000", "--log-every", "1", *resume)
         with signalled(number, run.metrics), pytest.raises(SystemExit) as stopped:
@@ -436,7 +438,7 @@ def test_a_bad_step_changes_nothing_but_its_own_record(finished_vae, one_trainer
     poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, finished_vae.state.params)
     before = trainer.init()._replace(params=poisoned)
     kept = jax.tree.map(np.array, before)
-    after, _ = trainer.step(before, trainer.images, trainer.order(0))
+    after, _ = trainer.step(before, *next(trainer.feed.arguments(0)))
     assert int(after.bad_step) == 0
     chex.assert_trees_all_equal(after._replace(bad_step=kept.bad_step), kept)
 

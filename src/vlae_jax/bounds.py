@@ -1,11 +1,12 @@
 """What is maximised and reported: ELBO, Laplace evidence, importance-weighted log-likelihood."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vlae_jax.curvature import Expansion, factorize
 from vlae_jax.densities import LogDensity
@@ -94,6 +95,7 @@ def importance_weighted_log_prob(
     *,
     num_samples: int,
     chunk_size: int = 500,
+    place: Callable[[Int[Array, " chunk"]], Int[Array, " chunk"]] | None = None,
 ) -> tuple[Float[Array, ""], ImportanceInfo]:
     """Estimate log p(x) by the log of the mean of K importance weights p(x, z) / q(z), z ~ q.
 
@@ -106,6 +108,8 @@ def importance_weighted_log_prob(
         posterior: The proposal q; its support must cover the posterior's.
         num_samples: K.
         chunk_size: Samples held at once.
+        place: Identity on the numbers of a chunk's samples that says where they are: a
+            `jax.lax.with_sharding_constraint` spreads each chunk over devices.
 
     Returns:
         The estimate in nats, a lower bound on log p(x) in expectation, and `ImportanceInfo`.
@@ -125,6 +129,8 @@ def importance_weighted_log_prob(
 
     def add_up(largest, chunk):
         index = chunk * chunk_size + jnp.arange(chunk_size)
+        if place is not None:
+            index = place(index)
         weights = _log_weights(key, index, log_joint, posterior)
         counts = index < num_samples
         sums = (

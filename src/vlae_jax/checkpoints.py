@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from vlae_jax import distributed
 from vlae_jax.errors import UserError
 
 State = TypeVar("State")
@@ -65,7 +66,7 @@ class Checkpoints:
         Raises:
             UserError: If it cannot be written, or an earlier one could not be.
         """
-        self._require_space(state)
+        distributed.on_first(lambda: self._require_space(state))
         self.best_step = notes.best_step
         with self._saving(f"checkpoint {step} cannot be written to {self.folder}"):
             self._manager.save(
@@ -107,6 +108,7 @@ class Checkpoints:
         for step in self.steps():
             if step > restored.step:
                 self._manager.delete(step)
+        distributed.together(lambda: None)  # or another process would still count them
         return restored
 
     def restore_best(self, like: Any) -> Restored:
@@ -136,8 +138,9 @@ class Checkpoints:
             with _one_line(failure):
                 yield
         except UserError:
-            for partial in self.folder.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(partial, ignore_errors=True)
+            if distributed.is_first():
+                for partial in self.folder.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _noted_best(self) -> list[int]:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from vlae_jax.config import Config, EvaluationConfig, Proposal, default_config
-from vlae_jax.errors import RunFailure, Stopped, UserError
+from vlae_jax.config import Config, DistributedConfig, EvaluationConfig, Proposal, default_config
+from vlae_jax.errors import LostPeer, RunFailure, Stopped, UserError
 from vlae_jax.run_folder import RunFolder
 from vlae_jax.verbs import Encode, Gap, Impute, Reconstruct, Sample, Score, load_best
 
@@ -23,7 +23,7 @@ _CHOICES = ("dataset", "method", "preset")
 class Train:
     """Train a model, evaluate its best checkpoint on the test images, and draw the report."""
 
-    config: Config
+    config: Annotated[Config, tyro.conf.OmitArgPrefixes]
     preset: str | None = None
     """Published settings as defaults: paper-screenshot is the picture in the authors' README."""
     run_dir: Path | None = None
@@ -32,6 +32,9 @@ class Train:
     """Folder that holds the runs."""
     resume: bool = False
     """Continue the run from its last checkpoint."""
+    resume_if_there: bool = False
+    """Continue the run if there is one, else start it: for a command that is repeated until the
+    run is finished."""
     overwrite: bool = False
     """Delete the run that is there and start anew."""
     log_every: int = 20
@@ -40,6 +43,7 @@ class Train:
     """Steps between checkpoints, besides one after each epoch that is the best so far."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run folder (needs the tensorboard extra)."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every"):
@@ -48,31 +52,40 @@ class Train:
 
     def run(self) -> None:
         """Do it."""
+        from vlae_jax import distributed
         from vlae_jax.experiment import build_experiment
         from vlae_jax.training import FitOptions, fit
 
         writer_class = _event_writer_class() if self.tensorboard else None
         config = _with_absolute_data_dir(self.config)
         run = RunFolder(self.run_dir or self.runs_dir / config.run_name)
-        if self.resume:
+        resume = self.resume or (self.resume_if_there and run.exists())
+        if resume:
             differences = config.differences(run.read_config())
             if differences:
                 raise UserError(
                     f"{run.path} was trained with another configuration: {'; '.join(differences)}"
                 )
-        experiment = build_experiment(config)
-        if self.resume:
-            run.write_config(config)
-        else:
-            run.create(config, overwrite=self.overwrite)
-        print(f"run folder: {run.path}", flush=True)
-        with contextlib.ExitStack() as open_files:
-            writer = None
-            if writer_class:
-                writer = open_files.enter_context(writer_class(str(run.path / "tensorboard")))
-            options = FitOptions(self.log_every, self.checkpoint_every, writer)
-            fit(experiment, run, resume=self.resume, options=options)
-        _evaluate_and_report(experiment, run)
+        with distributed.running(self.distributed) as placement:
+            distributed.require_equal("the configuration", f"{config} {run.path} {resume}")
+            experiment = distributed.together(lambda: build_experiment(config))
+            distributed.require_equal("the data", experiment.dataset.fingerprint)
+            distributed.on_first(
+                lambda: (
+                    run.write_config(config)
+                    if resume
+                    else run.create(config, overwrite=self.overwrite)
+                )
+            )
+            if distributed.is_first():
+                print(f"run folder: {run.path}", flush=True)
+            with contextlib.ExitStack() as open_files:
+                writer = None
+                if writer_class and distributed.is_first():
+                    writer = open_files.enter_context(writer_class(str(run.path / "tensorboard")))
+                options = FitOptions(self.log_every, self.checkpoint_every, writer)
+                fit(experiment, run, resume=resume, options=options, placement=placement)
+            _evaluate_and_report(experiment, run, placement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +110,11 @@ class Evaluate:
     """Evaluate only the first so many test images; by default as in the run."""
     evaluation_batch: int | None = None
     """Test images evaluated at once; by default the run's."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     def run(self) -> None:
         """Do it."""
+        from vlae_jax import distributed
         from vlae_jax.experiment import build_experiment
 
         run = RunFolder(self.run_dir)
@@ -112,7 +127,11 @@ class Evaluate:
         evaluation = dataclasses.replace(config.evaluation, **asked)
         data = dataclasses.replace(config.data, data_dir=self.data_dir or config.data.data_dir)
         config = dataclasses.replace(config, evaluation=evaluation, data=data)
-        _evaluate_and_report(build_experiment(_with_absolute_data_dir(config)), run)
+        with distributed.running(self.distributed) as placement:
+            experiment = distributed.together(
+                lambda: build_experiment(_with_absolute_data_dir(config))
+            )
+            _evaluate_and_report(experiment, run, placement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +177,10 @@ class Prepare:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (failed run), 2 (wrong use) or 128 + signal."""
+    """Run the command line.
+
+    Exits with 0, 1 (failed run), 2 (wrong use), 75 (another process died) or 128 + signal.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _parse(arguments).run()
@@ -167,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leave(error, 2)
     except RunFailure as error:
         _leave(error, 1)
+    except LostPeer as error:
+        _leave(error, 75)
     except Stopped as stopped:
         print(f"vlae_jax: {stopped}; --resume continues", file=sys.stderr)
         sys.exit(128 + stopped.number)
@@ -196,7 +220,7 @@ def _parse(arguments: list[str]) -> Any:
         args=arguments,
         prog="vlae_jax",
         description="Variational Laplace Autoencoders: train, evaluate, report, and use.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        config=(tyro.conf.OmitSubcommandPrefixes,),
     )
 
 
@@ -219,20 +243,25 @@ def _with_absolute_data_dir(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=path))
 
 
-def _evaluate_and_report(experiment: Any, run: RunFolder) -> None:
+def _evaluate_and_report(experiment: Any, run: RunFolder, placement: Any) -> None:
+    from vlae_jax import distributed
     from vlae_jax.diagnostics import take_snapshots
     from vlae_jax.evaluation import describe, evaluate
     from vlae_jax.report import write_report
 
-    restored = load_best(experiment, run)
-    params = restored.state.params
-    figures, per_image = evaluate(experiment, params)
+    restored = load_best(experiment, run, placement)
+    params = placement.whole(restored.state.params)
+    figures, per_image = evaluate(experiment, params, placement)
     checkpoint = {"step": restored.step, "epoch": restored.step / experiment.steps_per_epoch}
     seconds = {"training": restored.notes.seconds}
-    run.write_results(describe(experiment, figures, checkpoint=checkpoint, seconds=seconds))
-    run.write_per_image(per_image)
-    run.write_snapshots(take_snapshots(experiment, params))
-    write_report([run.path])
+
+    def write() -> None:
+        run.write_results(describe(experiment, figures, checkpoint=checkpoint, seconds=seconds))
+        run.write_per_image(per_image)
+        run.write_snapshots(take_snapshots(experiment, params))
+        write_report([run.path])
+
+    distributed.on_first(write)
 
 
 def _event_writer_class() -> Any:

@@ -1,5 +1,6 @@
 """The one reading of the test images: ELBO, importance-weighted log-likelihood, diagnostics."""
 
+import functools
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -12,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.bounds import importance_weighted_log_prob
 from vlae_jax.config import EvaluationConfig
+from vlae_jax.distributed import SAMPLES, Placement, is_first
 from vlae_jax.experiment import Experiment, map_images
 from vlae_jax.flows import FlowPosterior
 from vlae_jax.posterior import (
@@ -54,7 +56,7 @@ class Evaluation(NamedTuple):
     """The same quantities image by image, (n,) each: for paired comparisons and histograms."""
 
 
-def evaluate(experiment: Experiment, params: Any) -> Evaluation:
+def evaluate(experiment: Experiment, params: Any, placement: Placement | None = None) -> Evaluation:
     """Measure a model on the test images.
 
     Every image counts once, with noise that depends on its number alone, so that a second
@@ -63,17 +65,23 @@ def evaluate(experiment: Experiment, params: Any) -> Evaluation:
     Args:
         experiment: What the model belongs to; its evaluation section says how much to do.
         params: The parameters to measure.
+        placement: See `measure`.
 
     Returns:
         The figures, in nats per image where nothing else is said, and the values behind them.
     """
     images = experiment.dataset.test[: experiment.config.evaluation.test_images]
-    measured = measure(experiment, params, images)
+    measured = measure(experiment, params, images, placement=placement)
     return Evaluation(_figures(experiment, measured), measured)
 
 
 def measure(
-    experiment: Experiment, params: Any, images: np.ndarray, *, what: str = "evaluating"
+    experiment: Experiment,
+    params: Any,
+    images: np.ndarray,
+    *,
+    what: str = "evaluating",
+    placement: Placement | None = None,
 ) -> dict[str, np.ndarray]:
     """What `evaluate` reads off the test images, image by image, of any images.
 
@@ -83,6 +91,8 @@ def measure(
         images: uint8 (n, height, width, channel), of the shape and levels of the data set. The
             noise of each depends on its place among them alone.
         what: What to call this on the line that shows progress.
+        placement: Devices to spread the work over, images first, then the samples of each chunk;
+            every process must then call, with parameters it has whole. By default one device.
 
     Returns:
         (n,) each, nats where nothing else is said: log_prob, elbo, inference_gap, kl,
@@ -90,6 +100,18 @@ def measure(
         pareto_k; bits_per_dim where the preprocessing has one; the system's flags.
     """
     config = experiment.config.evaluation
+    spread = placement and placement.for_batch(min(config.evaluation_batch, len(images)))
+    chunk_size, place = config.chunk_size, None
+    if spread and (splits := spread.mesh.shape[SAMPLES]) > 1:
+        chunk_size = max(splits, chunk_size - chunk_size % splits)
+        place = spread.split_samples
+
+    weigh = functools.partial(
+        importance_weighted_log_prob,
+        num_samples=config.importance_samples,
+        chunk_size=chunk_size,
+        place=place,
+    )
 
     def one(given: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
         params, head = given
@@ -99,12 +121,11 @@ def measure(
         log_joint = model.log_joint(x, head)
         inference = experiment.system(model, x, sample_key)
         posterior = inference.posterior
-        counts = {"num_samples": config.importance_samples, "chunk_size": config.chunk_size}
         proposal = _proposal(config, posterior)
-        log_prob, info = importance_weighted_log_prob(sample_key, log_joint, proposal, **counts)
+        log_prob, info = weigh(sample_key, log_joint, proposal)
         bound = info.elbo
         if proposal is not posterior:
-            bound = importance_weighted_log_prob(sample_key, log_joint, posterior, **counts)[1].elbo
+            bound = weigh(sample_key, log_joint, posterior)[1].elbo
         kl = kl_to_standard_normal(sample_key, posterior, num_samples=config.chunk_size)
         return {
             "log_det": log_det,
@@ -118,10 +139,16 @@ def measure(
             **inference.flags,
         }
 
-    run = map_images(one, images, fixed_keys(len(images)), batch_size=config.evaluation_batch)
-    with counting(what, len(images)) as show:
-        head = experiment.whitened_head(params)
-        measured = run((params, head), show)
+    run = map_images(
+        one,
+        images,
+        fixed_keys(len(images)),
+        batch_size=config.evaluation_batch,
+        placement=spread,
+    )
+    with counting(what, len(images), quiet=not is_first()) as show:
+        given = (params, experiment.whitened_head(params))
+        measured = run(spread.put(jax.device_get(given)) if spread else given, show)
     largest = measured.pop("largest_weights")
     measured["pareto_k"] = pareto_k(largest, config.importance_samples)
     bits = experiment.preprocessor.bits_per_dim(measured["log_prob"], measured["log_det"])

@@ -14,13 +14,22 @@ _PLAIN_SECONDS = 10.0
 
 
 class ProgressLine:
-    """Progress of `total` steps, of which `start` are done. A context manager."""
+    """Progress of `total` steps, of which `start` are done. A context manager.
+
+    A quiet one prints nothing, in a process beside the first.
+    """
 
     def __init__(
-        self, what: str, total: int, *, start: int = 0, stream: TextIO | None = None
+        self,
+        what: str,
+        total: int,
+        *,
+        start: int = 0,
+        stream: TextIO | None = None,
+        quiet: bool = False,
     ) -> None:
         self._what, self._total, self._start = what, total, start
-        self._console = Console(file=stream or sys.stderr, highlight=False)
+        self._console = Console(file=stream or sys.stderr, highlight=False, quiet=quiet)
         self._began = self._printed = time.monotonic()
         self._live: Progress | None = None
 
@@ -71,9 +80,9 @@ class ProgressLine:
 
 
 @contextlib.contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """Progress of `total` images: gives the function to call with the number finished."""
-    with ProgressLine(what, total) as progress:
+    with ProgressLine(what, total, quiet=quiet) as progress:
         began = time.monotonic()
 
         def show(done: int) -> None:

@@ -57,6 +57,10 @@ class RunFolder:
     def _config(self) -> Path:
         return self.path / "config.json"
 
+    def exists(self) -> bool:
+        """Whether a run has been started here."""
+        return self._config.is_file()
+
     def create(self, config: Config, *, overwrite: bool) -> None:
         """Make the folder and write its config.json; an older run goes only if `overwrite`.
 

@@ -13,11 +13,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vlae_jax import distributed
 from vlae_jax.bounds import elbo, iwae_bound
 from vlae_jax.checkpoints import Checkpoints, Notes
 from vlae_jax.config import TrainingConfig
+from vlae_jax.distributed import Placement
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.experiment import Experiment, map_images
+from vlae_jax.feeding import Feed, ResidentImages
 from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.posterior import kl_to_standard_normal
 from vlae_jax.preprocessing import fixed_keys
@@ -145,59 +148,89 @@ def make_optimizer(
     return optax.with_extra_args_support(optax.chain(*clip, optax.adam(rate)))
 
 
-class Trainer:
-    """The compiled pieces of one experiment's training: first state, step, validation."""
+def initial_state(experiment: Experiment, placement: Placement) -> TrainState:
+    """The state before the first step, placed; also what a checkpoint is restored into."""
+    state = _first_state(experiment)
+    return placement.put(state, placement.of_parameters(state))
 
-    def __init__(self, experiment: Experiment) -> None:
+
+def _first_state(experiment: Experiment) -> TrainState:
+    config = experiment.config.training
+    optimizer = make_optimizer(config, experiment.steps_per_epoch * config.epochs)
+    params = experiment.initial_params
+    batch = jnp.zeros((1, experiment.preprocessor.dim))
+    keys = jax.random.split(jax.random.key(config.seed), 1)
+    shapes = jax.eval_shape(lambda: loss_fn(params, experiment, batch, keys)[1])
+    return TrainState(
+        params=jax.tree.map(jnp.copy, params),  # the step gives its arguments away
+        opt_state=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+        summed=jnp.zeros((), jnp.int32),
+        bad_step=jnp.full((), -1, jnp.int32),
+    )
+
+
+class Trainer:
+    """The compiled pieces of one experiment's training: first state, step, validation.
+
+    Args:
+        experiment: What to train.
+        placement: The devices; by default all there are.
+
+    Raises:
+        UserError: If the devices cannot share a batch evenly.
+    """
+
+    def __init__(self, experiment: Experiment, placement: Placement | None = None) -> None:
         config = experiment.config.training
         self.experiment = experiment
+        self.placement = placement = placement or Placement.of()
+        if config.batch_size % placement.size:
+            raise UserError(
+                f"batch_size {config.batch_size} cannot be split evenly over {placement.size} "
+                "devices; choose a multiple, or fewer with --distributed.devices"
+            )
         self.steps_per_epoch = experiment.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
         self._root = jax.random.key(config.seed)
-        self.images = jax.device_put(experiment.dataset.train)
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self.feed: Feed = ResidentImages(experiment.dataset.train, config, placement)
+        shardings = placement.of_parameters(_first_state(experiment))
+        self.step = jax.jit(
+            self._step, donate_argnums=0, out_shardings=(shardings, placement.replicated)
+        )
         validation = experiment.dataset.validation
         self._validate = map_images(
             self._validate_one,
             validation,
             fixed_keys(len(validation)),
             batch_size=_VALIDATION_BATCH,
+            placement=placement,
         )
 
     def init(self) -> TrainState:
         """The state before the first step."""
-        params = self.experiment.initial_params
-        batch = jnp.zeros((1, self.experiment.preprocessor.dim))
-        keys = jax.random.split(self._root, 1)
-        shapes = jax.eval_shape(lambda: loss_fn(params, self.experiment, batch, keys)[1])
-        return TrainState(
-            params=params,
-            opt_state=self._optimizer.init(params),
-            step=jnp.zeros((), jnp.int32),
-            sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-            summed=jnp.zeros((), jnp.int32),
-            bad_step=jnp.full((), -1, jnp.int32),
-        )
+        return initial_state(self.experiment, self.placement)
 
-    def order(self, epoch: int) -> Int[Array, "steps batch"]:
-        """Which images each step of an epoch sees: a function of seed and epoch alone."""
-        config = self.experiment.config.training
-        shuffled = np.random.default_rng([config.seed, epoch]).permutation(len(self.images))
-        used = shuffled[: self.steps_per_epoch * config.batch_size]
-        return jax.device_put(used.astype(np.int32).reshape(-1, config.batch_size))
+    def without_sums(self, state: TrainState) -> TrainState:
+        """The same state, about to add up its metrics afresh."""
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.sums)
+        sums, summed = self.placement.put((zeros, np.zeros((), np.int32)))
+        return state._replace(sums=sums, summed=summed)
 
-    def _step(
-        self, state: TrainState, images: Array, order: Int[Array, "steps batch"]
-    ) -> tuple[TrainState, Float[Array, ""]]:
-        indices = order[state.step % self.steps_per_epoch]
+    def _step(self, state: TrainState, *arguments: Array) -> tuple[TrainState, Float[Array, ""]]:
+        pixels = self.feed.pixels(state.step, *arguments)
         noise_key, sample_key = jax.random.split(jax.random.fold_in(self._root, state.step))
-        batch = indices.shape[0]
+        batch = pixels.shape[0]
         apply = jax.vmap(self.experiment.preprocessor.apply)
-        xs, _ = apply(jax.random.split(noise_key, batch), images[indices])
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, self.experiment, xs, jax.random.split(sample_key, batch)
-        )
+        xs, _ = apply(jax.random.split(noise_key, batch), pixels)
+
+        def loss_of(params: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+            keys = jax.random.split(sample_key, batch)
+            return loss_fn(self.placement.gathered(params), self.experiment, xs, keys)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
@@ -215,7 +248,7 @@ class Trainer:
     def _validate_one(self, params: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
         noise_key, sample_key = jax.random.split(key)
         x, _ = self.experiment.preprocessor.apply(noise_key, pixels)
-        model = self.experiment.merge(params)
+        model = self.experiment.merge(self.placement.gathered(params))
         training = self.experiment.config.training
         kind = "iwae" if training.objective in ("iwae", "dreg") else "elbo"
         samples = training.train_samples if kind == "iwae" else 1
@@ -229,21 +262,31 @@ class Trainer:
         return jax.tree.map(lambda values: float(np.mean(values)), self._validate(params))
 
 
-def fit(experiment: Experiment, run: RunFolder, *, resume: bool, options: FitOptions) -> None:
+def fit(
+    experiment: Experiment,
+    run: RunFolder,
+    *,
+    resume: bool,
+    options: FitOptions,
+    placement: Placement | None = None,
+) -> None:
     """Train, logging to and saving in the run folder.
+
+    Of several processes all must call, with one folder that they share; the first alone logs.
 
     Args:
         experiment: What to train.
         run: An existing run folder.
-        resume: Continue from the last checkpoint in it.
+        resume: Continue from the last checkpoint in it, whatever devices saved it.
         options: How to log and save.
+        placement: The devices; by default all there are.
 
     Raises:
         RunFailure: If the loss is not finite; the message names the step, the checkpoints stay.
         Stopped: After SIGINT or SIGTERM, everything saved.
         UserError: If `resume` finds no checkpoint or other data, or nothing can be written.
     """
-    trainer = Trainer(experiment)
+    trainer = Trainer(experiment, placement)
     checkpoints = Checkpoints(run.checkpoints)
     state = trainer.init()
     notes = Notes(0.0, experiment.dataset.fingerprint, None, float("-inf"))
@@ -251,11 +294,15 @@ def fit(experiment: Experiment, run: RunFolder, *, resume: bool, options: FitOpt
         restored = checkpoints.restore_last(state)
         state, notes = restored.state, restored.notes
         _check_data(notes, experiment)
-        run.drop_metrics_after(restored.step)
+        distributed.on_first(lambda: run.drop_metrics_after(restored.step))
     start = int(state.step)
     loop = _Loop(trainer, run, checkpoints, options, notes)
     what = f"{experiment.dataset.name} {experiment.config.inference.method}"
-    with ProgressLine(what, trainer.total_steps, start=start) as progress, _signals() as received:
+    quiet = not distributed.is_first()
+    with (
+        ProgressLine(what, trainer.total_steps, start=start, quiet=quiet) as progress,
+        _signals() as received,
+    ):
         if resume:
             for line in restored.damaged:
                 progress.say(line)
@@ -286,14 +333,11 @@ class _Loop:
         trainer, options = self.trainer, self.options
         step = int(state.step)
         in_flight: list[Array] = []
-        order, order_epoch, enough = None, -1, None
+        arguments, enough = trainer.feed.arguments(step), None
         self.logged = (time.monotonic(), step)
         self.saved = step if step else -1
         while step < trainer.total_steps and not (enough := self._enough(step)):
-            epoch = step // trainer.steps_per_epoch
-            if epoch != order_epoch:
-                order, order_epoch = trainer.order(epoch), epoch
-            state, loss = trainer.step(state, trainer.images, order)
+            state, loss = trainer.step(state, *next(arguments))
             step += 1
             # A short queue keeps the device busy, and signals and failures at most so far behind.
             in_flight.append(loss)
@@ -306,10 +350,10 @@ class _Loop:
                 step - self.saved >= options.checkpoint_every
             ):
                 self._save(state, step)
-            if received:
+            if number := distributed.stop_signal(step, received):
                 self._save(state, step)
                 self.checkpoints.close()
-                raise Stopped(received[0], step)
+                raise Stopped(number, step)
         if step == 0:
             self._validate(state, step, progress)
         self._save(state, step)
@@ -324,7 +368,10 @@ class _Loop:
             return None
         if patience is not None and best is not None and step - best >= patience * each:
             return f"no better validation bound in {patience} epochs"
-        if config.minutes is not None and self._notes().seconds >= 60 * config.minutes:
+        if config.minutes is None:
+            return None
+        # All processes must stop at the same step: one clock decides.
+        if distributed.from_first(self._notes().seconds) >= 60 * config.minutes:
             return f"{config.minutes:g} minutes of training are over"
         return None
 
@@ -341,9 +388,7 @@ class _Loop:
         epochs = self.trainer.experiment.config.training.epochs
         epoch = -(-step // self.trainer.steps_per_epoch)
         progress.update(step, f"epoch {epoch}/{epochs}  {_summary(means)}  {rate:.0f} images/s")
-        return state._replace(
-            sums=jax.tree.map(jnp.zeros_like, state.sums), summed=jnp.zeros_like(state.summed)
-        )
+        return self.trainer.without_sums(state)
 
     def _validate(self, state: TrainState, step: int, progress: ProgressLine) -> bool:
         """Log the validation metrics; whether they are the best so far."""
@@ -389,6 +434,8 @@ class _Loop:
     def _record(self, split: str, step: int, values: dict[str, Any]) -> None:
         epoch = step / self.trainer.steps_per_epoch
         seconds = self._notes().seconds
+        if not distributed.is_first():
+            return
         record = {"split": split, "step": step, "epoch": epoch, **values, "seconds": seconds}
         self.run_folder.append_metrics(record)
         if self.options.writer:
@@ -411,8 +458,18 @@ def _check_data(notes: Notes, experiment: Experiment) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one acts at once."""
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one acts at once.
+
+    Among several processes JAX itself takes SIGTERM, and tells all of them when to stop.
+    """
     received: list[int] = []
+    if not distributed.is_alone():
+        before = signal.signal(signal.SIGINT, distributed.interrupt_all)
+        try:
+            yield received
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:

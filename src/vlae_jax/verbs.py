@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import tyro
@@ -304,7 +304,9 @@ class Gap:
 
     run_dir: tyro.conf.Positional[Path]
     """The run folder; its best checkpoint is used."""
-    effort: GapConfig = dataclasses.field(default_factory=GapConfig)
+    effort: Annotated[GapConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=GapConfig
+    )
     data_dir: str | None = None
     """Where the images of the run are now, if they have moved."""
 
@@ -353,18 +355,23 @@ def load_run(run: RunFolder, data_dir: str | None, **evaluation: Any) -> tuple[A
     return experiment, load_best(experiment, run).state.params
 
 
-def load_best(experiment: Any, run: RunFolder) -> Any:
-    """The best checkpoint, saying on stderr what is used in place of a damaged or missing one."""
-    from vlae_jax.checkpoints import Checkpoints
-    from vlae_jax.training import Trainer
+def load_best(experiment: Any, run: RunFolder, placement: Any = None) -> Any:
+    """The best checkpoint, saying on stderr what is used in place of a damaged or missing one.
 
-    restored = Checkpoints(run.checkpoints, read_only=True).restore_best(Trainer(experiment).init())
+    Placed as training would, by default whole on this process's first device.
+    """
+    from vlae_jax.checkpoints import Checkpoints
+    from vlae_jax.distributed import Placement, is_first
+    from vlae_jax.training import initial_state
+
+    like = initial_state(experiment, placement or Placement.here())
+    restored = Checkpoints(run.checkpoints, read_only=True).restore_best(like)
     best = run.best_step()
     if best not in (None, restored.step) and not restored.damaged:
         restored.damaged.append(
             f"the best checkpoint, {best}, is missing; using checkpoint {restored.step} instead"
         )
-    for line in restored.damaged:
+    for line in restored.damaged if is_first() else ():
         print(f"vlae_jax: {line}", file=sys.stderr)
     return restored
 

@@ -1,0 +1,390 @@
+"""Devices and processes: how they find each other, and which holds which part of an array.
+
+All is JAX's own: `jax.distributed`, one mesh with automatic sharding, `NamedSharding`. Every
+process runs the same program on the same configuration; the first alone writes.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from vlae_jax.config import DistributedConfig
+from vlae_jax.errors import LostPeer, RunFailure, Stopped, UserError
+
+Result = TypeVar("Result")
+
+DATA, SAMPLES = "data", "samples"
+_SMALLEST_SHARDED = 4096
+"""Elements below which a parameter is not worth sharding."""
+_HEARTBEAT_SECONDS = 30
+_MESSAGE_BYTES = 600
+
+
+class Placement:
+    """Which device holds which part of the arrays of training and evaluation.
+
+    Batches are split along the mesh axis `data`, importance samples along `samples`. Parameters and
+    optimiser state are whole on every device or, if `shard_parameters`, each split among all of
+    them, and gathered when they are used.
+    """
+
+    def __init__(self, mesh: Mesh, *, shard_parameters: bool = False) -> None:
+        self.mesh = mesh
+        self.shard_parameters = shard_parameters
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.rows = NamedSharding(mesh, PartitionSpec(DATA))
+        """The first axis of an array along `data`."""
+        self.columns = NamedSharding(mesh, PartitionSpec(None, DATA))
+        """The second."""
+
+    @classmethod
+    def of(cls, devices: Any = None, *, shard_parameters: bool = False) -> "Placement":
+        """All devices of all processes, or those given, along `data`."""
+        found = np.asarray(jax.devices() if devices is None else devices)
+        # Explicit axes, JAX's default, would want the sharding of every intermediate array.
+        mesh = Mesh(found.reshape(-1, 1), (DATA, SAMPLES), axis_types=(AxisType.Auto,) * 2)
+        return cls(mesh, shard_parameters=shard_parameters)
+
+    @classmethod
+    def here(cls) -> "Placement":
+        """The first device of this process alone."""
+        return cls.of(jax.local_devices()[:1])
+
+    @property
+    def size(self) -> int:
+        """How many devices there are."""
+        return self.mesh.size
+
+    def for_batch(self, batch: int) -> "Placement":
+        """The same devices: as many along `data` as divide `batch`, the others along `samples`."""
+        rows = math.gcd(batch, self.size)
+        mesh = Mesh(
+            self.mesh.devices.reshape(rows, -1),
+            (DATA, SAMPLES),
+            axis_types=(AxisType.Auto,) * 2,
+        )
+        return Placement(mesh, shard_parameters=self.shard_parameters)
+
+    def of_parameters(self, tree: Any) -> Any:
+        """The sharding of each array: whole, or split along its longest axis that can be."""
+        return jax.tree.map(lambda leaf: self._of_parameter(leaf.shape), tree)
+
+    def _of_parameter(self, shape: tuple[int, ...]) -> NamedSharding:
+        can_be = [axis for axis, length in enumerate(shape) if length % self.size == 0]
+        if not self.shard_parameters or not can_be or math.prod(shape) < _SMALLEST_SHARDED:
+            return self.replicated
+        longest = max(can_be, key=lambda axis: shape[axis])
+        axes = [None] * longest + [(DATA, SAMPLES)]
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def put(self, tree: Any, shardings: Any = None) -> Any:
+        """Place arrays that every process has whole; without communication.
+
+        Args:
+            tree: Arrays; random keys too.
+            shardings: One for all, or a tree of them; by default whole on every device.
+        """
+        if shardings is None or isinstance(shardings, NamedSharding):
+            one = shardings or self.replicated
+            return jax.tree.map(lambda leaf: _put(leaf, one), tree)
+        return jax.tree.map(_put, tree, shardings)
+
+    def whole(self, tree: Any) -> Any:
+        """Numpy arrays of what may be split among devices and processes; all must ask."""
+        gather = jax.jit(lambda tree: tree, out_shardings=self.replicated)
+        return jax.device_get(gather(tree))
+
+    def split_rows(self, array: Array) -> Array:
+        """Inside jit: keep the first axis split along `data`."""
+        return jax.lax.with_sharding_constraint(array, self.rows)
+
+    def split_samples(self, array: Array) -> Array:
+        """Inside jit: split the first axis along `samples`, if that divides it."""
+        splits = self.mesh.shape[SAMPLES]
+        if splits == 1 or array.shape[0] % splits:
+            return array
+        return jax.lax.with_sharding_constraint(
+            array, NamedSharding(self.mesh, PartitionSpec(SAMPLES))
+        )
+
+    def gathered(self, tree: Any) -> Any:
+        """Inside jit: whole on every device. Gradients come back split again."""
+        if not self.shard_parameters:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self.replicated)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding))
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def start(options: DistributedConfig) -> Placement:
+    """Join the other processes, if there are any, and lay out all devices. Before any use of JAX.
+
+    Without a coordinator, the cluster is asked: TPU VMs, GKE, Slurm and Open MPI tell all that is
+    needed. Elsewhere there is this process alone.
+
+    Raises:
+        UserError: If the others cannot be joined in `options.timeout` seconds, disagree about
+            their number, or a device is missing.
+    """
+    if options.devices is not None:
+        with contextlib.suppress(RuntimeError):  # JAX is in use: what there is must do
+            jax.config.update("jax_num_cpu_devices", options.devices)
+    if options.processes != 1:
+        _join(options)
+    expected = options.processes
+
+    def check() -> None:
+        if expected is not None and jax.process_count() != expected:
+            raise UserError(
+                f"--distributed.processes is {expected}, but process 0 was started for "
+                f"{jax.process_count()}; give every process the same number"
+            )
+
+    together(check)
+    devices = together(lambda: _devices(options))
+    return Placement.of(devices, shard_parameters=options.shard_parameters)
+
+
+def _devices(options: DistributedConfig) -> list[Any]:
+    if options.devices is None:
+        return jax.devices()
+    here = jax.local_device_count()
+    if here < options.devices:
+        raise UserError(
+            f"--distributed.devices is {options.devices}, but this process has only {here} "
+            f"{jax.default_backend()} devices"
+        )
+    by_process: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for devices in by_process.values() for device in devices[: options.devices]]
+
+
+def _join(options: DistributedConfig) -> None:
+    given = {
+        "--distributed.coordinator": options.coordinator,
+        "--distributed.processes": options.processes,
+        "--distributed.process-id": options.process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        _join_cluster(options.timeout)
+        return
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given too, or none of {', '.join(given)}")
+    assert options.coordinator and options.processes is not None and options.process_id is not None
+    if options.process_id == 0:
+        _require_free(options.coordinator)
+    who = f"process {options.process_id} of {options.processes}"
+    if options.process_id == 0:
+        lacking = f"{who}: not all of the others have come to {options.coordinator}"
+    else:
+        lacking = f"{who}: no process 0 at {options.coordinator}, or not all of the others came"
+    with _deadline(options.timeout, lacking):
+        _initialize(
+            options.timeout,
+            coordinator_address=options.coordinator,
+            num_processes=options.processes,
+            process_id=options.process_id,
+        )
+
+
+def _join_cluster(timeout: int) -> None:
+    try:
+        with _deadline(timeout, "not all processes of this cluster have started"):
+            _initialize(timeout)
+    except ValueError:
+        return  # no cluster that JAX knows
+    except RuntimeError as error:
+        if "before any JAX calls" in str(error):
+            return  # a program that uses JAX itself has decided
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the processes of this cluster cannot be joined: {reason}; --distributed.processes 1 "
+            "trains on this one alone"
+        ) from None
+
+
+def _initialize(timeout: int, **where: Any) -> None:
+    # JAX's own limit ends the process in its C++ part without an exception: ours comes first.
+    jax.distributed.initialize(
+        initialization_timeout=timeout + 60,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+        **where,
+    )
+
+
+@contextlib.contextmanager
+def _deadline(seconds: int, lacking: str) -> Iterator[None]:
+    """Leave with a message if what follows, which cannot be interrupted, takes too long."""
+
+    def leave_late() -> None:
+        leave(
+            f"{lacking} within {seconds} s (--distributed.timeout); start all of them, with the "
+            "same address and number",
+            2,
+        )
+
+    timer = threading.Timer(seconds, leave_late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _require_free(address: str) -> None:
+    """A taken port would end the process in JAX's C++ part."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} of --distributed.coordinator {address} cannot be opened: "
+                f"{error.strerror}; choose another"
+            ) from None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    """Whether there is no other process."""
+    return jax.process_count() == 1
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Run something on every process; if it fails on one, fail on all, with that one's message.
+
+    Raises:
+        UserError: If `action` raised one on any process.
+    """
+    if is_alone():
+        return action()
+    result, message = None, ""
+    try:
+        result = action()
+    except UserError as error:
+        message = " ".join(str(error).split()) or "failed"
+    text = message.encode()[:_MESSAGE_BYTES]
+    padded = np.zeros(_MESSAGE_BYTES, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    for index, row in enumerate(np.asarray(multihost_utils.process_allgather(padded))):
+        if said := bytes(row).rstrip(b"\0").decode(errors="replace"):
+            raise UserError(said if index == jax.process_index() else f"process {index}: {said}")
+    return result  # type: ignore[return-value]
+
+
+def on_first(action: Callable[[], object]) -> None:
+    """Run something on the first process alone; the others wait for it.
+
+    Raises:
+        UserError: On all processes, if `action` raised one.
+    """
+    together(lambda: action() if is_first() else None)
+
+
+def from_first(value: float) -> float:
+    """What the first process has: for what may differ, a clock say."""
+    if is_alone():
+        return value
+    bits = np.array([value]).view(np.uint32)  # JAX has 32 bits
+    return float(np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)[0])
+
+
+def require_equal(what: str, value: str) -> None:
+    """Check that all processes have the same value.
+
+    Raises:
+        UserError: On all processes, if they have not.
+    """
+    if is_alone():
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(digest))
+    differing = [index for index, row in enumerate(rows) if not np.array_equal(row, rows[0])]
+    if differing:
+        raise UserError(
+            f"{what} of process {differing[0]} is not that of process 0; start all with the same "
+            "options, on the same files"
+        )
+
+
+@contextlib.contextmanager
+def running(options: DistributedConfig) -> Iterator[Placement]:
+    """`start`, then leave together: JAX takes a process that ends before the others for dead.
+
+    Raises:
+        LostPeer: In place of what JAX raises when another process has died.
+    """
+    placement = start(options)
+    try:
+        yield placement
+    except (UserError, RunFailure, Stopped):
+        if not is_alone():
+            with contextlib.suppress(Exception):  # there may be no others left
+                jax.distributed.shutdown()
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        if is_alone():
+            raise
+        first = " ".join(str(error).split())[:200]
+        raise LostPeer(
+            f"process {jax.process_index()} lost another one ({first}); start all again with "
+            "--resume"
+        ) from None
+    if not is_alone():
+        together(lambda: None)
+        jax.distributed.shutdown()
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """End this process now, without waiting for others at the exit."""
+    with contextlib.suppress(Exception):
+        print(f"vlae_jax: error: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def stop_signal(step: int, received: list[int]) -> int | None:
+    """The signal that asks to stop after this step, the same one at the same step everywhere.
+
+    Args:
+        step: Steps done; every process asks after each.
+        received: What this process was sent, where it is alone.
+    """
+    if is_alone():
+        return received[0] if received else None
+    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+
+
+def interrupt_all(_: int, __: Any) -> None:
+    """Handle Ctrl-C by asking for what SIGTERM asks: JAX passes that on to every process."""
+    os.kill(os.getpid(), signal.SIGTERM)
