@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from vlae_jax.config import Config, DistributedConfig, EvaluationConfig, Proposal, default_config
-from vlae_jax.errors import LostPeer, RunFailure, Stopped, UserError
+from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.run_folder import RunFolder
 from vlae_jax.verbs import Encode, Gap, Impute, Reconstruct, Sample, Score, load_best
 
@@ -67,7 +67,10 @@ class Train:
                     f"{run.path} was trained with another configuration: {'; '.join(differences)}"
                 )
         with distributed.running(self.distributed) as placement:
-            distributed.require_equal("the configuration", f"{config} {run.path} {resume}")
+            # The images may lie elsewhere on another machine; what they are is checked below.
+            same = dataclasses.replace(config.data, data_dir=None)
+            chosen = (dataclasses.replace(config, data=same), run.path, resume)
+            distributed.require_equal("the configuration", repr(chosen))
             experiment = distributed.together(lambda: build_experiment(config))
             distributed.require_equal("the data", experiment.dataset.fingerprint)
             distributed.on_first(
@@ -189,8 +192,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leave(error, 2)
     except RunFailure as error:
         _leave(error, 1)
-    except LostPeer as error:
-        _leave(error, 75)
     except Stopped as stopped:
         print(f"vlae_jax: {stopped}; --resume continues", file=sys.stderr)
         sys.exit(128 + stopped.number)

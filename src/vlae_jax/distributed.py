@@ -5,9 +5,11 @@ process runs the same program on the same configuration; the first alone writes.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -23,13 +25,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from vlae_jax.config import DistributedConfig
-from vlae_jax.errors import LostPeer, RunFailure, Stopped, UserError
+from vlae_jax.errors import RunFailure, Stopped, UserError
 
 Result = TypeVar("Result")
 
 DATA, SAMPLES = "data", "samples"
 _SMALLEST_SHARDED = 4096
 """Elements below which a parameter is not worth sharding."""
+LOST_PEER = 75
+"""Exit code when another process died: EX_TEMPFAIL, for what is worth trying again."""
+_SPEAKS_OF_PEERS = re.compile("gloo|peer|connection|coordination|heartbeat|unavailable", re.I)
 _HEARTBEAT_SECONDS = 30
 _MESSAGE_BYTES = 600
 
@@ -68,6 +73,16 @@ class Placement:
     def size(self) -> int:
         """How many devices there are."""
         return self.mesh.size
+
+    @property
+    def in_flight(self) -> int:
+        """How many programs may be started before the first has ended.
+
+        Virtual devices share the threads of one processor: those of a second program can keep the
+        first waiting for its last device for ever.
+        """
+        here = self.mesh.local_devices
+        return 0 if len(here) > 1 and here[0].platform == "cpu" else 2
 
     def for_batch(self, batch: int) -> "Placement":
         """The same devices: as many along `data` as divide `batch`, the others along `samples`."""
@@ -148,6 +163,9 @@ def start(options: DistributedConfig) -> Placement:
             their number, or a device is missing.
     """
     if options.devices is not None:
+        # Threads for virtual devices: where each waits for the others in one of two, none is left
+        # for the work that they wait for.
+        os.environ.setdefault("NPROC", str(4 * options.devices))
         with contextlib.suppress(RuntimeError):  # JAX is in use: what there is must do
             jax.config.update("jax_num_cpu_devices", options.devices)
     if options.processes != 1:
@@ -238,22 +256,38 @@ def _initialize(timeout: int, **where: Any) -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: int, lacking: str) -> Iterator[None]:
-    """Leave with a message if what follows, which cannot be interrupted, takes too long."""
-
-    def leave_late() -> None:
-        leave(
-            f"{lacking} within {seconds} s (--distributed.timeout); start all of them, with the "
-            "same address and number",
-            2,
-        )
-
-    timer = threading.Timer(seconds, leave_late)
+    """Leave with a message if what follows takes too long, or aborts; it raises nothing."""
+    advice = "start all of them, with the same address and number"
+    late = f"{lacking} within {seconds} s (--distributed.timeout); {advice}"
+    timer = threading.Timer(seconds, leave, (late, 2))
     timer.daemon = True
     timer.start()
+    wrong = f"{lacking}, or they were told another number of processes; {advice}"
+    try:
+        with _instead_of_abort(wrong, 2):
+            yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def _instead_of_abort(message: str, code: int) -> Iterator[None]:
+    """Leave with a message where JAX's C++ part aborts the process, in whichever thread.
+
+    A handler of Python's own would run too late: abort() does not return.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(_: int) -> None:
+        leave(message, code)
+
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    before = set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
     try:
         yield
     finally:
-        timer.cancel()
+        set_handler(signal.SIGABRT, before)
 
 
 def _require_free(address: str) -> None:
@@ -341,28 +375,34 @@ def require_equal(what: str, value: str) -> None:
 def running(options: DistributedConfig) -> Iterator[Placement]:
     """`start`, then leave together: JAX takes a process that ends before the others for dead.
 
-    Raises:
-        LostPeer: In place of what JAX raises when another process has died.
+    Exits at once, with `LOST_PEER`, when another process has died.
     """
     placement = start(options)
+    if is_alone():
+        yield placement
+        return
+    lost = (
+        f"process {jax.process_index()} has lost another one, which ended or was killed; start "
+        "all again with --resume"
+    )
+    with _instead_of_abort(lost, LOST_PEER):
+        yield from _with_peers(placement, lost)
+
+
+def _with_peers(placement: Placement, lost: str) -> Iterator[Placement]:
     try:
         yield placement
     except (UserError, RunFailure, Stopped):
-        if not is_alone():
-            with contextlib.suppress(Exception):  # there may be no others left
-                jax.distributed.shutdown()
+        with contextlib.suppress(Exception):  # there may be no others left
+            jax.distributed.shutdown()
         raise
-    except jax.errors.JaxRuntimeError as error:
-        if is_alone():
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # What the network library says comes as either.
+        if not _SPEAKS_OF_PEERS.search(str(error)):
             raise
-        first = " ".join(str(error).split())[:200]
-        raise LostPeer(
-            f"process {jax.process_index()} lost another one ({first}); start all again with "
-            "--resume"
-        ) from None
-    if not is_alone():
-        together(lambda: None)
-        jax.distributed.shutdown()
+        leave(f"{lost} ({' '.join(str(error).split())[:200]})", LOST_PEER)
+    together(lambda: None)
+    jax.distributed.shutdown()
 
 
 def leave(message: str, code: int) -> NoReturn:

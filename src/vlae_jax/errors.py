@@ -21,7 +21,3 @@ class Stopped(Exception):
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} at step {step}, all saved")
         self.number = number
-
-
-class LostPeer(Exception):
-    """Another process of the run has died; exit code 75, as of what is worth trying again."""

@@ -28,7 +28,6 @@ from vlae_jax.progress import ProgressLine
 from vlae_jax.run_folder import RunFolder
 from vlae_jax.systems import System
 
-_IN_FLIGHT = 2
 _VALIDATION_BATCH = 256
 
 
@@ -341,7 +340,7 @@ class _Loop:
             step += 1
             # A short queue keeps the device busy, and signals and failures at most so far behind.
             in_flight.append(loss)
-            if len(in_flight) > _IN_FLIGHT:
+            if len(in_flight) > trainer.placement.in_flight:
                 in_flight.pop(0).block_until_ready()
             epoch_ends = step % trainer.steps_per_epoch == 0
             if step % options.log_every == 0 or epoch_ends:

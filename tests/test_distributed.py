@@ -1,0 +1,436 @@
+"""Many devices and many processes give the run that one gives, and fail in words."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from problems import run_in_subprocess
+
+from vlae_jax import distributed
+from vlae_jax.checkpoints import Checkpoints
+from vlae_jax.config import (
+    Config,
+    DistributedConfig,
+    EvaluationConfig,
+    InferenceConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from vlae_jax.distributed import Placement
+from vlae_jax.errors import UserError
+from vlae_jax.evaluation import measure
+from vlae_jax.experiment import build_experiment
+from vlae_jax.run_folder import RunFolder
+from vlae_jax.training import Trainer, initial_state
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def small_config(method, **inference):
+    return Config(
+        model=ModelConfig(latent=3, hidden=(64,)),
+        inference=InferenceConfig(method=method, steps=2, **inference),
+        training=TrainingConfig(epochs=20, learning_rate=1e-3, batch_size=128),
+        evaluation=EvaluationConfig(
+            importance_samples=40, chunk_size=20, test_images=12, evaluation_batch=4
+        ),
+    )
+
+
+# Eight virtual devices, in a process that is started with them
+
+
+def losses(trainer, steps):
+    state, arguments, found = trainer.init(), trainer.feed.arguments(0), []
+    for _ in range(steps):
+        state, loss = trainer.step(state, *next(arguments))
+        found.append(float(loss))  # waits for it: see Placement.in_flight
+    return state, np.array(found)
+
+
+def relative(found, expected):
+    return float(np.max(np.abs(found / expected - 1)))
+
+
+def same_run():
+    """Run by the test below, which reads what this prints."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    # The widest layer has 64 x 64 weights, as many as it takes to be split. The steps of the paper
+    # depend on their start without a jump, as those of a line search do not.
+    experiment = build_experiment(small_config("vlae", damping="paper"))
+    reference, expected = losses(Trainer(experiment, Placement.here()), 200)
+    params = jax.device_get(reference.params)
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    report = {"devices": jax.device_count(), "elements": sum(sizes)}
+    for name, shard in (("whole", False), ("sharded", True)):
+        trainer = Trainer(experiment, Placement.of(shard_parameters=shard))
+        state, found = losses(trainer, 200)
+        shards = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params)]
+        apart = jax.tree.map(
+            lambda a, b: float(np.max(np.abs(a - b))), trainer.placement.whole(state.params), params
+        )
+        report[name] = {
+            "losses": relative(found, expected),
+            "params": max(jax.tree.leaves(apart)),
+            "elements on a device": sum(shards),
+        }
+    images = experiment.dataset.test[:12]
+    alone = measure(experiment, params, images)
+    spread = measure(experiment, params, images, placement=Placement.of())
+    report["evaluation"] = {
+        name: float(np.nanmax(np.abs(spread[name].astype(float) - alone[name])))
+        for name in ("log_prob", "elbo", "kl", "ess")
+    }
+    print(json.dumps(report))
+
+
+def in_eight_devices(call, timeout=300):
+    output = run_in_subprocess(
+        f"import test_distributed as t; t.{call}()",
+        timeout=timeout,
+        XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        NPROC="32",
+    )
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_eight_devices_train_and_evaluate_as_one_does():
+    report = in_eight_devices("same_run")
+    assert report["devices"] == 8
+    for name in ("whole", "sharded"):
+        assert report[name]["losses"] < 1e-5
+        assert report[name]["params"] < 1e-4
+    assert report["whole"]["elements on a device"] == report["elements"]
+    # The two 64 x 64 layers are split in eight, the rest is small and whole.
+    assert report["sharded"]["elements on a device"] == report["elements"] - 2 * 64 * 64 * 7 // 8
+    assert report["evaluation"]["log_prob"] < 1e-4
+    assert report["evaluation"]["elbo"] < 1e-4
+    assert report["evaluation"]["kl"] < 1e-4
+    assert report["evaluation"]["ess"] < 1e-2
+
+
+def same_steps():
+    """Loss after each step of one device's run, and what eight make of the same states."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    experiment = build_experiment(small_config("vlae"))
+    one, eight = Trainer(experiment, Placement.here()), Trainer(experiment, Placement.of())
+    state, differences = one.init(), []
+    pairs = zip(one.feed.arguments(0), eight.feed.arguments(0), strict=True)
+    for _, (here, everywhere) in zip(range(30), pairs, strict=False):
+        copied = eight.placement.put(jax.device_get(state))
+        _, found = eight.step(copied, *everywhere)
+        state, expected = one.step(state, *here)
+        differences.append(abs(float(found) / float(expected) - 1))
+    print(json.dumps([float(np.median(differences)), max(differences)]))
+
+
+@pytest.mark.slow
+def test_each_step_of_a_line_search_is_the_same_on_eight_devices():
+    """Step by step, for a run diverges: rounding can turn an image's search at a kink of ReLU.
+
+    One image in 128 whose posterior changes by a tenth of a nat moves the mean by 1e-5.
+    """
+    median, largest = in_eight_devices("same_steps")
+    assert median < 1e-6
+    assert largest < 1e-4
+
+
+def spread_work():
+    """Share of the samples' work on each device, by XLA's own count."""
+    from vlae_jax import DiagonalPosterior, importance_weighted_log_prob
+
+    placement = Placement.of().for_batch(1)
+    weights = jax.random.normal(jax.random.key(0), (8, 256))
+
+    def estimate(place):
+        def one(key):
+            posterior = DiagonalPosterior(jax.numpy.zeros(8), jax.numpy.zeros(8))
+            return importance_weighted_log_prob(
+                key,
+                lambda z: -((z @ weights) ** 2).sum(),
+                posterior,
+                num_samples=1600,
+                chunk_size=800,
+                place=place,
+            )[0]
+
+        compiled = (
+            jax.jit(one, out_shardings=placement.replicated).lower(jax.random.key(1)).compile()
+        )
+        return compiled.cost_analysis()["flops"], float(compiled(jax.random.key(1)))
+
+    (whole, value), (share, same) = estimate(None), estimate(placement.split_samples)
+    print(json.dumps([share / whole, value, same]))
+
+
+def test_importance_samples_are_spread_over_devices():
+    share, value, same = in_eight_devices("spread_work")
+    assert share < 1.5 / 8
+    np.testing.assert_allclose(same, value, rtol=1e-5)
+
+
+# Placement
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((512, 784), (None, ("data", "samples"))),
+        ((4096,), (("data", "samples"),)),
+        ((512, 7), ()),
+        ((4095, 4095), ()),
+        ((3, 512, 512), (None, ("data", "samples"))),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_a_parameter_is_split_along_its_longest_axis_that_can_be(monkeypatch, shape, expected):
+    placement = Placement.of(shard_parameters=True)
+    monkeypatch.setattr(Placement, "size", 8)
+    sharding = placement.of_parameters(jax.ShapeDtypeStruct(shape, np.float32))
+    assert sharding.spec == PartitionSpec(*expected)
+
+
+def test_devices_that_cannot_share_a_batch_evenly_are_refused(monkeypatch):
+    experiment = build_experiment(small_config("vae"))
+    placement = Placement.of()
+    monkeypatch.setattr(Placement, "size", 3)
+    with pytest.raises(UserError, match=r"128 cannot be split evenly over 3 devices; .*multiple"):
+        Trainer(experiment, placement)
+
+
+def test_random_keys_are_placed_as_keys():
+    keys = jax.random.split(jax.random.key(3), 4)
+    placed = Placement.of().put(keys)
+    assert placed.dtype == keys.dtype
+    np.testing.assert_array_equal(jax.random.key_data(placed), jax.random.key_data(keys))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"processes": 0}, "processes must be at least 1"),
+        ({"devices": 0}, "devices must be at least 1"),
+        ({"timeout": 0}, "timeout must be at least 1"),
+        ({"processes": 2, "process_id": 2}, "process-id must be from 0"),
+        ({"process_id": -1}, "process-id must be from 0"),
+        ({"coordinator": "host"}, "must be HOST:PORT"),
+        ({"coordinator": "host:port"}, "must be HOST:PORT"),
+        ({"coordinator": "host:99999"}, "must be HOST:PORT"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        DistributedConfig(**options)
+
+
+def test_what_is_missing_to_join_others_is_named():
+    with pytest.raises(UserError, match=r"processes and --distributed.process-id must be given"):
+        distributed.start(DistributedConfig(coordinator="localhost:1"))
+
+
+def test_more_devices_than_there_are_are_refused(monkeypatch):
+    monkeypatch.setenv("NPROC", "4")  # put back what `start` sets
+    jax.devices()  # from here on there are no more
+    with pytest.raises(UserError, match=r"devices is 99, but this process has only \d+ cpu"):
+        distributed.start(DistributedConfig(devices=99))
+
+
+# Real processes on this machine, by the command line
+
+ARGUMENTS = [
+    *("--method", "vae", "--hidden", "16", "--latent", "3", "--epochs", "12"),
+    *("--batch-size", "128", "--learning-rate", "0.01"),
+    *("--importance-samples", "8", "--test-images", "16", "--log-every", "1"),
+]
+STEPS = 120
+CONFIG = Config(
+    model=ModelConfig(latent=3, hidden=(16,)),
+    inference=InferenceConfig(method="vae"),
+    training=TrainingConfig(epochs=12, learning_rate=1e-2),
+    evaluation=EvaluationConfig(importance_samples=8, test_images=16),
+)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(folder, count, *more, ids=None, port=None):
+    """`vlae_jax train` in so many processes that know of each other."""
+    port = port or free_port()
+    where = ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.timeout", "60"]
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vlae_jax", "train", "--run-dir", str(folder), *ARGUMENTS),
+                *(*where, "--distributed.processes", str(count)),
+                *("--distributed.process-id", str(process_id), *more),
+            ],
+            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process_id in (range(count) if ids is None else ids)
+    ]
+
+
+def outcome(processes, timeout=150):
+    """(exit code, standard output, last line of standard error) of each."""
+    found = []
+    for process in processes:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for each in processes:
+                each.kill()
+            raise
+        assert "Traceback" not in err, err
+        found.append((process.returncode, out, (err.strip().splitlines() or [""])[-1]))
+    return found
+
+
+def records(folder, split):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["split"] == split]
+
+
+def wait_for_lines(folder, count, processes):
+    """Return once so many lines are logged and a checkpoint is whole."""
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        complete = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
+        if complete and metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+    raise AssertionError([process.communicate() for process in processes])
+
+
+def last_params(folder):
+    """Of a run by any number of processes, restored in this one, on its one device."""
+    like = initial_state(build_experiment(CONFIG), Placement.here())
+    restored = Checkpoints(RunFolder(folder).checkpoints, read_only=True).restore_last(like)
+    return restored.step, jax.device_get(restored.state.params)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return folder, outcome(start(folder, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_run_of_one_and_the_first_alone_writes(unbroken, tmp_path):
+    folder, ends = unbroken
+    assert [code for code, *_ in ends] == [0, 0], ends
+    # What is left of the second one's output is a line of the network library.
+    assert "test log p(x)" in ends[0][1] and not re.sub(r"\[Gloo\].*\n", "", ends[1][1])
+    assert not list(folder.rglob("*tmp*")) and (folder / "report.html").exists()
+    assert "2 x cpu" in (folder / "results.json").read_text()
+
+    alone = tmp_path / "alone"
+    [(code, *_)] = outcome(start(alone, 1))
+    assert code == 0
+    for split in ("train", "validation"):
+        one, two = records(alone, split), records(folder, split)
+        assert [r["step"] for r in one] == [r["step"] for r in two]
+        elbos = [[r["elbo"] for r in run] for run in (one, two)]
+        np.testing.assert_allclose(*elbos, rtol=1e-5)
+    figures = [
+        {f["name"]: f["value"] for f in json.loads((run / "results.json").read_text())["figures"]}
+        for run in (alone, folder)
+    ]
+    assert figures[0].keys() == figures[1].keys()
+    for name in ("log_prob", "elbo", "kl", "bits_per_dim"):
+        np.testing.assert_allclose(figures[1][name], figures[0][name], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_processes_end_where_unbroken_ones_do(unbroken, tmp_path):
+    """SIGKILL to one of two: the other says so and leaves; both resumed are equal bit for bit."""
+    folder = tmp_path / "run"
+    processes = start(folder, 2, "--checkpoint-every", "7")
+    wait_for_lines(folder, int(np.random.default_rng(time.time_ns()).integers(12, 60)), processes)
+    processes[1].kill()
+    (code, _, line), (killed, *_) = outcome(processes, timeout=90)
+    assert killed == -signal.SIGKILL
+    assert code == distributed.LOST_PEER and "lost another one" in line and "--resume" in line
+    ends = outcome(start(folder, 2, "--resume", "--checkpoint-every", "7"))
+    assert [code for code, *_ in ends] == [0, 0], ends
+    (step, found), (_, expected) = last_params(folder), last_params(unbroken[0])
+    assert step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    steps = [record["step"] for record in records(folder, "train")]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_saves_the_same_step_in_all_and_four_go_on(unbroken, tmp_path):
+    folder = tmp_path / "run"
+    processes = start(folder, 2)
+    wait_for_lines(folder, 12, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = outcome(processes)
+    assert [code for code, *_ in ends] == [128 + signal.SIGTERM] * 2, ends
+    stops = [re.search(r"stopped by SIGTERM at step (\d+), all saved", line) for *_, line in ends]
+    assert stops[0] and stops[1] and stops[0][1] == stops[1][1]
+    assert last_params(folder)[0] == int(stops[0][1]) < STEPS
+    ends = outcome(start(folder, 4, "--resume-if-there"))
+    assert [code for code, *_ in ends] == [0] * 4, ends
+    for split in ("train", "validation"):
+        found, expected = ([r["elbo"] for r in records(f, split)] for f in (folder, unbroken[0]))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_peer_that_does_not_come_is_told_in_the_stated_time(tmp_path):
+    began = time.monotonic()
+    waiting = [
+        start(tmp_path / "run", 2, "--distributed.timeout", "3", ids=[process_id])
+        for process_id in (0, 1)
+    ]
+    for process_id, processes in enumerate(waiting):
+        [(code, _, line)] = outcome(processes, timeout=60)
+        assert code == 2
+        assert f"process {process_id} of 2" in line and "within 3 s" in line
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_taken_port_and_counts_and_options_that_differ_are_told(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        [(code, _, line)] = outcome(start(tmp_path / "run", 2, ids=[0], port=port))
+    assert code == 2 and f"port {port}" in line and "choose another" in line
+
+    port = free_port()
+    two = start(tmp_path / "run", 2, ids=[0], port=port)
+    three = start(tmp_path / "run", 3, ids=[1, 2], port=port)
+    for code, _, line in outcome([*two, *three], timeout=90):
+        assert code == 2 and re.search("number|lost another", line), line
+
+    port = free_port()
+    first = start(tmp_path / "run", 2, ids=[0], port=port)
+    other = start(tmp_path / "run", 2, "--seed", "5", ids=[1], port=port)
+    for code, _, line in outcome([*first, *other]):
+        assert code == 2 and "configuration of process 1 is not that of process 0" in line
+    assert not (tmp_path / "run").exists()
