@@ -96,22 +96,20 @@ def all_reduce_seconds(chip: Chip, shape: tuple[int, ...], size: float) -> float
 
 
 def crossing(points: list[tuple[float, float, float]]) -> float | None:
-    """Where one line overtakes another: the batch from which a chip is bound by arithmetic.
+    """The batch from which arithmetic takes longer than memory.
 
     Args:
         points: (batch, seconds of arithmetic, seconds of memory), rising in batch; straight lines
-            between them.
+            between them, and the last one goes on.
 
     Returns:
         The batch, or None if arithmetic never takes longer.
     """
-    before = None
-    for batch, compute, memory in points:
-        excess = compute - memory
-        if excess >= 0:
-            if before is None:
-                return batch
-            start, below = before
-            return start + (batch - start) * -below / (excess - below)
-        before = (batch, excess)
+    if points[0][1] >= points[0][2]:
+        return points[0][0]
+    excess = [(batch, compute - memory) for batch, compute, memory in points]
+    for (start, below), (end, above) in zip(excess, excess[1:], strict=False):
+        last = end == excess[-1][0]
+        if above >= 0 or (last and above > below):
+            return start + (end - start) * -below / (above - below)
     return None

@@ -78,7 +78,7 @@ SYSTEMS = [
 ]
 CASES = [
     *SYSTEMS,
-    *(case._replace(chips=8) for case in SYSTEMS),
+    *(case._replace(chips=8) for case in SYSTEMS if case.network == "mlp"),
     *(Case(method, chips=chips) for chips in (64, 256) for method in ("vae", "vlae")),
     *(Case("vlae", chips=chips, shard_parameters=True) for chips in (8, 256)),
     *(Case(method, batch=batch) for batch in SWEEP for method in ("vae", "vlae")),
@@ -145,6 +145,7 @@ def foreign_calls(stablehlo: str) -> set[str]:
 def tpu_devices(chips: int) -> list[Any]:
     """The chips of a TPU v5e slice, to compile for."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock is taken, nor left
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     from jax.experimental import topologies
@@ -292,24 +293,25 @@ def count_products(experiment: Experiment, params: Any, pixels: np.ndarray) -> l
 
 
 def run_products(options: argparse.Namespace) -> None:
-    """Train a little, and count the products on the way."""
-    config = Config(
-        data=DataConfig(dataset=options.dataset, data_dir=options.data_dir),
-        training=TrainingConfig(batch_size=BATCH),
-    )
-    experiment = build_experiment(config)
-    trainer = Trainer(experiment, Placement.here())
-    state, arguments = trainer.init(), trainer.feed.arguments(0)
+    """Count the products of conjugate gradients in a trained run, by size of the batch."""
+    from vlae_jax.run_folder import RunFolder
+    from vlae_jax.verbs import load_run
+
+    experiment, params = load_run(RunFolder(options.run_folder), options.data_dir)
     rows = []
-    for step in range(options.steps + 1):
-        if step in (0, options.steps // 10, options.steps):
-            for batch in (BATCH, 8 * BATCH):
-                images = experiment.dataset.train[:batch]
-                found = count_products(experiment, state.params, images)
-                rows.append({"step": step, "batch": batch, "products": found})
-                print(f"step {step}, batch {batch}: {found} products", flush=True)
-        state, _ = trainer.step(state, *next(arguments))
-    write("products", {"setting": setting(), "dataset": experiment.dataset.name, "rows": rows})
+    for batch in options.batches:
+        found = count_products(experiment, params, experiment.dataset.train[:batch])
+        rows.append({"batch": batch, "products": found})
+        print(f"batch {batch}: {found} products", flush=True)
+    config = experiment.config
+    about = {
+        "dataset": config.data.dataset,
+        "hidden": config.model.hidden,
+        "latent": config.model.latent,
+        "epochs": config.training.epochs,
+        "image_shape": experiment.preprocessor.image_shape,
+    }
+    write("products", {"setting": setting(), **about, "rows": rows})
 
 
 def low_rank_images(count: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -363,9 +365,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     compiling.add_argument("--only", default="", help="names that contain this")
     compiling.add_argument("--again", action="store_true", help="even what is there")
     products = part("products", run_products)
-    products.add_argument("--dataset", default="digits")
+    products.add_argument("run_folder", type=Path, help="of a VLAE that is trained")
     products.add_argument("--data-dir", default=None)
-    products.add_argument("--steps", type=int, default=300, help="training steps")
+    products.add_argument("--batches", type=int, nargs="+", default=[128, 1024, 8192])
     scaling_measure.add_options(part("measure", scaling_measure.run))
     scaling_measure.add_worker_options(part("worker", scaling_measure.work))
     part("report", scaling_report.run)
