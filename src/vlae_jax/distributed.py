@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from vlae_jax.config import DistributedConfig
-from vlae_jax.errors import RunFailure, Stopped, UserError
+from vlae_jax.errors import UserError
 
 Result = TypeVar("Result")
 
@@ -232,9 +232,9 @@ def _join_cluster(timeout: int) -> None:
     try:
         with _deadline(timeout, "not all processes of this cluster have started"):
             _initialize(timeout)
-    except ValueError:
-        return  # no cluster that JAX knows
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
+        if "coordinator_address should be defined" in str(error):
+            return  # no cluster that JAX knows
         if "before any JAX calls" in str(error):
             return  # a program that uses JAX itself has decided
         reason = " ".join(str(error).split())[:200]
@@ -377,32 +377,25 @@ def running(options: DistributedConfig) -> Iterator[Placement]:
 
     Exits at once, with `LOST_PEER`, when another process has died.
     """
-    placement = start(options)
-    if is_alone():
-        yield placement
-        return
-    lost = (
-        f"process {jax.process_index()} has lost another one, which ended or was killed; start "
-        "all again with --resume"
-    )
-    with _instead_of_abort(lost, LOST_PEER):
-        yield from _with_peers(placement, lost)
-
-
-def _with_peers(placement: Placement, lost: str) -> Iterator[Placement]:
+    lost = "another process ended or was killed; start all again with --resume"
     try:
-        yield placement
-    except (UserError, RunFailure, Stopped):
-        with contextlib.suppress(Exception):  # there may be no others left
-            jax.distributed.shutdown()
-        raise
+        placement = start(options)
+        if is_alone():
+            yield placement
+            return
+        lost = f"process {jax.process_index()} has lost another one: {lost}"
+        with _instead_of_abort(lost, LOST_PEER):
+            yield placement
+            together(lambda: None)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # What the network library says comes as either.
-        if not _SPEAKS_OF_PEERS.search(str(error)):
+        if is_alone() or not _SPEAKS_OF_PEERS.search(str(error)):
             raise
         leave(f"{lost} ({' '.join(str(error).split())[:200]})", LOST_PEER)
-    together(lambda: None)
-    jax.distributed.shutdown()
+    finally:
+        if jax.distributed.is_initialized():
+            with contextlib.suppress(Exception):  # there may be no others left
+                jax.distributed.shutdown()
 
 
 def leave(message: str, code: int) -> NoReturn:
