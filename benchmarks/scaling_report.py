@@ -320,7 +320,7 @@ def virtual(part: dict[str, Any]) -> str:
                 f"{row['difference']:.0e}",
             ]
 
-    head = ["system", "virtual devices", "ms a step", "× one", "largest difference of parameters"]
+    head = ["system", "virtual devices", "ms a step", "× one", "difference of parameters"]
     return table(head, lines())
 
 
