@@ -74,6 +74,18 @@ class Placement:
         """How many devices there are."""
         return self.mesh.size
 
+    def require_even(self, batch_size: int) -> None:
+        """Check that every device gets as many images of a batch.
+
+        Raises:
+            UserError: If not.
+        """
+        if batch_size % self.size:
+            raise UserError(
+                f"batch_size {batch_size} cannot be split evenly over {self.size} devices; choose "
+                "a multiple, or fewer with --distributed.devices"
+            )
+
     @property
     def in_flight(self) -> int:
         """How many programs may be started before the first has ended.

@@ -185,11 +185,7 @@ class Trainer:
         config = experiment.config.training
         self.experiment = experiment
         self.placement = placement = placement or Placement.of()
-        if config.batch_size % placement.size:
-            raise UserError(
-                f"batch_size {config.batch_size} cannot be split evenly over {placement.size} "
-                "devices; choose a multiple, or fewer with --distributed.devices"
-            )
+        placement.require_even(config.batch_size)
         self.steps_per_epoch = experiment.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
