@@ -266,7 +266,7 @@ watch() {
             ;;
         esac
         if [ "$strange" -ge "$patience" ]; then
-          [ "$state" = partial ] || return
+          [ "$state" = partial ] || return 0
           say 'stopping the workers that are left'
           stop || true
           strange=0

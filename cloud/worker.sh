@@ -28,7 +28,7 @@ install_packages() {
   local extras=$1 version=${2:-} data=${3:-} target
   export PATH="$HOME/.local/bin:$PATH"
   rm -f run/installed
-  # TPU VMs come with Python 3.10; uv brings a newer one. Some pips must be told that --user is
+  # TPU VMs may come with Python 3.10; uv brings a newer one. Some pips must be told that --user is
   # meant, and older ones do not know the option.
   command -v uv > /dev/null || python3 -m pip install --quiet --user uv ||
     python3 -m pip install --quiet --user --break-system-packages uv

@@ -303,7 +303,7 @@ def test_missing_gcloud_is_said(cloud):
 
 
 AWKWARD = (
-    "--run-dir=gs://bucket/it's a \"run\"",
+    '--run-dir=gs://bucket/it\'s a "run"',
     "--dataset",
     "",
     "two  spaces ",
@@ -574,7 +574,8 @@ def test_supervise_makes_a_slice_anew_that_does_not_answer(cloud, installed):
 def test_a_dry_supervise_shows_one_attempt_from_nothing(cloud):
     done = cloud.tpu("supervise", "--dry-run", "--queued", "--", *BUCKET_RUN)
     assert done.returncode == 0, done.stderr
-    verbs = [" ".join(shlex.split(line)[3:5]) for line in done.stdout.splitlines() if "tpus" in line]
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    verbs = [" ".join(words[3:5]) for words in lines if words[0] == "gcloud"]
     assert verbs == [
         "tpu-vm list",
         "queued-resources list",
