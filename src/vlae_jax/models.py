@@ -25,7 +25,7 @@ from vlae_jax.curvature import (
     whitened_affine_gaussian,
 )
 from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
-from vlae_jax.networks import MLP, ConvDecoder, ConvEncoder, Doubling
+from vlae_jax.networks import MLP, ConvDecoder, ConvEncoder, Doubling, Precision, arithmetic
 
 # Adam moves a parameter by its learning rate a step, whatever the gradient. The log variance has
 # further to go than a weight, and everything waits for it, so its unit is larger.
@@ -50,10 +50,15 @@ class VariationalAutoencoder(nnx.Module):
         channels: With "conv", the encoder's channels after each convolution, which halves the
             image; the decoder takes them reversed.
         image_shape: With "conv", (height, width, channel), the order x is in.
+        precision: Of the products in the networks. With "bfloat16" the hidden layers of the encoder
+            multiply in it, and the derivatives of the decoder's: Jacobians, and the gradients of
+            all parameters. The decoder's value, which the log joint is made of, the output layers
+            of both, and all that is done with them stay float32; see `networks.arithmetic`.
         rngs: Random streams for the initial weights.
 
     Raises:
-        ValueError: If `network` is not known, or "conv" comes without the shape of the image.
+        ValueError: If `network` or `precision` is not known, or "conv" comes without the shape of
+            the image.
         UserError: If the image cannot be halved so often.
     """
 
@@ -72,6 +77,7 @@ class VariationalAutoencoder(nnx.Module):
         network: Literal["mlp", "conv"] = "mlp",
         channels: Sequence[int] = (),
         image_shape: Sequence[int] = (),
+        precision: Precision = "float32",
         rngs: nnx.Rngs,
     ) -> None:
         if network not in ("mlp", "conv"):
@@ -81,13 +87,17 @@ class VariationalAutoencoder(nnx.Module):
                 f"network 'conv' needs the image_shape (height, width, channel) of x ({dim},), "
                 f"got {tuple(image_shape)}"
             )
+        encoding = arithmetic(precision)
+        decoding = arithmetic(precision, derivatives_only=True)
         self.encoder: MLP | ConvEncoder
         self.features: MLP | ConvDecoder
         self.head: nnx.Linear | Doubling
         if network == "conv":
-            self.encoder = ConvEncoder(image_shape, channels, hidden, activation, rngs=rngs)
+            self.encoder = ConvEncoder(
+                image_shape, channels, hidden, activation, arithmetic=encoding, rngs=rngs
+            )
         else:
-            self.encoder = MLP(dim, hidden, activation, rngs=rngs)
+            self.encoder = MLP(dim, hidden, activation, arithmetic=encoding, rngs=rngs)
         self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         widths = tuple(reversed(hidden))
@@ -96,14 +106,14 @@ class VariationalAutoencoder(nnx.Module):
         quiet = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
         if network == "conv":
             self.features = ConvDecoder(
-                latent, widths, channels, image_shape, activation, rngs=rngs
+                latent, widths, channels, image_shape, activation, arithmetic=decoding, rngs=rngs
             )
             height, width, colours = image_shape
             self.head = Doubling(
                 self.features.out_channels, colours, (height, width), kernel_init=quiet, rngs=rngs
             )
         else:
-            self.features = MLP(latent, widths, activation, rngs=rngs)
+            self.features = MLP(latent, widths, activation, arithmetic=decoding, rngs=rngs)
             self.head = nnx.Linear(self.features.out_size, dim, kernel_init=quiet, rngs=rngs)
         self.likelihood = likelihood
         self.min_std = min_std

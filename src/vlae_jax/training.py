@@ -118,7 +118,7 @@ def loss_fn(
 
     def one(x, key):
         return objective(
-            experiment.merge(params),
+            experiment.merge_for_training(params),
             experiment.system,
             x,
             key,
