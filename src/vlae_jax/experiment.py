@@ -1,6 +1,5 @@
 """What a configuration builds: data, preprocessing, network and inference system."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from vlae_jax.curvature import WhitenedHead
 from vlae_jax.data import Dataset, load_dataset
 from vlae_jax.errors import UserError
 from vlae_jax.models import VariationalAutoencoder
-from vlae_jax.networks import Precision
+from vlae_jax.networks import in_full
 from vlae_jax.ppca import fit_ppca
 from vlae_jax.preprocessing import Preprocessor, fit_preprocessor, fixed_keys
 from vlae_jax.systems import System, find_system
@@ -30,8 +29,6 @@ class Experiment(NamedTuple):
     system: System
     graphdef: Any
     """The network's structure; `merge` joins it with parameters."""
-    training_graphdef: Any
-    """The same with the products it is trained in."""
     initial_params: Any
 
     @property
@@ -40,12 +37,12 @@ class Experiment(NamedTuple):
         return len(self.dataset.train) // self.config.training.batch_size
 
     def merge(self, params: Any) -> VariationalAutoencoder:
-        """The model with these parameters, in float32: for all that is measured."""
-        return nnx.merge(self.graphdef, params)
+        """The model with these parameters, in float32 throughout: for all that is measured."""
+        return in_full(self.merge_for_training(params))
 
     def merge_for_training(self, params: Any) -> VariationalAutoencoder:
-        """The same in the precision of the configuration."""
-        return nnx.merge(self.training_graphdef, params)
+        """The same in the precision that it is trained in."""
+        return nnx.merge(self.graphdef, params)
 
     def whitened_head(self, params: Any) -> WhitenedHead | None:
         """The model's `whitened_head`, factored once for all images; what `log_joint` takes."""
@@ -80,24 +77,7 @@ def build_experiment(config: Config) -> Experiment:
     )
     if data.preprocess == "static_binary":
         dataset = dataset._replace(train=_binarize_once(preprocessor, dataset))
-    model = _build_model(_with_precision(config, "float32"), preprocessor)
-    if config.inference.method == "ppca":
-        _set_to_ppca(model, preprocessor, dataset.train)
-    graphdef, params = nnx.split(model)
-    training = graphdef
-    if config.model.precision != "float32":
-        training = nnx.graphdef(nnx.eval_shape(lambda: _build_model(config, preprocessor)))
-    system = spec.build(config.inference)
-    return Experiment(config, dataset, preprocessor, system, graphdef, training, params)
-
-
-def _with_precision(config: Config, precision: Precision) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
-
-
-def _build_model(config: Config, preprocessor: Preprocessor) -> VariationalAutoencoder:
-    head = find_system(config.inference.method).head
-    return VariationalAutoencoder(
+    model = VariationalAutoencoder(
         preprocessor.dim,
         latent=config.model.latent,
         hidden=config.model.hidden,
@@ -106,13 +86,18 @@ def _build_model(config: Config, preprocessor: Preprocessor) -> VariationalAutoe
         variance=np.asarray(preprocessor.variance),
         per_pixel=config.model.variance == "per_pixel",
         min_std=config.model.min_std,
-        posterior_head=head and functools.partial(head, config),
+        posterior_head=spec.head and functools.partial(spec.head, config),
         network=config.model.network,
         channels=config.model.channels,
         image_shape=preprocessor.image_shape,
         precision=config.model.precision,
         rngs=nnx.Rngs(config.training.seed),
     )
+    if config.inference.method == "ppca":
+        _set_to_ppca(model, preprocessor, dataset.train)
+    graphdef, params = nnx.split(model)
+    system = spec.build(config.inference)
+    return Experiment(config, dataset, preprocessor, system, graphdef, params)
 
 
 def map_images(

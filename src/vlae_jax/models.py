@@ -4,7 +4,6 @@ Every method takes one example. A model is a pytree: pass it through `jax.jit` a
 argument (`nnx.split` / `nnx.merge`), never by closing over it.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -25,7 +24,15 @@ from vlae_jax.curvature import (
     whitened_affine_gaussian,
 )
 from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
-from vlae_jax.networks import MLP, ConvDecoder, ConvEncoder, Doubling, Precision, arithmetic
+from vlae_jax.networks import (
+    MLP,
+    ConvDecoder,
+    ConvEncoder,
+    Doubling,
+    Precision,
+    arithmetic,
+    in_full,
+)
 
 # Adam moves a parameter by its learning rate a step, whatever the gradient. The log variance has
 # further to go than a weight, and everything waits for it, so its unit is larger.
@@ -231,7 +238,8 @@ class VariationalAutoencoder(nnx.Module):
         For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is
         taken and there is nothing to repair. With a fully connected output layer the data
         dimension is compressed away where that costs less; a projection of some of the pixels
-        would be another for every example.
+        would be another for every example. The Hessian of a smooth network has terms that rounded
+        products would spoil: that one is taken in float32, whatever the precision.
 
         Args:
             x: The example, (dim,).
@@ -239,17 +247,12 @@ class VariationalAutoencoder(nnx.Module):
         """
         smooth = not self.features.piecewise_linear
         gaussian_output = self.likelihood == "gaussian"
+        full = in_full(self) if smooth else self
         if gaussian_output and isinstance(self.head, nnx.Linear) and observed is None:
-            expand = functools.partial(
-                affine_head_expansion,
-                self.features,
-                self.head.kernel[...],
-                self.head.bias[...],  # type: ignore[index]
-                self.log_var,
-                x,
-            )
-            return (expand(exact=True), expand()) if smooth else (expand(), None)
+            head = (self.head.kernel[...], self.head.bias[...], self.log_var)  # type: ignore[index]
+            exact = affine_head_expansion(full.features, *head, x, exact=smooth)
+            return exact, affine_head_expansion(self.features, *head, x) if smooth else None
         gauss_newton = gauss_newton_expansion(self.decode, self.log_likelihood(x, observed))
         if not smooth:
             return gauss_newton, None
-        return exact_expansion(self.log_joint(x, observed=observed)), gauss_newton
+        return exact_expansion(full.log_joint(x, observed=observed)), gauss_newton

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,26 @@ def arithmetic(precision: Precision, *, derivatives_only: bool = False) -> Arith
     if precision == "float32":
         return FULL
     return Arithmetic(*(Rounded(product, jnp.bfloat16, derivatives_only) for product in FULL))
+
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+
+
+def in_full(network: ModuleT) -> ModuleT:
+    """The same network, parameters and all, without rounding; itself where it does not round."""
+    if not any(_rounding(module) for _, module in nnx.iter_modules(network)):
+        return network
+    copy = nnx.merge(*nnx.split(network))
+    for _, module in nnx.iter_modules(copy):
+        for name, rounded in _rounding(module).items():
+            setattr(module, name, rounded.product)
+    return copy
+
+
+def _rounding(module: nnx.Module) -> dict[str, Rounded]:
+    """The functions by which this one layer rounds, under their names."""
+    there = {name: getattr(module, name, None) for name in Arithmetic._fields}
+    return {name: value for name, value in there.items() if isinstance(value, Rounded)}
 
 
 class MLP(nnx.Module):
