@@ -120,7 +120,7 @@ def loss_fn(
 
     def one(x, key):
         return objective(
-            experiment.merge(params),
+            experiment.merge_for_training(params),
             experiment.system,
             x,
             key,
