@@ -168,7 +168,7 @@ def test_a_training_step_multiplies_networks_in_bfloat16_and_the_rest_in_float32
     """By its lowered program, before a compiler for any device has seen it."""
     trainer = Trainer(small_experiment("bfloat16"))
     state = trainer.init()
-    lowered = trainer.step.lower(state, trainer.images, trainer.order(0))
+    lowered = trainer.step.lower(state, *next(trainer.feed.arguments(0)))
     text = lowered.as_text()
     operands = dots(text)
     types = {(left[-1], right[-1]) for left, right in operands}
@@ -182,7 +182,7 @@ def test_a_training_step_multiplies_networks_in_bfloat16_and_the_rest_in_float32
     assert factored
     assert all("bf16" not in line and "f32" in line for line in factored)
 
-    state, loss = lowered.compile()(state, trainer.images, trainer.order(0))
+    state, loss = lowered.compile()(state, *next(trainer.feed.arguments(0)))
     assert state.bad_step == -1  # so loss and gradient were finite
     for leaf in jax.tree.leaves((state.params, state.opt_state, state.sums, loss)):
         assert leaf.dtype in (jnp.float32, jnp.int32)
@@ -196,7 +196,7 @@ def test_float32_is_what_it_was_without_the_option():
     assert tuple(FULL) == (lax.dot_general, lax.conv_general_dilated)
     trainer = Trainer(small_experiment("float32", method="vae"))
     state = trainer.init()
-    text = trainer.step.lower(state, trainer.images, trainer.order(0)).as_text()
+    text = trainer.step.lower(state, *next(trainer.feed.arguments(0))).as_text()
     assert "bf16" not in text and dots(text)
 
 
