@@ -14,7 +14,7 @@ VENV := .venv
 # ------------------------------------------------------------------------------ variables
 
 OPTIONS := PRESET DATASET DATA_DIR PREPROCESS METHOD STEPS SEARCH DAMPING SOLVER GRADIENT \
-    CURVATURE NETWORK CHANNELS LATENT HIDDEN ACTIVATION LIKELIHOOD VARIANCE OBJECTIVE \
+    CURVATURE NETWORK CHANNELS LATENT HIDDEN ACTIVATION LIKELIHOOD VARIANCE PRECISION OBJECTIVE \
     TRAIN_SAMPLES EPOCHS PATIENCE MINUTES BATCH_SIZE LEARNING_RATE SEED IMPORTANCE_SAMPLES \
     PROPOSAL TEST_IMAGES CHUNK_SIZE RUN_DIR RUNS_DIR
 DISTRIBUTED := DEVICES COORDINATOR PROCESSES PROCESS_ID
@@ -67,6 +67,7 @@ TRAIN_OPTIONS = $\
     $(call option,ACTIVATION,--activation)$\
     $(call option,LIKELIHOOD,--likelihood)$\
     $(call option,VARIANCE,--variance)$\
+    $(call option,PRECISION,--precision)$\
     $(call option,OBJECTIVE,--objective)$\
     $(call option,TRAIN_SAMPLES,--train-samples)$\
     $(call option,EPOCHS,--epochs)$\
@@ -155,6 +156,7 @@ lint: $(VENV)/.with-train $(VENV)/.with-lint ## Check style, formatting and type
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck cloud/*.sh .ci/run
 
 format: $(VENV)/.with-lint ## Format the code and repair what ruff can
 	$(VENV)/bin/ruff format .

@@ -103,21 +103,23 @@ def by_label(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def table(record: Mapping[str, Any]) -> str:
     """One row a variant, in Markdown."""
-    columns = [name for name in COLUMNS if any(name in r["figures"] for r in record["runs"])]
+    titles = COLUMNS | {name: name for name in record.get("shares", ())}
+    columns = [name for name in titles if any(name in r["figures"] for r in record["runs"])]
     head = [
         "system",
-        *(COLUMNS[name] for name in columns),
+        *(titles[name] for name in columns),
         *PAIRED.values(),
         "epochs",
         "training s",
     ]
     several = len({run["seed"] for run in record["runs"]}) > 1
     head += ["seeds"] if several else []
+    shares = ("unreliable", *record.get("shares", ()))
     lines = [head, ["---"] * len(head)]
     for label, runs in by_label(record).items():
         cells = [
             label,
-            *(words(*measured(runs, name), share=name == "unreliable") for name in columns),
+            *(words(*measured(runs, name), share=name in shares) for name in columns),
         ]
         cells += [words(*paired(runs, name)) for name in PAIRED]
         cells += [

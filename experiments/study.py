@@ -37,6 +37,10 @@ class Study:
     """Options of all variants, before their own."""
     seeds: Sequence[int] = (0,)
     """Each variant is trained with each."""
+    baselines: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Label → the label it is compared with instead."""
+    shares: Sequence[str] = ()
+    """Shares of images in the table besides those of every study."""
     command: Sequence[str] = ("-m", "vlae_jax", "train")
     """What takes the options, after the Python interpreter."""
 
@@ -88,7 +92,8 @@ def collect(study: Study, folder: Path) -> None:
                 continue
             results = json.loads((path / "results.json").read_text())
             seed = results["run"]["seed"]
-            baseline = folder / f"{_file_name(next(iter(study.variants)))}-seed{seed}"
+            other = study.baselines.get(label, next(iter(study.variants)))
+            baseline = folder / f"{_file_name(other)}-seed{seed}"
             runs.append(
                 {
                     "label": label,
@@ -115,6 +120,7 @@ def collect(study: Study, folder: Path) -> None:
         "title": study.title,
         "common": list(study.common),
         "variants": list(study.variants),
+        "shares": list(study.shares),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "runs": runs,

@@ -144,6 +144,7 @@ def test_every_variable_becomes_its_option(recorded):
         "ACTIVATION": "tanh",
         "LIKELIHOOD": "gaussian",
         "VARIANCE": "shared",
+        "PRECISION": "bfloat16",
         "OBJECTIVE": "iwae",
         "TRAIN_SAMPLES": "5",
         "EPOCHS": "2",
@@ -181,6 +182,26 @@ def test_every_variable_becomes_its_option(recorded):
         del given[at : at + 3]
     options = {f"--{name.lower().replace('_', '-')}": value for name, value in variables.items()}
     assert dict(zip(given[:-3:2], given[1:-3:2], strict=True)) == options
+
+
+@needs_make
+def test_variables_of_devices_and_processes_become_their_options(recorded):
+    variables = {"DEVICES": "8", "COORDINATOR": "h:1", "PROCESSES": "2", "PROCESS_ID": "1"}
+    (listed,) = re.findall(r"^DISTRIBUTED := (.*)$", MAKEFILE, re.MULTILINE)
+    assert set(variables) == set(listed.split())
+    done = recorded.make(
+        "experiment",
+        *[f"{name}={value}" for name, value in variables.items()],
+        *("SHARD_PARAMETERS=1", "RESUME_IF_THERE=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    (call,) = recorded.calls()
+    assert call[-2:] == ["--distributed.shard-parameters", "--resume-if-there"]
+    given = dict(zip(call[2:-2:2], call[3:-2:2], strict=True))
+    assert given == {
+        f"--distributed.{name.lower().replace('_', '-')}": value
+        for name, value in variables.items()
+    }
 
 
 @needs_make

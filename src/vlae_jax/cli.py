@@ -73,6 +73,7 @@ class Train:
             distributed.require_equal("the configuration", repr(chosen))
             experiment = distributed.together(lambda: build_experiment(config))
             distributed.require_equal("the data", experiment.dataset.fingerprint)
+            placement.require_even(config.training.batch_size)
             distributed.on_first(
                 lambda: (
                     run.write_config(config)

@@ -101,6 +101,10 @@ class ModelConfig:
     min_std: float = 1e-3
     """Gaussian output: floor of the learned standard deviation.
     Without one a constant pixel would drive it to 0."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the networks multiply in while they train. bfloat16: operands of products rounded, in
+    the encoder, in flows and in all derivatives; parameters, sums, the decoder's value and all of
+    the inference stay float32. Everything measured, validation included, is float32 throughout."""
 
     def __post_init__(self) -> None:
         _require(self.latent >= 1, f"latent must be at least 1, got {self.latent}")
@@ -428,6 +432,7 @@ class Config:
         steps = self.inference.num_steps
         parts = [self.data.dataset]
         parts += [] if self.model.network == "mlp" else [self.model.network]
+        parts += [] if self.model.precision == "float32" else [self.model.precision]
         parts.append(self.inference.method)
         parts += [] if steps is None else [f"T{steps}"]
         objective = self.training.objective

@@ -74,6 +74,18 @@ class Placement:
         """How many devices there are."""
         return self.mesh.size
 
+    def require_even(self, batch_size: int) -> None:
+        """Check that every device gets as many images of a batch.
+
+        Raises:
+            UserError: If not.
+        """
+        if batch_size % self.size:
+            raise UserError(
+                f"batch_size {batch_size} cannot be split evenly over {self.size} devices; choose "
+                "a multiple, or fewer with --distributed.devices"
+            )
+
     @property
     def in_flight(self) -> int:
         """How many programs may be started before the first has ended.
@@ -230,7 +242,8 @@ def _join(options: DistributedConfig) -> None:
 
 def _join_cluster(timeout: int) -> None:
     try:
-        with _deadline(timeout, "not all processes of this cluster have started"):
+        # On a cluster nobody mistyped an address: worth trying again.
+        with _deadline(timeout, "not all processes of this cluster have started", LOST_PEER):
             _initialize(timeout)
     except (ValueError, RuntimeError) as error:
         if "coordinator_address should be defined" in str(error):
@@ -255,16 +268,16 @@ def _initialize(timeout: int, **where: Any) -> None:
 
 
 @contextlib.contextmanager
-def _deadline(seconds: int, lacking: str) -> Iterator[None]:
+def _deadline(seconds: int, lacking: str, code: int = 2) -> Iterator[None]:
     """Leave with a message if what follows takes too long, or aborts; it raises nothing."""
     advice = "start all of them, with the same address and number"
     late = f"{lacking} within {seconds} s (--distributed.timeout); {advice}"
-    timer = threading.Timer(seconds, leave, (late, 2))
+    timer = threading.Timer(seconds, leave, (late, code))
     timer.daemon = True
     timer.start()
     wrong = f"{lacking}, or they were told another number of processes; {advice}"
     try:
-        with _instead_of_abort(wrong, 2):
+        with _instead_of_abort(wrong, code):
             yield
     finally:
         timer.cancel()

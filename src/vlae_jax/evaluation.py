@@ -216,6 +216,7 @@ def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict
             "label": config.inference.label,
             "steps": config.inference.num_steps,
             "objective": config.training.objective,
+            "precision": config.model.precision,
             "proposal": config.evaluation.proposal,
             "seed": config.training.seed,
             "epochs": config.training.epochs,

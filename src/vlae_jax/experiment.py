@@ -15,6 +15,7 @@ from vlae_jax.data import Dataset, load_dataset
 from vlae_jax.distributed import DATA, Placement
 from vlae_jax.errors import UserError
 from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.networks import in_full
 from vlae_jax.ppca import fit_ppca
 from vlae_jax.preprocessing import Preprocessor, fit_preprocessor, fixed_keys
 from vlae_jax.systems import System, find_system
@@ -37,7 +38,11 @@ class Experiment(NamedTuple):
         return len(self.dataset.train) // self.config.training.batch_size
 
     def merge(self, params: Any) -> VariationalAutoencoder:
-        """The model with these parameters."""
+        """The model with these parameters, in float32 throughout: for all that is measured."""
+        return in_full(self.merge_for_training(params))
+
+    def merge_for_training(self, params: Any) -> VariationalAutoencoder:
+        """The same in the precision that it is trained in."""
         return nnx.merge(self.graphdef, params)
 
     def whitened_head(self, params: Any) -> WhitenedHead | None:
@@ -86,6 +91,7 @@ def build_experiment(config: Config) -> Experiment:
         network=config.model.network,
         channels=config.model.channels,
         image_shape=preprocessor.image_shape,
+        precision=config.model.precision,
         rngs=nnx.Rngs(config.training.seed),
     )
     if config.inference.method == "ppca":

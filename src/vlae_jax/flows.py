@@ -2,8 +2,12 @@
 
 A flow is an invertible map of z with the log determinant of its Jacobian, so that the density of
 what it maps follows from that of what it was given. Its context is the encoder's last hidden layer.
+
+`arithmetic=` is how the networks inside of a flow multiply. Whatever they say, in bfloat16 too, the
+map is invertible and its log determinant is that of the map.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -13,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vlae_jax.networks import FULL, Arithmetic
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 
 # A tenth of what would keep the variance: what a flow does starts small, and is not stuck at zero.
@@ -75,6 +80,7 @@ class HouseholderFlow(nnx.Module):
         latent: Dimensions of z.
         hidden: Size of the context.
         num_steps: Reflections.
+        arithmetic: See above.
         rngs: Random streams for the initial weights.
 
     Raises:
@@ -84,13 +90,26 @@ class HouseholderFlow(nnx.Module):
         Tomczak and Welling (2016), Improving variational auto-encoders using Householder flow.
     """
 
-    def __init__(self, latent: int, hidden: int, num_steps: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        latent: int,
+        hidden: int,
+        num_steps: int,
+        *,
+        arithmetic: Arithmetic = FULL,
+        rngs: nnx.Rngs,
+    ) -> None:
         _require_steps(num_steps)
+        dot = arithmetic.dot_general
         self.latent, self.context_size = latent, hidden
         # The bias gives v a direction; without one the smallest context would decide it.
         somewhere = nnx.initializers.normal(1.0)
-        self.first = nnx.Linear(hidden, latent, kernel_init=_QUIET, bias_init=somewhere, rngs=rngs)
-        self.later = nnx.List(nnx.Linear(latent, latent, rngs=rngs) for _ in range(num_steps - 1))
+        self.first = nnx.Linear(
+            hidden, latent, kernel_init=_QUIET, bias_init=somewhere, dot_general=dot, rngs=rngs
+        )
+        self.later = nnx.List(
+            nnx.Linear(latent, latent, dot_general=dot, rngs=rngs) for _ in range(num_steps - 1)
+        )
 
     def vectors(self, context: Float[Array, " context"]) -> Float[Array, "steps latent"]:
         """What the steps reflect along, in their order; not normalised."""
@@ -144,6 +163,7 @@ class InverseAutoregressiveFlow(nnx.Module):
         latent: Dimensions of z.
         hidden: Size of the context.
         num_steps: Steps.
+        arithmetic: See above.
         width: Units of a hidden layer, at least `latent`, one of each degree.
         depth: Hidden layers of a network.
         rngs: Random streams for the initial weights.
@@ -165,6 +185,7 @@ class InverseAutoregressiveFlow(nnx.Module):
         *,
         width: int,
         depth: int = 1,
+        arithmetic: Arithmetic = FULL,
         rngs: nnx.Rngs,
     ) -> None:
         _require_steps(num_steps)
@@ -176,7 +197,7 @@ class InverseAutoregressiveFlow(nnx.Module):
         self.latent, self.context_size = latent, hidden
         forwards = range(1, latent + 1)
         self.steps = nnx.List(
-            GatedAutoregressiveStep(order, hidden, width, depth, rngs=rngs)
+            GatedAutoregressiveStep(order, hidden, width, depth, arithmetic=arithmetic, rngs=rngs)
             for order in (forwards[:: (-1) ** step] for step in range(num_steps))
         )
 
@@ -201,20 +222,30 @@ class GatedAutoregressiveStep(nnx.Module):
         hidden: Size of the context.
         width: Units of a hidden layer; their degrees go through 0 to latent - 1 again and again.
         depth: Hidden layers.
+        arithmetic: See above.
         rngs: Random streams for the initial weights.
     """
 
     def __init__(
-        self, order: Sequence[int], hidden: int, width: int, depth: int, *, rngs: nnx.Rngs
+        self,
+        order: Sequence[int],
+        hidden: int,
+        width: int,
+        depth: int,
+        *,
+        arithmetic: Arithmetic = FULL,
+        rngs: nnx.Rngs,
     ) -> None:
         degrees = [unit % len(order) for unit in range(width)]
         before = [place - 1 for place in order]
-        self.context = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
+        dot = arithmetic.dot_general
+        self.context = nnx.Linear(hidden, width, use_bias=False, dot_general=dot, rngs=rngs)
+        masked = functools.partial(_MaskedLinear, dot_general=dot, rngs=rngs)
         sizes = [order] + [degrees] * depth
-        self.layers = nnx.List(_MaskedLinear(seen, degrees, rngs=rngs) for seen in sizes[:-1])
-        self.shift = _MaskedLinear(degrees, before, kernel_init=_QUIET, rngs=rngs)
+        self.layers = nnx.List(masked(seen, degrees) for seen in sizes[:-1])
+        self.shift = masked(degrees, before, kernel_init=_QUIET)
         is_open = nnx.initializers.constant(_OPEN_GATE)
-        self.gate = _MaskedLinear(degrees, before, kernel_init=_QUIET, bias_init=is_open, rngs=rngs)
+        self.gate = masked(degrees, before, kernel_init=_QUIET, bias_init=is_open)
 
     def shift_and_gate(
         self, z: Float[Array, " latent"], context: Float[Array, " context"]
@@ -238,6 +269,7 @@ class PlanarFlow(nnx.Module):
         latent: Dimensions of z.
         hidden: Size of the context.
         num_steps: Steps.
+        arithmetic: See above.
         rngs: Random streams for the initial weights.
 
     Raises:
@@ -248,15 +280,26 @@ class PlanarFlow(nnx.Module):
         and appendix A.1.
     """
 
-    def __init__(self, latent: int, hidden: int, num_steps: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        latent: int,
+        hidden: int,
+        num_steps: int,
+        *,
+        arithmetic: Arithmetic = FULL,
+        rngs: nnx.Rngs,
+    ) -> None:
         _require_steps(num_steps)
+        affine = functools.partial(
+            nnx.Linear, kernel_init=_QUIET, dot_general=arithmetic.dot_general, rngs=rngs
+        )
         self.latent, self.context_size, self.num_steps = latent, hidden, num_steps
         # Where u is small and w is not, u has a gradient and the step does little.
         unit = nnx.initializers.normal(latent**-0.5)
         size = num_steps * latent
-        self.u = nnx.Linear(hidden, size, kernel_init=_QUIET, rngs=rngs)
-        self.w = nnx.Linear(hidden, size, kernel_init=_QUIET, bias_init=unit, rngs=rngs)
-        self.b = nnx.Linear(hidden, num_steps, kernel_init=_QUIET, rngs=rngs)
+        self.u = affine(hidden, size)
+        self.w = affine(hidden, size, bias_init=unit)
+        self.b = affine(hidden, num_steps)
 
     def __call__(
         self, z: Float[Array, " latent"], context: Float[Array, " context"]
@@ -288,17 +331,20 @@ class _MaskedLinear(nnx.Module):
         *,
         kernel_init: Callable[..., Array] = _LOUD,
         bias_init: Callable[..., Array] = nnx.initializers.zeros,
+        dot_general: Callable[..., Array],
         rngs: nnx.Rngs,
     ) -> None:
         # Tuples: an array would be a leaf beside the weights, for an optimizer to move.
         self.in_degrees, self.out_degrees = tuple(in_degrees), tuple(out_degrees)
         shape = len(self.in_degrees), len(self.out_degrees)
+        self.dot_general = dot_general
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(bias_init(rngs.params(), shape[1:], jnp.float32))
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
         mask = np.less_equal.outer(self.in_degrees, self.out_degrees)
-        return x @ jnp.where(mask, self.kernel[...], 0.0) + self.bias[...]
+        kernel = jnp.where(mask, self.kernel[...], 0.0)
+        return self.dot_general(x, kernel, (((0,), (0,)), ((), ()))) + self.bias[...]
 
 
 def _project(v: Float[Array, " latent"], z: Float[Array, " latent"]) -> Float[Array, " latent"]:

@@ -4,7 +4,6 @@ Every method takes one example. A model is a pytree: pass it through `jax.jit` a
 argument (`nnx.split` / `nnx.merge`), never by closing over it.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -25,7 +24,15 @@ from vlae_jax.curvature import (
     whitened_affine_gaussian,
 )
 from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
-from vlae_jax.networks import MLP, ConvDecoder, ConvEncoder, Doubling
+from vlae_jax.networks import (
+    MLP,
+    ConvDecoder,
+    ConvEncoder,
+    Doubling,
+    Precision,
+    arithmetic,
+    in_full,
+)
 
 # Adam moves a parameter by its learning rate a step, whatever the gradient. The log variance has
 # further to go than a weight, and everything waits for it, so its unit is larger.
@@ -50,10 +57,15 @@ class VariationalAutoencoder(nnx.Module):
         channels: With "conv", the encoder's channels after each convolution, which halves the
             image; the decoder takes them reversed.
         image_shape: With "conv", (height, width, channel), the order x is in.
+        precision: Of the products in the networks. With "bfloat16" the hidden layers of the encoder
+            multiply in it, and the derivatives of the decoder's: Jacobians, and the gradients of
+            all parameters. The decoder's value, which the log joint is made of, the output layers
+            of both, and all that is done with them stay float32; see `networks.arithmetic`.
         rngs: Random streams for the initial weights.
 
     Raises:
-        ValueError: If `network` is not known, or "conv" comes without the shape of the image.
+        ValueError: If `network` or `precision` is not known, or "conv" comes without the shape of
+            the image.
         UserError: If the image cannot be halved so often.
     """
 
@@ -72,6 +84,7 @@ class VariationalAutoencoder(nnx.Module):
         network: Literal["mlp", "conv"] = "mlp",
         channels: Sequence[int] = (),
         image_shape: Sequence[int] = (),
+        precision: Precision = "float32",
         rngs: nnx.Rngs,
     ) -> None:
         if network not in ("mlp", "conv"):
@@ -81,13 +94,17 @@ class VariationalAutoencoder(nnx.Module):
                 f"network 'conv' needs the image_shape (height, width, channel) of x ({dim},), "
                 f"got {tuple(image_shape)}"
             )
+        encoding = arithmetic(precision)
+        decoding = arithmetic(precision, derivatives_only=True)
         self.encoder: MLP | ConvEncoder
         self.features: MLP | ConvDecoder
         self.head: nnx.Linear | Doubling
         if network == "conv":
-            self.encoder = ConvEncoder(image_shape, channels, hidden, activation, rngs=rngs)
+            self.encoder = ConvEncoder(
+                image_shape, channels, hidden, activation, arithmetic=encoding, rngs=rngs
+            )
         else:
-            self.encoder = MLP(dim, hidden, activation, rngs=rngs)
+            self.encoder = MLP(dim, hidden, activation, arithmetic=encoding, rngs=rngs)
         self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         widths = tuple(reversed(hidden))
@@ -96,14 +113,14 @@ class VariationalAutoencoder(nnx.Module):
         quiet = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
         if network == "conv":
             self.features = ConvDecoder(
-                latent, widths, channels, image_shape, activation, rngs=rngs
+                latent, widths, channels, image_shape, activation, arithmetic=decoding, rngs=rngs
             )
             height, width, colours = image_shape
             self.head = Doubling(
                 self.features.out_channels, colours, (height, width), kernel_init=quiet, rngs=rngs
             )
         else:
-            self.features = MLP(latent, widths, activation, rngs=rngs)
+            self.features = MLP(latent, widths, activation, arithmetic=decoding, rngs=rngs)
             self.head = nnx.Linear(self.features.out_size, dim, kernel_init=quiet, rngs=rngs)
         self.likelihood = likelihood
         self.min_std = min_std
@@ -221,7 +238,8 @@ class VariationalAutoencoder(nnx.Module):
         For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is
         taken and there is nothing to repair. With a fully connected output layer the data
         dimension is compressed away where that costs less; a projection of some of the pixels
-        would be another for every example.
+        would be another for every example. The Hessian of a smooth network has terms that rounded
+        products would spoil: that one is taken in float32, whatever the precision.
 
         Args:
             x: The example, (dim,).
@@ -229,17 +247,12 @@ class VariationalAutoencoder(nnx.Module):
         """
         smooth = not self.features.piecewise_linear
         gaussian_output = self.likelihood == "gaussian"
+        full = in_full(self) if smooth else self
         if gaussian_output and isinstance(self.head, nnx.Linear) and observed is None:
-            expand = functools.partial(
-                affine_head_expansion,
-                self.features,
-                self.head.kernel[...],
-                self.head.bias[...],  # type: ignore[index]
-                self.log_var,
-                x,
-            )
-            return (expand(exact=True), expand()) if smooth else (expand(), None)
+            head = (self.head.kernel[...], self.head.bias[...], self.log_var)  # type: ignore[index]
+            exact = affine_head_expansion(full.features, *head, x, exact=smooth)
+            return exact, affine_head_expansion(self.features, *head, x) if smooth else None
         gauss_newton = gauss_newton_expansion(self.decode, self.log_likelihood(x, observed))
         if not smooth:
             return gauss_newton, None
-        return exact_expansion(self.log_joint(x, observed=observed)), gauss_newton
+        return exact_expansion(full.log_joint(x, observed=observed)), gauss_newton

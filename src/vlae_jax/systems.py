@@ -24,6 +24,7 @@ from vlae_jax.flows import (
 )
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.networks import FULL, Arithmetic, arithmetic
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 from vlae_jax.refinement import gradient_refine
 
@@ -200,11 +201,19 @@ def probabilistic_pca(
 class FullCovarianceHead(nnx.Module):
     """The Cholesky factor of an amortised Gaussian's precision, from the encoder's features."""
 
-    def __init__(self, latent: int, features: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, latent: int, features: int, *, arithmetic: Arithmetic = FULL, rngs: nnx.Rngs
+    ) -> None:
         # Starts close to a diagonal, as the plain VAE does. One dimension has nothing below it,
         # which initializers that divide by the number of outputs do not stand.
         quiet = nnx.initializers.normal(0.1 * features**-0.5)
-        self.lower = nnx.Linear(features, latent * (latent - 1) // 2, kernel_init=quiet, rngs=rngs)
+        self.lower = nnx.Linear(
+            features,
+            latent * (latent - 1) // 2,
+            kernel_init=quiet,
+            dot_general=arithmetic.dot_general,
+            rngs=rngs,
+        )
 
     def __call__(
         self, features: Float[Array, " features"], log_std: Float[Array, " latent"]
@@ -221,22 +230,31 @@ HeadMaker = Callable[[Config, int, nnx.Rngs], nnx.Module]
 
 
 def _full_covariance_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    return FullCovarianceHead(config.model.latent, features, rngs=rngs)
+    return FullCovarianceHead(
+        config.model.latent, features, arithmetic=arithmetic(config.model.precision), rngs=rngs
+    )
+
+
+def _flow(
+    kind: Callable[..., nnx.Module], config: Config, features: int, rngs: nnx.Rngs, **more: int
+) -> nnx.Module:
+    multiply = arithmetic(config.model.precision)
+    latent, steps = config.model.latent, config.inference.steps
+    return kind(latent, features, steps, arithmetic=multiply, rngs=rngs, **more)
 
 
 def _householder(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    return HouseholderFlow(config.model.latent, features, config.inference.steps, rngs=rngs)
+    return _flow(HouseholderFlow, config, features, rngs)
 
 
 def _planar(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    return PlanarFlow(config.model.latent, features, config.inference.steps, rngs=rngs)
+    return _flow(PlanarFlow, config, features, rngs)
 
 
 def _inverse_autoregressive(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    latent, steps = config.model.latent, config.inference.steps
     # A narrower network would not see all dimensions.
-    width = config.inference.flow_width or max((latent, *config.model.hidden[:1]))
-    return InverseAutoregressiveFlow(latent, features, steps, width=width, rngs=rngs)
+    width = config.inference.flow_width or max((config.model.latent, *config.model.hidden[:1]))
+    return _flow(InverseAutoregressiveFlow, config, features, rngs, width=width)
 
 
 class SystemSpec(NamedTuple):

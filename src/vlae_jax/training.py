@@ -120,7 +120,7 @@ def loss_fn(
 
     def one(x, key):
         return objective(
-            experiment.merge(params),
+            experiment.merge_for_training(params),
             experiment.system,
             x,
             key,
@@ -185,11 +185,7 @@ class Trainer:
         config = experiment.config.training
         self.experiment = experiment
         self.placement = placement = placement or Placement.of()
-        if config.batch_size % placement.size:
-            raise UserError(
-                f"batch_size {config.batch_size} cannot be split evenly over {placement.size} "
-                "devices; choose a multiple, or fewer with --distributed.devices"
-            )
+        placement.require_even(config.batch_size)
         self.steps_per_epoch = experiment.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
