@@ -31,6 +31,7 @@ OUTER = [
     {"images"},
     {"ppca"},
     {"preprocessing"},
+    {"folders"},
     {"run_folder"},
     {"progress"},
     {"systems"},
