@@ -32,6 +32,7 @@ OUTER = [
     {"images"},
     {"ppca"},
     {"preprocessing"},
+    {"folders"},
     {"run_folder"},
     {"progress"},
     {"systems"},
