@@ -147,6 +147,7 @@ lint: $(VENV)/.with-train $(VENV)/.with-lint ## Check style, formatting and type
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck cloud/*.sh .ci/run
 
 format: $(VENV)/.with-lint ## Format the code and repair what ruff can
 	$(VENV)/bin/ruff format .
