@@ -494,7 +494,7 @@ def test_supervise_continues_on_the_same_slice_after_a_lost_peer(cloud, code):
 
 
 @needs_linux
-@pytest.mark.parametrize(("code", "others"), [(1, 75), (2, 75), (1, 0)])
+@pytest.mark.parametrize(("code", "others"), [(1, 143), (2, 143), (1, 0)])
 def test_supervise_does_not_repeat_what_would_fail_again(cloud, code, others):
     """Wherever the code comes from: the other worker only sees that its peer is gone."""
     cloud.script(f"exit {code}", worker="1")
