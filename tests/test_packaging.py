@@ -144,6 +144,7 @@ def test_every_variable_becomes_its_option(recorded):
         "ACTIVATION": "tanh",
         "LIKELIHOOD": "gaussian",
         "VARIANCE": "shared",
+        "PRECISION": "bfloat16",
         "OBJECTIVE": "iwae",
         "TRAIN_SAMPLES": "5",
         "EPOCHS": "2",

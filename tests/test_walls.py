@@ -24,7 +24,8 @@ CORE = [
 ]
 OUTER = [
     {"interop", "annealing"},
-    {"flows", "gaps", "networks"},
+    {"networks"},
+    {"flows", "gaps"},
     {"models"},
     {"config"},
     {"data"},
