@@ -54,10 +54,6 @@ class Train:
 
     def run(self) -> None:
         """Do it."""
-        from vlae_jax import distributed
-        from vlae_jax.experiment import build_experiment
-        from vlae_jax.training import FitOptions, fit
-
         writer_class = _event_writer_class() if self.tensorboard else None
         config = _with_absolute_data_dir(self.config)
         run = RunFolder(self.run_dir or self.runs_dir / config.run_name)
@@ -72,6 +68,10 @@ class Train:
                 raise UserError(
                     f"{run.path} was trained with another configuration: {'; '.join(differences)}"
                 )
+        from vlae_jax import distributed
+        from vlae_jax.experiment import build_experiment
+        from vlae_jax.training import FitOptions, fit
+
         with distributed.running(self.distributed) as placement:
             # The images may lie elsewhere on another machine; what they are is checked below.
             same = dataclasses.replace(config.data, data_dir=None)
@@ -124,9 +124,6 @@ class Evaluate:
 
     def run(self) -> None:
         """Do it."""
-        from vlae_jax import distributed
-        from vlae_jax.experiment import build_experiment
-
         run = RunFolder(self.run_dir)
         config = run.read_config()
         asked = {
@@ -137,6 +134,9 @@ class Evaluate:
         evaluation = dataclasses.replace(config.evaluation, **asked)
         data = dataclasses.replace(config.data, data_dir=self.data_dir or config.data.data_dir)
         config = dataclasses.replace(config, evaluation=evaluation, data=data)
+        from vlae_jax import distributed
+        from vlae_jax.experiment import build_experiment
+
         with distributed.running(self.distributed) as placement:
             experiment = distributed.together(
                 lambda: build_experiment(_with_absolute_data_dir(config))
