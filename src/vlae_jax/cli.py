@@ -176,14 +176,17 @@ class Prepare:
     check: bool = False
     """Download nothing; the exit code tells whether the data can be read:
     0 yes, 3 with the tfds extra, 4 after a download."""
+    stream: bool = False
+    """Keep, or with --check look for, the files that train --stream reads, in place of that one."""
 
     def run(self) -> None:
         """Do it."""
         from vlae_jax import data
 
         if self.check:
-            sys.exit(int(data.availability(self.dataset, self.data_dir)))
-        print(f"{self.dataset} is ready: {data.prepare_dataset(self.dataset)}")
+            sys.exit(int(data.availability(self.dataset, self.data_dir, stream=self.stream)))
+        ready = data.prepare_dataset(self.dataset, stream=self.stream)
+        print(f"{self.dataset} is ready: {ready}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from vlae_jax.config import TrainingConfig
 from vlae_jax.distributed import Placement
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.experiment import Experiment, map_images
-from vlae_jax.feeding import Feed, ResidentImages
+from vlae_jax.feeding import make_feed
 from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.posterior import kl_to_standard_normal
 from vlae_jax.preprocessing import fixed_keys
@@ -190,7 +190,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
         self._root = jax.random.key(config.seed)
-        self.feed: Feed = ResidentImages(experiment.dataset.train, config, placement)
+        self.feed = make_feed(experiment.dataset.train, config, placement)
         shardings = placement.of_parameters(_first_state(experiment))
         self.step = jax.jit(
             self._step, donate_argnums=0, out_shardings=(shardings, placement.replicated)
