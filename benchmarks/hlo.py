@@ -368,9 +368,7 @@ def _traffic(module: Module, at: Executed) -> float:
     if instruction.opcode != "fusion":
         return sum(sources) + written
     body = module.computations[instruction.attribute(r"calls=%?([\w.\-]+)") or ""]
-    read = sum(
-        min(source, _taken(body, number, source)) for number, source in enumerate(sources)
-    )
+    read = sum(min(source, _taken(body, number, source)) for number, source in enumerate(sources))
     root = body.root
     if root.opcode == "dynamic-update-slice":
         update = sum(array.bytes for array in body.instructions[root.operands[1]].arrays)

@@ -1,7 +1,5 @@
 """Compiled programs with what they cost, and timings taken in turns."""
 
-import math
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -9,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from benchmarks import hlo
 
 GEMM = (6400, 500, 500)
 """Rows, inner size and columns of the product that machines and libraries are rated by."""
@@ -93,47 +93,11 @@ def gemm_rate() -> float:
     return 2 * rows * inner * columns / timing["gemm"].best
 
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-
-
-def matmul_flops(hlo: str) -> float:
+def matmul_flops(text: str) -> float:
     """FLOPs of the matrix products in a compiled program's text.
 
     XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here it counts
-    as often as the compiler knows it to. A multiply-add is two FLOPs. Elementwise work and
-    factorisations count nothing, nor do products handed to a library, as they are on GPUs.
+    as often as the compiler knows it to, and else once. A multiply-add is two FLOPs. Elementwise
+    work and factorisations count nothing, nor do products handed to a library, as on GPUs.
     """
-    own: dict[str, float] = {}
-    calls: dict[str, list[tuple[str, int]]] = {}
-    shapes: dict[str, list[int]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            name = header[2]
-            entry = name if header[1] else entry
-            own[name], calls[name], shapes = 0.0, [], {}
-        elif instruction := _INSTRUCTION.match(line):
-            result, shape, operation, rest = instruction.groups()
-            shapes[result] = _dimensions(shape)
-            if operation == "dot":
-                lhs = shapes[rest.split(",")[0].split(")")[0].split()[-1].lstrip("%")]
-                summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
-                axes = summed[1].split(",") if summed and summed[1] else []
-                inner = math.prod(lhs[int(axis)] for axis in axes)
-                own[name] += 2.0 * math.prod(shapes[result]) * inner
-            known = _TRIPS.search(rest)
-            times = int(known[1]) if known else 1
-            calls[name] += [(called, times) for called in _CALLED.findall(rest)]
-
-    def total(computation: str) -> float:
-        return own[computation] + sum(times * total(called) for called, times in calls[computation])
-
-    return total(entry)
-
-
-def _dimensions(shape: str) -> list[int]:
-    inside = re.match(r"\w+\[([\d,]*)\]", shape)
-    return [int(size) for size in inside[1].split(",") if size] if inside else []
+    return sum(hlo.matmul_flops(hlo.parse(text)).values())

@@ -4,6 +4,7 @@ A prediction, and a lower bound on the time: every unit at its peak, nothing wai
 but the network, no factorisation, no elementwise work.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ def crossing(points: list[tuple[float, float, float]]) -> float | None:
     if points[0][1] >= points[0][2]:
         return points[0][0]
     excess = [(batch, compute - memory) for batch, compute, memory in points]
-    for (start, below), (end, above) in zip(excess, excess[1:], strict=False):
+    for (start, below), (end, above) in itertools.pairwise(excess):
         last = end == excess[-1][0]
         if above >= 0 or (last and above > below):
             return start + (end - start) * -below / (above - below)

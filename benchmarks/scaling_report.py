@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.report import put
+
 from benchmarks import hlo
 from benchmarks.roofline import (
     SLICES,
@@ -15,7 +17,6 @@ from benchmarks.roofline import (
     ring_bytes,
 )
 from benchmarks.scaling import BATCH, SWEEP, Case, read
-from experiments.report import put
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 CHIPS = tuple(SLICES)
@@ -178,7 +179,9 @@ def batches(paper: Paper) -> str:
             text += f"\n\n{words(method)} is bound by memory at any batch."
             continue
         beyond = ", by the last two rows' line" if batch > points[method][-1][0] else ""
-        text += f"\n\n{words(method)} is bound by arithmetic from {batch:.0f} images a chip{beyond}."
+        text += (
+            f"\n\n{words(method)} is bound by arithmetic from {batch:.0f} images a chip{beyond}."
+        )
     return text
 
 
