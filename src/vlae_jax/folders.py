@@ -49,7 +49,7 @@ def in_bucket(path: Path) -> bool:
 
 def is_bucket(path: Path) -> bool:
     """Whether it is a bucket itself, and no folder in it."""
-    return in_bucket(path) and not in_bucket(path.parent)
+    return in_bucket(path) and "/" not in str(path).removeprefix(_BUCKET)
 
 
 def resolved(path: Path) -> Path:
