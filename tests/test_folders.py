@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from bucket_server import served
+from google.cloud import storage
 
 from vlae_jax import cli, folders
 from vlae_jax.checkpoints import Checkpoints, Notes
@@ -19,7 +20,6 @@ from vlae_jax.folders import absolute, as_folder, in_bucket, resolved
 from vlae_jax.report import write_report
 from vlae_jax.run_folder import RunFolder
 
-pytest.importorskip("gcsfs")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SMALL = [
@@ -143,6 +143,17 @@ def test_names_stay_what_they_are(bucket, tmp_path, monkeypatch):
     assert in_bucket(path)
     assert absolute(as_folder("a")) == resolved(as_folder("a/../a")) == tmp_path / "a"
     assert type(as_folder("a")) is type(tmp_path)
+
+
+def test_what_others_write_is_seen_at_once(bucket):
+    """TensorStore and other processes write there too."""
+    folder = as_folder("gs://bucket/shared")
+    (folder / "ours").write_bytes(b"1")
+    assert [path.name for path in folder.iterdir()] == ["ours"]
+    assert not (folder / "theirs").exists()
+    storage.Client().bucket("bucket").blob("shared/theirs").upload_from_string(b"2")
+    assert [path.name for path in folder.iterdir()] == ["ours", "theirs"]
+    assert (folder / "theirs").read_bytes() == b"2"
 
 
 def test_only_the_run_itself_is_overwritten(bucket):
