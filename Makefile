@@ -18,7 +18,7 @@ OPTIONS := PRESET DATASET DATA_DIR PREPROCESS METHOD STEPS SEARCH DAMPING SOLVER
     TRAIN_SAMPLES EPOCHS PATIENCE MINUTES BATCH_SIZE LEARNING_RATE SEED IMPORTANCE_SAMPLES \
     PROPOSAL TEST_IMAGES CHUNK_SIZE RUN_DIR RUNS_DIR
 DISTRIBUTED := DEVICES COORDINATOR PROCESSES PROCESS_ID
-SWITCHES := RESUME RESUME_IF_THERE OVERWRITE TENSORBOARD SHARD_PARAMETERS
+SWITCHES := RESUME RESUME_IF_THERE OVERWRITE STREAM TENSORBOARD SHARD_PARAMETERS
 OTHERS := PLATFORM ARGS PYTHON VENV TEST_WORKERS JAX_PLATFORMS
 
 # A misspelt name must not become an experiment with the default in its place.
@@ -48,6 +48,7 @@ option = $(if $(value $(1)), $(2) $(call quote,$(value $(1))))
 switch = $(if $(filter 1,$($(1))), $(2))
 
 DATA_OPTION = $(call option,DATA_DIR,--data-dir)
+STREAM_OPTION = $(call switch,STREAM,--stream)
 TRAIN_OPTIONS = $\
     $(call option,PRESET,--preset)$\
     $(call option,DATASET,--dataset)$\
@@ -90,6 +91,7 @@ TRAIN_OPTIONS = $\
     $(call switch,RESUME,--resume)$\
     $(call switch,RESUME_IF_THERE,--resume-if-there)$\
     $(call switch,OVERWRITE,--overwrite)$\
+    $(STREAM_OPTION)$\
     $(call switch,TENSORBOARD,--tensorboard)$\
     $(if $(ARGS), $(ARGS))
 
@@ -131,16 +133,17 @@ SUBMAKE = $(MAKE) --no-print-directory
 experiment: $(VENV)/.with-train
 experiment: $(if $(filter cuda tpu,$(PLATFORM)),$(VENV)/.with-$(PLATFORM))
 experiment: $(if $(filter 1,$(TENSORBOARD)),$(VENV)/.with-tensorboard)
+experiment: $(if $(filter 1,$(STREAM)),$(VENV)/.with-stream)
 experiment: ## Train a model and evaluate it: make experiment DATASET=mnist STEPS=4
 ifneq ($(filter-out digits,$(DATASET)),)
 	@# Exit code 4: the data must be downloaded, which takes TensorFlow. 3: they are here, but
 	@# reading them takes tensorflow-datasets. Anything else is a mistake, already explained.
 	@code=0; \
-	$(VENV)/bin/vlae_jax prepare --check $(call quote,$(value DATASET))$(DATA_OPTION) || code=$$?; \
+	$(VENV)/bin/vlae_jax prepare --check $(call quote,$(value DATASET))$(DATA_OPTION)$(STREAM_OPTION) || code=$$?; \
 	case $$code in \
 	0) ;; \
 	4) $(SUBMAKE) $(VENV)/.with-prepare && \
-	   $(VENV)/bin/vlae_jax prepare $(call quote,$(value DATASET)) ;; \
+	   $(VENV)/bin/vlae_jax prepare $(call quote,$(value DATASET))$(STREAM_OPTION) ;; \
 	3) $(SUBMAKE) $(VENV)/.with-tfds ;; \
 	*) exit $$code ;; \
 	esac

@@ -504,6 +504,27 @@ def test_an_interrupted_write_leaves_no_cache_file(monkeypatch, cache):
     assert list(cache.iterdir()) == []
 
 
+@needs_tfds
+def test_records_are_kept_to_be_streamed(tensorflow_installed, names_resolve, monkeypatch, cache):
+    """Beside an .npz file, which cannot be; what was downloaded goes, and all is done but once."""
+    import tensorflow_datasets as tfds
+
+    def download_and_prepare(self, **options):
+        assert options["file_format"] == "array_record"
+        (Path(self._data_dir_root) / "downloads").mkdir(parents=True)
+        shutil.copytree(TFDS_FOLDER, self.data_dir)
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
+    save_npz(cache / "mnist.npz")
+    assert availability("mnist", stream=True) is Availability.NEEDS_DOWNLOAD
+    assert prepare_dataset("mnist", stream=True) == cache / "mnist" / "3.0.1"
+    assert sorted(file.name for file in cache.iterdir()) == ["mnist", "mnist.npz"]
+    monkeypatch.delattr(tfds.core.DatasetBuilder, "download_and_prepare")
+    assert prepare_dataset("mnist", stream=True) == cache / "mnist" / "3.0.1"
+    assert availability("mnist", stream=True) is Availability.READABLE
+    assert numbers(load_dataset("mnist", stream=True).test) == list(range(100, 106))
+
+
 def test_a_cache_that_cannot_be_made(tensorflow_installed, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VLAE_JAX_CACHE", str(tmp_path / "file" / "cache"))

@@ -274,6 +274,19 @@ def test_accelerator_and_tensorboard_extras_are_installed_once(recorded):
 
 
 @needs_make
+def test_streaming_installs_its_extra_and_prepares_what_can_be_streamed(recorded):
+    done = recorded.make("experiment", "DATASET=mnist", "STREAM=1", CHECK_EXIT="4")
+    assert done.returncode == 0, done.stderr
+    assert recorded.calls() == [
+        installed("stream"),
+        ["vlae_jax", "prepare", "--check", "mnist", "--stream"],
+        installed("prepare"),
+        ["vlae_jax", "prepare", "mnist", "--stream"],
+        ["vlae_jax", "train", "--dataset", "mnist", "--stream"],
+    ]
+
+
+@needs_make
 def test_failed_installation_stops_everything_and_is_tried_again(recorded):
     for _ in range(2):
         assert recorded.make("experiment", "PLATFORM=tpu", PIP_EXIT="1").returncode != 0

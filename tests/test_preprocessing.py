@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlae_jax.data import value_counts
 from vlae_jax.preprocessing import KINDS, Preprocessor, fit_preprocessor, fixed_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -193,13 +194,23 @@ def test_keys_replay_and_differ_between_images():
     assert len(np.unique(keys, axis=0)) == 10
 
 
-def test_fitting_does_not_depend_on_the_chunks(monkeypatch):
+def test_fitting_does_not_depend_on_the_chunks_or_the_order(monkeypatch):
     images = random_images(23)
     whole = fit_preprocessor(images, kind="logit")
-    monkeypatch.setattr("vlae_jax.preprocessing._CHUNK_BYTES", 5 * 24 * 8)
-    in_chunks = fit_preprocessor(images, kind="logit")
+    monkeypatch.setattr("vlae_jax.data._BATCH", 7)
+    monkeypatch.setattr("vlae_jax.data._COUNTED", 7 * 5)
+    in_chunks = fit_preprocessor(images[::-1], kind="logit")
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(in_chunks), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(one, other)
+
+
+def test_values_are_counted_at_each_pixel(monkeypatch):
+    images = random_images(23)
+    monkeypatch.setattr("vlae_jax.data._BATCH", 7)
+    monkeypatch.setattr("vlae_jax.data._COUNTED", 7 * 5)
+    values = np.arange(256)
+    expected = (images.reshape(23, -1, 1) == values).sum(axis=0)
+    np.testing.assert_array_equal(value_counts(images), expected)
 
 
 def test_a_constant_pixel_has_no_negative_variance():

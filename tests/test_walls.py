@@ -32,6 +32,7 @@ OUTER = [
     {"images"},
     {"ppca"},
     {"preprocessing"},
+    {"folders"},
     {"run_folder"},
     {"progress"},
     {"systems"},
@@ -57,9 +58,11 @@ MODULES = {path.stem: [path] for path in FOLDER.glob("*.py")} | {
 }
 # What the extras bring; the core must do without.
 EXTRAS = [
+    "array_record",
     "arviz_stats",
     "blackjax",
     "flax",
+    "grain",
     "matplotlib",
     "numpyro",
     "optax",

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 from sklearn.metrics import roc_auc_score
 
+from vlae_jax.data import mean_image
 from vlae_jax.evaluation import measure
 from vlae_jax.experiment import Experiment, map_images
 from vlae_jax.inference import infer_posterior
@@ -368,7 +369,7 @@ def _training_mean(experiment: Experiment) -> Float[Array, " dim"]:
     if not experiment.preprocessor.binary:
         return jnp.zeros(experiment.preprocessor.dim)
     dataset = experiment.dataset
-    return jnp.asarray(dataset.train.mean(axis=0).reshape(-1) / (dataset.levels - 1), float)
+    return jnp.asarray(mean_image(dataset.train).reshape(-1) / (dataset.levels - 1), float)
 
 
 def score(

@@ -14,6 +14,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from vlae_jax import distributed
 from vlae_jax.errors import UserError
+from vlae_jax.folders import absolute, in_bucket
 
 State = TypeVar("State")
 
@@ -50,7 +51,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         # Orbax logs tracebacks of its threads; what they mean is raised too, and told in one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
-        self.folder = folder.absolute()
+        self.folder = absolute(folder)
         self.best_step: int | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_KeepBestAndLast(self), read_only=read_only, create=not read_only
@@ -122,6 +123,8 @@ class Checkpoints:
         return self._restore([*best, *others], like)
 
     def _require_space(self, state: Any) -> None:
+        if in_bucket(self.folder):
+            return
         # Asked first, since the storage layer reports a full disk in many tracebacks.
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
@@ -138,7 +141,8 @@ class Checkpoints:
             with _one_line(failure):
                 yield
         except UserError:
-            if distributed.is_first():
+            # In a bucket one without its commit_success.txt is none, and is written over.
+            if distributed.is_first() and not in_bucket(self.folder):
                 for partial in self.folder.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(partial, ignore_errors=True)
             raise

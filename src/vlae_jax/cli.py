@@ -12,8 +12,9 @@ import tyro
 
 from vlae_jax.config import Config, DistributedConfig, EvaluationConfig, Proposal, default_config
 from vlae_jax.errors import RunFailure, Stopped, UserError
+from vlae_jax.folders import in_bucket, resolved
 from vlae_jax.run_folder import RunFolder
-from vlae_jax.verbs import Encode, Gap, Impute, Reconstruct, Sample, Score, load_best
+from vlae_jax.verbs import Encode, Folder, Gap, Impute, Reconstruct, Sample, Score, load_best
 
 _CHOICES = ("dataset", "method", "preset")
 """Options whose values change the defaults of others, which --help shows and training takes."""
@@ -26,10 +27,11 @@ class Train:
     config: Annotated[Config, tyro.conf.OmitArgPrefixes]
     preset: str | None = None
     """Published settings as defaults: paper-screenshot is the picture in the authors' README."""
-    run_dir: Path | None = None
-    """Folder of this run; by default RUNS_DIR/DATASET-METHOD-T-SEED."""
-    runs_dir: Path = Path("runs")
-    """Folder that holds the runs."""
+    run_dir: Folder | None = None
+    """Folder of this run, local or gs://BUCKET/FOLDER (needs the gcs extra); by default
+    RUNS_DIR/DATASET-METHOD-T-SEED."""
+    runs_dir: Folder = Path("runs")
+    """Folder that holds the runs, likewise."""
     resume: bool = False
     """Continue the run from its last checkpoint."""
     resume_if_there: bool = False
@@ -52,13 +54,13 @@ class Train:
 
     def run(self) -> None:
         """Do it."""
-        from vlae_jax import distributed
-        from vlae_jax.experiment import build_experiment
-        from vlae_jax.training import FitOptions, fit
-
         writer_class = _event_writer_class() if self.tensorboard else None
         config = _with_absolute_data_dir(self.config)
         run = RunFolder(self.run_dir or self.runs_dir / config.run_name)
+        if self.tensorboard and in_bucket(run.path):
+            raise UserError(
+                "--tensorboard writes to local folders alone; metrics.jsonl holds the same scalars"
+            )
         resume = self.resume or (self.resume_if_there and run.exists())
         if resume:
             differences = config.differences(run.read_config())
@@ -66,6 +68,10 @@ class Train:
                 raise UserError(
                     f"{run.path} was trained with another configuration: {'; '.join(differences)}"
                 )
+        from vlae_jax import distributed
+        from vlae_jax.experiment import build_experiment
+        from vlae_jax.training import FitOptions, fit
+
         with distributed.running(self.distributed) as placement:
             # The images may lie elsewhere on another machine; what they are is checked below.
             same = dataclasses.replace(config.data, data_dir=None)
@@ -96,7 +102,7 @@ class Train:
 class Evaluate:
     """Evaluate the best checkpoint of a trained run again, and draw its report."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Folder]
     """The run folder."""
     data_dir: str | None = None
     """Where the images are now, if they have moved."""
@@ -118,9 +124,6 @@ class Evaluate:
 
     def run(self) -> None:
         """Do it."""
-        from vlae_jax import distributed
-        from vlae_jax.experiment import build_experiment
-
         run = RunFolder(self.run_dir)
         config = run.read_config()
         asked = {
@@ -131,6 +134,9 @@ class Evaluate:
         evaluation = dataclasses.replace(config.evaluation, **asked)
         data = dataclasses.replace(config.data, data_dir=self.data_dir or config.data.data_dir)
         config = dataclasses.replace(config, evaluation=evaluation, data=data)
+        from vlae_jax import distributed
+        from vlae_jax.experiment import build_experiment
+
         with distributed.running(self.distributed) as placement:
             experiment = distributed.together(
                 lambda: build_experiment(_with_absolute_data_dir(config))
@@ -142,9 +148,9 @@ class Evaluate:
 class Report:
     """Print the results of runs side by side and draw their pictures and report.html again."""
 
-    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
+    run_dirs: tyro.conf.Positional[tuple[Folder, ...]]
     """Run folders."""
-    output: Path = Path("comparison")
+    output: Folder = Path("comparison")
     """Folder for the pictures that compare several runs, and the page with all of them."""
 
     def run(self) -> None:
@@ -154,7 +160,7 @@ class Report:
         if not self.run_dirs:
             raise UserError("name at least one run folder")
         write_report(self.run_dirs)
-        if len({path.resolve() for path in self.run_dirs}) > 1:
+        if len({resolved(path) for path in self.run_dirs}) > 1:
             page, *_ = write_comparison(self.run_dirs, self.output)
             print(f"comparison: {page}")
 
@@ -170,14 +176,17 @@ class Prepare:
     check: bool = False
     """Download nothing; the exit code tells whether the data can be read:
     0 yes, 3 with the tfds extra, 4 after a download."""
+    stream: bool = False
+    """Keep, or with --check look for, the files that train --stream reads, in place of that one."""
 
     def run(self) -> None:
         """Do it."""
         from vlae_jax import data
 
         if self.check:
-            sys.exit(int(data.availability(self.dataset, self.data_dir)))
-        print(f"{self.dataset} is ready: {data.prepare_dataset(self.dataset)}")
+            sys.exit(int(data.availability(self.dataset, self.data_dir, stream=self.stream)))
+        ready = data.prepare_dataset(self.dataset, stream=self.stream)
+        print(f"{self.dataset} is ready: {ready}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

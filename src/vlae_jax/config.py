@@ -63,8 +63,17 @@ class DataConfig:
     """With logit: also divide by one standard deviation (the log-Jacobian accounts for it)."""
     validation_fraction: float = 0.1
     """Share of the training images set aside to choose the checkpoint."""
+    stream: bool = False
+    """Leave the training images on disk and read each batch as it is needed (validation and test
+    images are held in memory): from a directory that tensorflow-datasets has prepared in the
+    array_record format. Needs the stream extra."""
 
     def __post_init__(self) -> None:
+        _require(
+            not (self.stream and self.preprocess == "static_binary"),
+            "static_binary draws all training images once and keeps them in memory: leave --stream "
+            "out, or choose --preprocess dynamic_binary",
+        )
         _require(
             0.0 < self.logit_lambda < 0.5,
             f"logit_lambda must lie between 0 and 0.5, got {self.logit_lambda}",
@@ -402,6 +411,10 @@ class Config:
         )
         if method == "ppca":
             _require(
+                not self.data.stream,
+                "ppca is fitted to all training images at once: leave --stream out",
+            )
+            _require(
                 self.likelihood == "gaussian" and self.model.variance == "shared",
                 "ppca has a gaussian output of one variance: choose --preprocess logit or raw "
                 "and --variance shared",
@@ -444,10 +457,10 @@ class Config:
     def differences(self, saved: "Config") -> list[str]:
         """What keeps this configuration from continuing a run made with `saved`.
 
-        The evaluation, and where the data lie, may change; so may how long to train, unless the
-        learning rate depends on it.
+        The evaluation, and where the data lie, on disk or in memory, may change; so may how long to
+        train, unless the learning rate depends on it.
         """
-        free = {"data.data_dir"}
+        free = {"data.data_dir", "data.stream"}
         if self.training.schedule == "constant":
             free |= {"training.epochs", "training.patience", "training.minutes"}
         mine, theirs = _flat(self), _flat(saved)

@@ -59,7 +59,10 @@ def build_experiment(config: Config) -> Experiment:
     spec = find_system(config.inference.method)
     data = config.data
     dataset = load_dataset(
-        data.dataset, data.data_dir, validation_fraction=data.validation_fraction
+        data.dataset,
+        data.data_dir,
+        validation_fraction=data.validation_fraction,
+        stream=data.stream,
     )
     if config.training.batch_size > len(dataset.train):
         raise UserError(
@@ -77,7 +80,10 @@ def build_experiment(config: Config) -> Experiment:
         standardize=data.standardize,
     )
     if data.preprocess == "static_binary":
-        dataset = dataset._replace(train=_binarize_once(preprocessor, dataset))
+        assert isinstance(dataset.train, np.ndarray)  # DataConfig refuses to stream them
+        dataset = dataset._replace(
+            train=_binarize_once(preprocessor, dataset.train, dataset.levels)
+        )
     model = VariationalAutoencoder(
         preprocessor.dim,
         latent=config.model.latent,
@@ -95,6 +101,7 @@ def build_experiment(config: Config) -> Experiment:
         rngs=nnx.Rngs(config.training.seed),
     )
     if config.inference.method == "ppca":
+        assert isinstance(dataset.train, np.ndarray)  # Config refuses to stream them
         _set_to_ppca(model, preprocessor, dataset.train)
     graphdef, params = nnx.split(model)
     system = spec.build(config.inference)
@@ -172,12 +179,11 @@ def _set_to_ppca(
     model.set_log_var(np.log(fitted.variance))
 
 
-def _binarize_once(preprocessor: Preprocessor, dataset: Dataset) -> np.ndarray:
+def _binarize_once(preprocessor: Preprocessor, images: np.ndarray, levels: int) -> np.ndarray:
     """Training pixels as black or white, so that drawing them again changes nothing."""
-    images = dataset.train
 
     def draw(_, pixels, key):
         return jnp.uint8(preprocessor.apply(key, pixels)[0])
 
     bits = map_images(draw, images, fixed_keys(len(images)), batch_size=4096)(None)
-    return bits.reshape(images.shape) * np.uint8(dataset.levels - 1)
+    return bits.reshape(images.shape) * np.uint8(levels - 1)

@@ -1,14 +1,21 @@
 """What each training step sees: the order of the images, and how their pixels reach the devices."""
 
+import functools
 import itertools
+import sys
+import threading
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
 from vlae_jax.config import TrainingConfig
+from vlae_jax.data import StoredImages
 from vlae_jax.distributed import Placement
+
+_THREADS, _BATCHES_AHEAD = 4, 8
 
 
 def epoch_order(config: TrainingConfig, epoch: int, num_images: int) -> np.ndarray:
@@ -65,3 +72,83 @@ class ResidentImages:
         """The rows that the order names."""
         images, order = arguments
         return self._placement.split_rows(images[order[step % self._steps]])
+
+
+class StreamedImages:
+    """Images on disk: each process reads its own rows of the next batches in the background.
+
+    The order is that of `ResidentImages`, and a step's images follow from its number: to resume
+    takes no state. In memory are the next eight batches and the orders of two epochs.
+    """
+
+    def __init__(self, images: StoredImages, config: TrainingConfig, placement: Placement) -> None:
+        self._images, self._sharding = images, placement.rows
+        self._steps = len(images) // config.batch_size
+        self._shape = (config.batch_size, *images.shape[1:])
+        shards = placement.rows.addressable_devices_indices_map(self._shape)
+        every = np.arange(config.batch_size)
+        rows = {device: every[index[0]] for device, index in shards.items() if index}
+        self._rows = np.unique(np.concatenate(list(rows.values())))
+        self._shards = {device: np.searchsorted(self._rows, own) for device, own in rows.items()}
+        # Batches on both sides of an epoch's end are read at once.
+        self._orders = functools.lru_cache(maxsize=2)(
+            functools.partial(epoch_order, config, num_images=len(images))
+        )
+        self._lock = threading.Lock()
+
+    def read(self, step: int) -> np.ndarray:
+        """The rows of a step's batch that are of this process's devices.
+
+        Raises:
+            UserError: If they cannot be read.
+        """
+        epoch, row = divmod(step, self._steps)
+        with self._lock:  # threads that wait for an order need not draw it too
+            order = self._orders(epoch)
+        return self._images[order[row, self._rows]]
+
+    def arguments(self, start: int) -> Iterator[tuple[Array, ...]]:
+        """Each step's images, every device's rows on it.
+
+        The transfer runs while the devices work, as training starts a step before the last is done.
+        """
+        grain = _import_grain()
+        steps = grain.MapDataset.range(start, sys.maxsize).map(self.read)
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
+        batches = iter(steps.to_iter_dataset(options))
+        try:
+            for batch in batches:
+                yield (self._place(batch),)
+        finally:
+            batches.close()
+
+    def _place(self, batch: np.ndarray) -> Array:
+        parts = [jax.device_put(batch[rows], device) for device, rows in self._shards.items()]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
+
+    def pixels(
+        self, step: Int[Array, ""], *arguments: Array
+    ) -> UInt8[Array, "batch height width channel"]:
+        """They are there."""
+        return arguments[0]
+
+
+def _import_grain() -> Any:
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of a profiler that not every jaxlib has
+    try:
+        import grain
+    finally:
+        logging.set_verbosity(before)
+    return grain
+
+
+def make_feed(
+    images: np.ndarray | StoredImages, config: TrainingConfig, placement: Placement
+) -> Feed:
+    """The one that fits where the training images are."""
+    if isinstance(images, StoredImages):
+        return StreamedImages(images, config, placement)
+    return ResidentImages(images, config, placement)

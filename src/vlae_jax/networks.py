@@ -104,12 +104,12 @@ def arithmetic(precision: Precision, *, derivatives_only: bool = False) -> Arith
         precision: "float32" leaves products to JAX. "bfloat16" rounds the operands of every
             product, in the derivatives too, to 8 significant bits; sums, biases, activations,
             parameters and what comes out are as in float32.
-        derivatives_only: With "bfloat16", leave values alone. A decoder needs this. Rounded, its
-            value jumps by 0.1 nats and more of the log joint from one z to the next, and a unit
-            near its kink takes the wrong side of it; a line search would chase these jumps, and
-            the decrement of 0.01 nats by which it counts as converged would drown in them.
-            Rounded derivatives are a Jacobian that is off by 1 in 500 in every entry. Squared in
-            full precision, it leaves the precision matrix positive definite.
+        derivatives_only: With "bfloat16", leave values alone. A decoder needs this. Were its value
+            rounded, the log joint would jump by about 0.1 nats from one z to the next (MNIST), and
+            ReLUs near their kink would take the wrong side: a line search would stop at jumps
+            instead of modes and call it convergence, which here means less than 0.01 nats. Rounded
+            derivatives are a Jacobian whose entries are each off by about 1 in 500. Its square,
+            summed in float32, stays positive definite.
 
     Raises:
         ValueError: If there is no such precision.

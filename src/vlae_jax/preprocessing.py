@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from vlae_jax.data import StoredImages, value_counts
+
 Kind = Literal["logit", "raw", "static_binary", "dynamic_binary"]
 KINDS: tuple[Kind, ...] = ("logit", "raw", "static_binary", "dynamic_binary")
 
 _EVALUATION_SEED = 20190613  # any number; fixed, so that the noise of an evaluation can be replayed
-_CHUNK_BYTES = 2**27  # of float64 held at once while fitting
 
 
 @functools.partial(
@@ -128,7 +129,7 @@ class Preprocessor:
 
 
 def fit_preprocessor(
-    images: np.ndarray,
+    images: np.ndarray | StoredImages,
     *,
     kind: Kind,
     levels: int = 256,
@@ -137,7 +138,8 @@ def fit_preprocessor(
 ) -> Preprocessor:
     """Fit a preprocessor to training images.
 
-    Means and variances are exact expectations over the noise, in float64, so no seed enters.
+    Means and variances are exact expectations over the noise, in float64, so no seed enters; nor
+    does the order of the images, or whether they are in memory.
 
     Args:
         images: uint8 (n, height, width, channel), 0 to levels - 1.
@@ -151,14 +153,15 @@ def fit_preprocessor(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
+    if images.dtype != np.uint8 or len(images.shape) != 4 or math.prod(images.shape) == 0:
         raise ValueError(
             f"images must be uint8 (n, height, width, channel), got {images.dtype} {images.shape}."
         )
-    if images.max() >= levels:
-        raise ValueError(f"pixels must lie below levels={levels}, got {images.max()}.")
-    first, second = _moments(kind, levels, logit_lambda)
-    mean, square = (_average(images, table) for table in (first, second))
+    counts = value_counts(images)
+    if (highest := np.flatnonzero(counts.any(axis=0))[-1]) >= levels:
+        raise ValueError(f"pixels must lie below levels={levels}, got {highest}.")
+    shares = counts[:, :levels] / len(images)
+    mean, square = (shares @ table for table in _moments(kind, levels, logit_lambda))
     # Rounding can leave a constant pixel's variance just below 0.
     variance = np.maximum(square - mean**2, 0)
     scale = math.sqrt(variance.mean()) if kind == "logit" and standardize else 1.0
@@ -207,11 +210,3 @@ def _logit_moments(levels: int, logit_lambda: float) -> tuple[np.ndarray, np.nda
     mass = weight * (high - low) / 2 / (4 * np.cosh(logit / 2) ** 2)  # ds = sigmoid'(l) dl
     mass *= levels / (1 - 2 * logit_lambda)
     return (mass * logit).sum(axis=1), (mass * logit**2).sum(axis=1)
-
-
-def _average(images: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Mean of table[pixel] over images, (dim,), in chunks."""
-    flat = images.reshape(len(images), -1)
-    step = max(1, _CHUNK_BYTES // (8 * flat.shape[1]))
-    chunks = (table[flat[start : start + step]] for start in range(0, len(flat), step))
-    return sum(chunk.sum(axis=0) for chunk in chunks) / len(flat)

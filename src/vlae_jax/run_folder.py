@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlae_jax.config import Config
 from vlae_jax.errors import UserError
+from vlae_jax.folders import in_bucket, is_bucket, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,8 @@ class RunFolder:
         Raises:
             UserError: If something is there already, or nothing can be written there.
         """
+        if is_bucket(self.path):
+            raise UserError(f"{self.path} is a whole bucket; name a folder in it")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, not a folder; choose another --run-dir")
         if self.path.exists() and any(self.path.iterdir()):
@@ -80,9 +84,13 @@ class RunFolder:
                     "it, --run-dir PATH puts the new one elsewhere"
                 )
         with writing(self.path):
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
+            if in_bucket(self.path):
+                if self.path.exists():
+                    self.path.rmtree()  # type: ignore[attr-defined]
+            else:
+                if self.path.exists():
+                    shutil.rmtree(self.path)
+                self.path.mkdir(parents=True)
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:
@@ -106,10 +114,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self._config} cannot be read: {error.strerror}") from None
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with writing(self.metrics), self.metrics.open("a") as file:
-            file.write(json.dumps(_plain(record)) + "\n")
+    def metrics_log(self) -> "MetricsLog":
+        """metrics.jsonl, to be continued where it ends now."""
+        return MetricsLog(self.metrics)
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget what was logged after `step`, which is about to be repeated."""
@@ -149,12 +156,47 @@ class RunFolder:
         write_atomically(path, lambda file: file.write(text.encode()))
 
 
+class MetricsLog:
+    """metrics.jsonl while it grows.
+
+    On a disk each line is written at once. An object in a bucket cannot be added to: there the
+    lines wait for `save`, which writes all of them anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._saved = path.read_text() if in_bucket(path) and path.exists() else ""
+        self._waiting: list[str] = []
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line."""
+        line = json.dumps(_plain(record)) + "\n"
+        if in_bucket(self._path):
+            self._waiting.append(line)
+            return
+        with writing(self._path), self._path.open("a") as file:
+            file.write(line)
+
+    def save(self) -> None:
+        """Write what waits. Before a checkpoint is: it must not know more than the file does."""
+        if self._waiting:
+            text = self._saved + "".join(self._waiting)
+            write_atomically(self._path, lambda file: file.write(text.encode()))
+            self._saved, self._waiting = text, []
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file whole or not at all.
 
     Raises:
         UserError: If it cannot be written.
     """
+    if in_bucket(path):
+        content = io.BytesIO()
+        write(content)
+        with writing(path):
+            path.write_bytes(content.getvalue())
+        return
     partial = path.with_name(path.name + ".partial")
     try:
         with writing(path):
@@ -164,18 +206,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says against writing `path` into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{path} cannot be written: {reason}; choose another folder, or make room there"
-        ) from None
 
 
 def _record(line: str) -> dict[str, Any]:
@@ -196,4 +226,4 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, PurePath) else value

@@ -20,7 +20,7 @@ from vlae_jax.config import TrainingConfig
 from vlae_jax.distributed import Placement
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.experiment import Experiment, map_images
-from vlae_jax.feeding import Feed, ResidentImages
+from vlae_jax.feeding import make_feed
 from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.posterior import kl_to_standard_normal
 from vlae_jax.preprocessing import fixed_keys
@@ -190,7 +190,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
         self._root = jax.random.key(config.seed)
-        self.feed: Feed = ResidentImages(experiment.dataset.train, config, placement)
+        self.feed = make_feed(experiment.dataset.train, config, placement)
         shardings = placement.of_parameters(_first_state(experiment))
         self.step = jax.jit(
             self._step, donate_argnums=0, out_shardings=(shardings, placement.replicated)
@@ -302,7 +302,10 @@ def fit(
             for line in restored.damaged:
                 progress.say(line)
             progress.say(f"resuming at step {start} of {trainer.total_steps}")
-        loop.run(state, progress, received)
+        try:
+            loop.run(state, progress, received)
+        finally:
+            loop.metrics.save()
     checkpoints.close()
 
 
@@ -317,7 +320,7 @@ class _Loop:
         options: FitOptions,
         notes: Notes,
     ) -> None:
-        self.trainer, self.run_folder, self.checkpoints = trainer, run, checkpoints
+        self.trainer, self.metrics, self.checkpoints = trainer, run.metrics_log(), checkpoints
         self.options = options
         self.notes = notes
         self.began = time.monotonic()
@@ -407,6 +410,7 @@ class _Loop:
 
     def _save(self, state: TrainState, step: int) -> None:
         if step != self.saved:
+            distributed.on_first(self.metrics.save)
             self.checkpoints.save(step, self._checked(state), self._notes())
             self.saved = step
 
@@ -432,7 +436,7 @@ class _Loop:
         if not distributed.is_first():
             return
         record = {"split": split, "step": step, "epoch": epoch, **values, "seconds": seconds}
-        self.run_folder.append_metrics(record)
+        self.metrics.append(record)
         if self.options.writer:
             for name, value in values.items():
                 self.options.writer.add_scalar(f"{split}/{name}", float(value), step)

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -11,8 +11,21 @@ import tyro
 
 from vlae_jax.config import GapConfig
 from vlae_jax.errors import UserError
+from vlae_jax.folders import as_folder, in_bucket
 from vlae_jax.images import Images, checked, read_images, read_missing
 from vlae_jax.run_folder import RunFolder, write_atomically
+
+Folder = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: as_folder(words[0]),
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""A folder or file of the command line, which may be in a bucket."""
 
 _LABELS = {
     "log_prob": ("log p(x), nats", "low"),
@@ -28,9 +41,9 @@ _LABELS = {
 class _Use:
     """A run, and the file that is made with it."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Folder]
     """The run folder; its best checkpoint is used."""
-    output: Path | None = None
+    output: Folder | None = None
     """The .npz file to write; by default one of a fixed name in the run folder."""
     overwrite: bool = False
     """Replace the output file if there is one."""
@@ -48,7 +61,7 @@ class _Use:
         target = self.output or self.run_dir / self.default_name
         if target.suffix != ".npz":
             raise UserError(f"output must be an .npz file, got {target}")
-        if not target.parent.is_dir():
+        if not in_bucket(target) and not target.parent.is_dir():
             raise UserError(f"output folder {target.parent} does not exist; make it first")
         if target.exists() and not self.overwrite:
             raise UserError(
@@ -302,7 +315,7 @@ class Score(_UseOnImages):
 class Gap:
     """Measure where the bound loses its nats: approximation, amortisation, non-convergence."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Folder]
     """The run folder; its best checkpoint is used."""
     effort: Annotated[GapConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=GapConfig

@@ -1,6 +1,7 @@
 """What a run folder holds, read and checked; and how a finished file is put down."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import numpy as np
 
 from vlae_jax.config import LABELS, STEPLESS
 from vlae_jax.errors import UserError
+from vlae_jax.folders import as_folder, errors_of, in_bucket, resolved
 
 Curve = tuple[np.ndarray, np.ndarray]
 UNRELIABLE_K = 0.7
@@ -45,7 +47,7 @@ class Run:
     @property
     def name(self) -> str:
         """What the results call it, or its folder."""
-        return str(self._described("name") or self.path.resolve().name)
+        return str(self._described("name") or resolved(self.path).name)
 
     @property
     def method(self) -> str:
@@ -163,7 +165,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
     Raises:
         UserError: If there is no such run, or one of its files is damaged.
     """
-    path = Path(run_dir)
+    path = as_folder(run_dir)
     if not path.is_dir():
         raise UserError(f"no run folder at {path}: give a folder that training wrote")
     if not (path / "config.json").is_file():
@@ -189,7 +191,7 @@ def read_runs(run_dirs: Iterable[str | os.PathLike[str]]) -> list[Run]:
     """
     folders: dict[Path, str | os.PathLike[str]] = {}
     for run_dir in run_dirs:
-        folders.setdefault(Path(run_dir).resolve(), run_dir)
+        folders.setdefault(resolved(as_folder(run_dir)), run_dir)
     if not folders:
         raise UserError("no run to report on: give one or more folders that training wrote")
     return [read_run(run_dir) for run_dir in folders.values()]
@@ -198,7 +200,7 @@ def read_runs(run_dirs: Iterable[str | os.PathLike[str]]) -> list[Run]:
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
+    except errors_of(path) as error:
         raise UserError(f"cannot read {path}: {_one_line(error)}") from error
 
 
@@ -248,8 +250,9 @@ def _read_arrays(
 ) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
+    content = io.BytesIO(_read_bytes(path))
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(content, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     # A damaged archive raises from zipfile, zlib or numpy, each with exceptions of its own.
     except Exception as error:
@@ -285,13 +288,16 @@ def write_file(path: Path, content: bytes) -> None:
     """Write so that a reader sees the old file or the new one, never half of it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if in_bucket(path):  # where it comes to be at once
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             unfinished.write_bytes(content)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
-    except OSError as error:
+    except errors_of(path) as error:
         raise UserError(f"cannot write {path}: {_one_line(error)}") from error
 
 

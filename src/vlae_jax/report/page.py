@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vlae_jax.folders import as_folder
 from vlae_jax.report.comparison import save_comparison
 from vlae_jax.report.figures import save_pictures
 from vlae_jax.report.files import Run, number, read_runs, write_file
@@ -106,7 +107,7 @@ def write_report(
         for run, section in zip(runs, sections, strict=True):
             write_file(run.path / "report.html", _page(run.name, [section]).encode())
         return [run.path / "report.html" for run in runs]
-    return _write_comparison(runs, sections, Path(output))[:1]
+    return _write_comparison(runs, sections, as_folder(output))[:1]
 
 
 def write_comparison(
@@ -132,7 +133,8 @@ def write_comparison(
             if something cannot be written.
     """
     runs = read_runs(run_dirs)
-    return _write_comparison(runs, [_section(run, []) for run in runs], Path(folder, "report.html"))
+    sections = [_section(run, []) for run in runs]
+    return _write_comparison(runs, sections, as_folder(folder) / "report.html")
 
 
 def _write_comparison(runs: Sequence[Run], sections: Sequence[str], path: Path) -> list[Path]:

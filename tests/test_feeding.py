@@ -1,0 +1,423 @@
+"""Images that stay on disk: the same run as in memory, each process with its own rows."""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+
+import chex
+import numpy as np
+import pytest
+
+from vlae_jax import cli, data
+from vlae_jax.checkpoints import Checkpoints
+from vlae_jax.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.data import StoredImages, load_dataset, value_counts
+from vlae_jax.distributed import Placement
+from vlae_jax.errors import UserError
+from vlae_jax.experiment import build_experiment
+from vlae_jax.feeding import StreamedImages, epoch_order
+from vlae_jax.run_folder import RunFolder
+from vlae_jax.training import FitOptions, Trainer, fit, initial_state
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("array_record", "grain")),
+        reason="needs the stream extra",
+    ),
+]
+
+SHAPE = (6, 5, 1)
+TRAINING = TrainingConfig(epochs=3, batch_size=8, learning_rate=1e-2, seed=2)
+KEPT = FitOptions(log_every=1, checkpoint_every=3)
+
+
+def random_images(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE), np.uint8)
+
+
+TRAIN, TEST = random_images(0, 45), random_images(1, 7)
+
+
+def prepare(root: Path, shards: int = 3) -> Path:
+    """A directory as tensorflow-datasets leaves it, named doodles; of it the version's folder."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from PIL import Image
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    def record(image):
+        file, example = io.BytesIO(), tf_example_pb2.Example()
+        Image.fromarray(image[..., 0]).save(file, "png")
+        example.features.feature["image"].bytes_list.value.append(file.getvalue())
+        return example.SerializeToString()
+
+    folder = root / "doodles" / "1.0.0"
+    folder.mkdir(parents=True)
+    splits = []
+    for split, images, count in (("train", TRAIN, shards), ("test", TEST, 1)):
+        parts = np.array_split(images, count)
+        for number, part in enumerate(parts):
+            name = f"doodles-{split}.array_record-{number:05d}-of-{count:05d}"
+            writer = ArrayRecordWriter(str(folder / name), "group_size:1")
+            for image in part:
+                writer.write(record(image))
+            writer.close()
+        splits.append(
+            {
+                "name": split,
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "numBytes": "1",
+                "shardLengths": [str(len(part)) for part in parts],
+            }
+        )
+    about = {"fileFormat": "array_record", "name": "doodles", "version": "1.0.0", "splits": splits}
+    (folder / "dataset_info.json").write_text(json.dumps(about))
+    features = "tensorflow_datasets.core.features"
+    image = {"dtype": "uint8", "shape": {"dimensions": [str(length) for length in SHAPE]}}
+    feature = {"image": image, "pythonClassName": f"{features}.image_feature.Image"}
+    (folder / "features.json").write_text(
+        json.dumps(
+            {
+                "featuresDict": {"features": {"image": feature}},
+                "pythonClassName": f"{features}.features_dict.FeaturesDict",
+            }
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prepared")
+    prepare(path)
+    return path
+
+
+def config(root: Path, *, stream: bool) -> Config:
+    return Config(
+        data=DataConfig(dataset="doodles", data_dir=str(root), stream=stream),
+        model=ModelConfig(latent=2, hidden=(8,)),
+        inference=InferenceConfig(method="vae"),
+        training=TRAINING,
+    )
+
+
+@pytest.fixture(scope="module")
+def resident(root):
+    return build_experiment(config(root, stream=False))
+
+
+@pytest.fixture(scope="module")
+def streamed(root):
+    return build_experiment(config(root, stream=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trainer_an_experiment():
+    """So that runs of one experiment compile one step."""
+    trainers = {}
+
+    def trainer(experiment, placement=None):
+        return trainers.setdefault(id(experiment), Trainer(experiment))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlae_jax.training.Trainer", trainer)
+        yield trainer
+
+
+def start(experiment, folder: Path, *, resume: bool = False) -> RunFolder:
+    run = RunFolder(folder)
+    if not resume:
+        run.create(experiment.config, overwrite=False)
+    fit(experiment, run, resume=resume, options=KEPT)
+    return run
+
+
+def last_state(experiment, run: RunFolder):
+    like = initial_state(experiment, Placement.here())
+    return Checkpoints(run.checkpoints, read_only=True).restore_last(like).state
+
+
+def records(run: RunFolder) -> list[dict]:
+    """All that was logged but times."""
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    times = ("seconds", "images_per_second")
+    return [{name: line[name] for name in line if name not in times} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(resident, tmp_path_factory) -> RunFolder:
+    return start(resident, tmp_path_factory.mktemp("whole") / "run")
+
+
+# The images
+
+
+def test_a_streamed_set_is_the_one_in_memory(root, monkeypatch):
+    """Read in chunks that end anywhere; the fingerprint allows to resume one with the other."""
+    expected = load_dataset("doodles", root)
+    monkeypatch.setattr(data, "_BATCH", 7)
+    found = load_dataset("doodles", root, stream=True)
+    assert isinstance(found.train, StoredImages) and "streamed" in found.source
+    assert (found.train.shape, found.train.dtype) == (expected.train.shape, np.uint8)
+    rows = np.random.default_rng(0).permutation(len(expected.train))
+    np.testing.assert_array_equal(found.train[rows], expected.train[rows])
+    np.testing.assert_array_equal(found.validation, expected.validation)
+    np.testing.assert_array_equal(found.test, expected.test)
+    for name in ("name", "levels", "fingerprint"):
+        assert getattr(found, name) == getattr(expected, name)
+    np.testing.assert_array_equal(value_counts(found.train), value_counts(expected.train))
+    np.testing.assert_array_equal(
+        data.mean_image(found.train), expected.train.mean(axis=0, dtype=np.float64)
+    )
+
+
+def test_the_preprocessing_is_that_of_the_images_in_memory(resident, streamed):
+    chex.assert_trees_all_equal(streamed.preprocessor, resident.preprocessor)
+
+
+class Numbered:
+    """A split of any length, whose images are functions of their number; notes what is read."""
+
+    def __init__(self, length: int, shape: tuple[int, ...] = SHAPE) -> None:
+        self.length, self.shape = length, shape
+        self.places: deque[int] = deque(maxlen=100)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, places: np.ndarray) -> np.ndarray:
+        self.places.extend(places.tolist())
+        first = (places % 256).astype(np.uint8)
+        return np.broadcast_to(first[:, None, None, None], (len(places), *self.shape)).copy()
+
+    def read_all(self) -> np.ndarray:
+        return self.read(np.arange(self.length))
+
+
+def peak_of_streaming(monkeypatch, count: int) -> int:
+    """Bytes of what numpy and Python hold at most in loading and in the first steps."""
+    parts = {"train": Numbered(count, (28, 28, 1)), "test": Numbered(10, (28, 28, 1))}
+    monkeypatch.setattr(data, "_stored", lambda *_: Path("folder"))
+    monkeypatch.setattr(data, "_open_builder", lambda _: None)
+    monkeypatch.setattr(data, "_PreparedPart", lambda _, __, split, ___: parts[split])
+    monkeypatch.setattr(data, "_BATCH", 100)
+    tracemalloc.start()
+    try:
+        dataset = load_dataset("mine", "folder", validation_fraction=100 / count, stream=True)
+        steps = StreamedImages(dataset.train, TRAINING, Placement.here()).arguments(0)
+        for _ in range(20):
+            next(steps)
+        steps.close()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_images_but_by_their_places(monkeypatch):
+    peak_of_streaming(monkeypatch, 1_000)  # imports
+    few, many = 5_000, 50_000
+    grown = peak_of_streaming(monkeypatch, many) - peak_of_streaming(monkeypatch, few)
+    assert grown / (many - few) < 40, "bytes an image, which has 784 pixels"
+
+
+# What a step sees
+
+
+def test_a_feed_started_anywhere_gives_the_batches_of_the_order(streamed):
+    feed, train = Trainer(streamed).feed, streamed.dataset.train
+    assert isinstance(feed, StreamedImages)
+    first = int(np.random.default_rng().integers(0, 12))
+    steps = feed.arguments(first)
+    for step in range(first, first + 7):  # an epoch has 5
+        order = epoch_order(TRAINING, step // 5, len(train))[step % 5]
+        pixels = feed.pixels(np.int32(step), *next(steps))
+        np.testing.assert_array_equal(pixels, train[order], err_msg=f"step {step} from {first}")
+    steps.close()
+
+
+class Shards:
+    """A sharding of a batch of which this process has some rows."""
+
+    def __init__(self, *rows: slice) -> None:
+        self.rows = rows
+
+    def addressable_devices_indices_map(self, shape):
+        return {f"device {i}": (rows, slice(None)) for i, rows in enumerate(self.rows)}
+
+
+def test_a_process_reads_only_its_own_rows():
+    """Of two, whose devices alternate; together they read each image of an epoch once."""
+    seen = []
+    for own in ((slice(0, 2), slice(4, 6)), (slice(2, 4), slice(6, 8))):
+        source = Numbered(41)
+        places = np.random.default_rng(0).permutation(41)
+        images = StoredImages(source.read, places, SHAPE, np.zeros((30, 256), np.int64))
+        feed = StreamedImages(images, TRAINING, SimpleNamespace(rows=Shards(*own)))
+        rows = np.r_[own]
+        for step in range(5, 10):
+            batch = feed.read(step)
+            expected = places[epoch_order(TRAINING, 1, 41)[step - 5, rows]]
+            np.testing.assert_array_equal(batch[:, 0, 0, 0], expected)
+        assert len(source.places) == 5 * 4
+        seen += source.places
+    assert len(set(seen)) == len(seen) == 40
+
+
+PROCESS = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
+from vlae_jax.config import TrainingConfig
+from vlae_jax.data import StoredImages
+from vlae_jax.distributed import Placement
+from vlae_jax.feeding import StreamedImages, epoch_order
+config, placement, places = TrainingConfig(batch_size=8, seed=2), Placement.of(), []
+def read(rows):
+    places.extend(rows)
+    return np.broadcast_to(rows[:, None, None, None], (len(rows), 2, 3, 1)).astype(np.uint8)
+images = StoredImages(read, np.arange(41), (2, 3, 1), np.zeros((6, 256), np.int64))
+feed = StreamedImages(images, config, placement)
+total = jax.jit(lambda step, *given: feed.pixels(step, *given).astype(int).sum())
+steps = feed.arguments(3)
+for step in range(3, 8):
+    order = epoch_order(config, step // 5, 41)[step % 5]
+    (batch,) = next(steps)
+    assert batch.shape == (8, 2, 3, 1) and batch.sharding == placement.rows
+    assert len(batch.addressable_shards) == 2
+    for shard in batch.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data)[:, 0, 0, 0], order[shard.index[0]])
+    assert int(total(step, batch)) == 6 * order.sum()
+steps.close()
+assert len(places) % 4 == 0 and len(places) <= 4 * (5 + 12)
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_make_one_batch():
+    import portpicker
+
+    address = f"127.0.0.1:{portpicker.pick_unused_port()}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(index)],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        for process in both:
+            assert process.wait(120) == 0, process.stderr.read()
+    finally:
+        for process in both:
+            process.kill()
+            process.stderr.close()
+
+
+# Runs
+
+
+def test_a_streamed_run_is_the_run_in_memory_bit_for_bit(resident, streamed, whole, tmp_path):
+    run = start(streamed, tmp_path / "run")
+    assert records(run) == records(whole)
+    chex.assert_trees_all_equal(last_state(streamed, run), last_state(resident, whole))
+
+
+def test_a_run_that_loses_its_images_is_resumed_exactly(
+    resident, streamed, whole, tmp_path, monkeypatch, one_trainer_an_experiment
+):
+    """Broken off at any step by what cannot be read; resumed from disk and from memory."""
+    lost = int(np.random.default_rng().integers(3, 15))
+    train = streamed.dataset.train
+    wanted = train._places[epoch_order(TRAINING, lost // 5, len(train))[lost % 5]]
+
+    def read(places):
+        if np.array_equal(places, wanted):
+            raise UserError("the disk is gone")
+        return train._read(places)
+
+    failing = StoredImages(read, train._places, SHAPE, train.value_counts)
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(one_trainer_an_experiment(streamed).feed, "_images", failing)
+        with pytest.raises(UserError, match="the disk is gone"):
+            start(streamed, run.path)
+    assert max(record["step"] for record in records(run)) == lost
+    for name, experiment in (("disk", streamed), ("memory", resident)):
+        assert experiment.config.differences(run.read_config()) == []
+        copy = RunFolder(shutil.copytree(run.path, tmp_path / name))
+        start(experiment, copy.path, resume=True)
+        assert records(copy) == records(whole)
+        chex.assert_trees_all_equal(last_state(resident, copy), last_state(resident, whole))
+
+
+# What is said
+
+
+def refused(capfd, *arguments: object) -> str:
+    """The one line a wrong call gets, its exit code checked."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", *map(str, arguments), "--stream"])
+    assert stopped.value.code == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("vlae_jax: error: ")]
+    return line
+
+
+def spoil(folder: Path, how: str) -> None:
+    shard = folder / "doodles-train.array_record-00001-of-00003"
+    content = bytearray(shard.read_bytes())
+    if how == "missing":
+        shard.unlink()
+    elif how == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        shard.write_bytes(b"")
+    elif how == "flipped":
+        content[len(content) // 2] ^= 255
+        shard.write_bytes(content)
+    elif how == "shorter":
+        about = json.loads((folder / "dataset_info.json").read_text())
+        about["splits"][0]["shardLengths"] = ["15", "16", "15"]
+        (folder / "dataset_info.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "empty", "flipped", "shorter"])
+def test_a_damaged_shard_is_one_line(tmp_path, capfd, how):
+    folder = prepare(tmp_path / "data")
+    spoil(folder, how)
+    run = ("--dataset", "doodles", "--data-dir", tmp_path / "data", "--run-dir", tmp_path / "run")
+    assert f"cannot read the train split of {folder}" in refused(capfd, *run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_streamed_is_said(root, tmp_path, capfd, monkeypatch):
+    np.savez(tmp_path / "doodles.npz", x_train=TRAIN, x_test=TEST)
+    own = ("--dataset", "doodles", "--data-dir")
+    for arguments, said in (
+        ((*own, tmp_path), "download_and_prepare(file_format='array_record')"),
+        ((*own, tmp_path / "doodles.npz"), "leave --stream out"),
+        ((*own, root, "--preprocess", "static_binary"), "choose --preprocess dynamic_binary"),
+        ((*own, root, "--method", "ppca"), "ppca is fitted to all training images at once"),
+        ((*own, root, "--validation-fraction", "0.001"), "both need one or more"),
+        (("--dataset", "digits"), "always in memory"),
+        (("--dataset", "doodles"), "unknown data set 'doodles'"),
+    ):
+        assert said in refused(capfd, *arguments)
+    monkeypatch.setattr(data, "_installed", lambda module: module != "grain")
+    assert "needs grain: pip install 'vlae-jax[stream]'" in refused(capfd, *own, root)
+    assert data.availability("doodles", root, stream=True) is data.Availability.NEEDS_TFDS
