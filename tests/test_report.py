@@ -626,4 +626,6 @@ def test_jax_is_not_needed():
     assert not {"jax", "flax", "optax", "orbax"} & {name.split(".")[0] for name in imported}
     ours = {name for name in imported if name.split(".")[0] == "vlae_jax"}
     rooms = {name for name in ours if not name.startswith("vlae_jax.report")}
-    assert rooms == {"vlae_jax.config", "vlae_jax.errors"}
+    assert rooms == {"vlae_jax.config", "vlae_jax.errors", "vlae_jax.folders"}
+    folders = (Path(report.__file__).parent.parent / "folders.py").read_text()
+    assert not re.search(r"(import|from) (jax|flax|optax|orbax)", folders)
