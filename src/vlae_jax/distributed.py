@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.config import DistributedConfig
 from vlae_jax.errors import UserError
@@ -148,8 +148,33 @@ class Placement:
             array, NamedSharding(self.mesh, PartitionSpec(SAMPLES))
         )
 
+    def mean_of_shards(
+        self, function: Callable[..., Any], whole: Any, *rows: Array | PRNGKeyArray
+    ) -> Any:
+        """Inside jit: `function` of each device's rows by themselves, averaged over the devices.
+
+        Each device's loops end when its own rows are done, and gradients are summed once. Left to
+        the partitioner, every pass of a loop asks all devices whether to go on, and gradients are
+        summed in parts, inside the loops of reverse mode too.
+
+        Args:
+            function: (whole, *rows) → a tree of means over its rows.
+            whole: A tree that every device has whole.
+            rows: Arrays split along `data`.
+        """
+
+        def here(whole: Any, *rows: Array) -> Any:
+            return jax.lax.pmean(function(whole, *rows), DATA)
+
+        split = (PartitionSpec(), *(PartitionSpec(DATA) for _ in rows))
+        # Checked, JAX would sum the gradients of `whole` over the devices by itself.
+        apart = jax.shard_map(
+            here, mesh=self.mesh, in_specs=split, out_specs=PartitionSpec(), check_vma=False
+        )
+        return apart(whole, *rows)
+
     def gathered(self, tree: Any) -> Any:
-        """Inside jit: whole on every device. Gradients come back split again."""
+        """Inside jit: whole on every device."""
         if not self.shard_parameters:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.replicated)

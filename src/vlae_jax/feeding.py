@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from vlae_jax.data import StoredImages
 from vlae_jax.distributed import Placement
 
 _THREADS, _BATCHES_AHEAD = 4, 8
+_LANES = 128
+"""Bytes that a row of a TPU's tile holds."""
 
 
 def epoch_order(config: TrainingConfig, epoch: int, num_images: int) -> np.ndarray:
@@ -54,7 +57,11 @@ class ResidentImages:
         self._config, self._placement = config, placement
         self._count = len(images)
         self._steps = len(images) // config.batch_size
-        self._images = placement.put(images)
+        self._shape = images.shape[1:]
+        rows = images.reshape(self._count, -1)
+        # A TPU picks rows of whole tiles where they lie. Images of three axes, or rows that end
+        # within a tile, it may copy into another order, all of them, in every step.
+        self._images = placement.put(np.pad(rows, ((0, 0), (0, -rows.shape[1] % _LANES))))
 
     def arguments(self, start: int) -> Iterator[tuple[Array, ...]]:
         """The images, and the order of an epoch with each device's columns on it."""
@@ -71,7 +78,8 @@ class ResidentImages:
     ) -> UInt8[Array, "batch height width channel"]:
         """The rows that the order names."""
         images, order = arguments
-        return self._placement.split_rows(images[order[step % self._steps]])
+        rows = self._placement.split_rows(images[order[step % self._steps]])
+        return rows[:, : math.prod(self._shape)].reshape(-1, *self._shape)
 
 
 class StreamedImages:

@@ -221,11 +221,12 @@ class Trainer:
         apply = jax.vmap(self.experiment.preprocessor.apply)
         xs, _ = apply(jax.random.split(noise_key, batch), pixels)
 
-        def loss_of(params: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-            keys = jax.random.split(sample_key, batch)
-            return loss_fn(self.placement.gathered(params), self.experiment, xs, keys)
+        def loss_and_grads(params: Any, xs: Array, keys: PRNGKeyArray) -> Any:
+            return jax.value_and_grad(loss_fn, has_aux=True)(params, self.experiment, xs, keys)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        params = self.placement.gathered(state.params)
+        keys = jax.random.split(sample_key, batch)
+        (loss, metrics), grads = self.placement.mean_of_shards(loss_and_grads, params, xs, keys)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
