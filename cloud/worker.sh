@@ -20,9 +20,12 @@ identity() {
 }
 
 # A process id outlives its process, across a reboot as well: ask what runs under it.
-is_running() {
-  [ -s run/pid ] && grep -qa vlae_jax "/proc/$(cat run/pid)/cmdline" 2> /dev/null
+lives() {
+  [ -s "$1" ] && [[ $(tr '\0' ' ' 2> /dev/null < "/proc/$(cat "$1")/cmdline") == *"$2"* ]]
 }
+
+# Until the exit code is written down: a run that has just ended is not lost.
+is_running() { lives run/pid vlae_jax || lives run/keeper 'worker.sh child'; }
 
 install_packages() {
   local extras=$1 version=${2:-} data=${3:-} target
@@ -52,7 +55,7 @@ start() {
     echo "worker.sh: error: vlae_jax is not installed on $(hostname); run setup first" >&2
     exit 2
   fi
-  rm -f run/pid run/exit
+  rm -f run/pid run/keeper run/exit
   identity "$@" > run/command
   setsid nohup bash "$source_folder/cloud/worker.sh" child "$@" < /dev/null >> run/log 2>&1 &
   local tries
@@ -69,6 +72,7 @@ child() {
   export PYTHONUNBUFFERED=1 VLAE_JAX_CACHE="$PWD/data"
   # With tpu named first, JAX stops when there is none instead of training on the CPU.
   export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
+  echo $$ > run/keeper
   echo "== $(date -u +%FT%TZ) $(hostname): vlae_jax train" "$@"
   local pid code=0
   "$PWD/venv/bin/vlae_jax" train "$@" &
@@ -103,12 +107,12 @@ stop() {
   local seconds pid
   if is_running; then
     pid=$(cat run/pid)
-    kill -TERM "$pid"
+    kill -TERM "$pid" || true
     for ((seconds = 0; seconds < ${GRACE:-120}; seconds++)); do
       is_running || break
       sleep 1
     done
-    ! is_running || kill -KILL "$pid"
+    ! is_running || kill -KILL "$pid" || true
   fi
   echo "$(hostname): stopped"
 }

@@ -494,6 +494,18 @@ def test_supervise_continues_on_the_same_slice_after_a_lost_peer(cloud, code):
 
 
 @needs_linux
+def test_a_run_is_not_lost_before_its_exit_code_is_written(cloud):
+    slow = cloud.bin / "mv"
+    slow.write_text(
+        f'#!/bin/bash\n[ "$1" != run/exit.new ] || sleep 0.5\nexec {shutil.which("mv")} "$@"'
+    )
+    slow.chmod(0o755)
+    done = cloud.tpu("supervise", "--", *BUCKET_RUN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.trained() == [RUN]
+
+
+@needs_linux
 @pytest.mark.parametrize(("code", "others"), [(1, 143), (2, 143), (1, 0)])
 def test_supervise_does_not_repeat_what_would_fail_again(cloud, code, others):
     """Wherever the code comes from: the other worker only sees that its peer is gone."""

@@ -444,8 +444,9 @@ def test_a_taken_port_and_counts_and_options_that_differ_are_told(tmp_path):
     assert code == 2 and f"port {port}" in line and "choose another" in line
 
     port = free_port()
-    two = start(tmp_path / "run", 2, ids=[0], port=port)
-    three = start(tmp_path / "run", 3, ids=[1, 2], port=port)
+    soon = ("--distributed.timeout", "15")
+    two = start(tmp_path / "run", 2, *soon, ids=[0], port=port)
+    three = start(tmp_path / "run", 3, *soon, ids=[1, 2], port=port)
     for code, _, line in outcome([*two, *three], timeout=90):
         assert code == 2 and re.search("number|lost another", line), line
 
