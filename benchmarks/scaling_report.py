@@ -206,7 +206,7 @@ def collectives(paper: Paper) -> str:
                 f"{paper.sent(row) / 1e6:.2f}",
             ]
 
-    head = ["program", "parameters MB", "summed MB", "single numbers summed", "gathered MB"]
+    head = ["program", "parameters MB", "summed MB", "small sums", "gathered MB"]
     return table([*head, "2 (n − 1)/n × parameters", "sent MB"], lines())
 
 
