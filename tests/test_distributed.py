@@ -249,6 +249,16 @@ def test_more_devices_than_there_are_are_refused(monkeypatch):
 
 # Real processes on this machine, by the command line
 
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Processes load what another has compiled; this one has read its settings already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        yield
+
+
 ARGUMENTS = [
     *("--method", "vae", "--hidden", "16", "--latent", "3", "--epochs", "12"),
     *("--batch-size", "128", "--learning-rate", "0.01"),

@@ -114,10 +114,21 @@ def test_bad_options_are_refused_in_one_line(tmp_path, capsys, arguments, messag
 
 
 @pytest.mark.slow
-def test_the_verb_writes_what_it_measured(tmp_path, capsys):
+def test_the_verb_writes_what_was_measured(linear, tmp_path, capsys, monkeypatch):
+    _, figures, per_image = linear
     run = str(tmp_path / "run")
     train = ["train", "--method", "ppca", "--latent", "3", "--run-dir", run, "--test-images", "4"]
-    cli.main([*train, "--importance-samples", "30"])
+    with monkeypatch.context() as without_pictures:
+        without_pictures.setattr("vlae_jax.diagnostics.take_snapshots", lambda *_: {})
+        without_pictures.setattr("vlae_jax.report.write_report", lambda _: None)
+        cli.main([*train, "--importance-samples", "30"])
+    asked = []
+
+    def measured(experiment, params, options):
+        asked.append((experiment.config.inference.method, options))
+        return list(figures.values()), per_image
+
+    monkeypatch.setattr("vlae_jax.gap_measurement.measure_gaps", measured)
     quick = [
         argument
         for name, value in QUICK.__dict__.items()
@@ -125,9 +136,11 @@ def test_the_verb_writes_what_it_measured(tmp_path, capsys):
         for argument in (f"--{name.replace('_', '-')}", str(value))
     ]
     cli.main(["gap", run, *quick])
+    assert asked == [("ppca", QUICK)]
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "run" / "gaps.json").read_text())
     assert written["settings"]["chains"] == 4
     values = {figure["name"]: figure["value"] for figure in written["figures"]}
-    assert abs(values["approximation_gap"]) < 1e-3
+    assert values == {name: figure.value for name, figure in figures.items()}
     assert "approximation gap" in printed and "bdmc gap" in printed
+    assert (tmp_path / "run" / "figures" / "gaps.png").exists()
