@@ -126,7 +126,7 @@ def same_steps():
     one, eight = Trainer(experiment, Placement.here()), Trainer(experiment, Placement.of())
     state, differences = one.init(), []
     pairs = zip(one.feed.arguments(0), eight.feed.arguments(0), strict=True)
-    for _, (here, everywhere) in zip(range(30), pairs, strict=False):
+    for _, (here, everywhere) in zip(range(15), pairs, strict=False):
         copied = eight.placement.put(jax.device_get(state))
         _, found = eight.step(copied, *everywhere)
         state, expected = one.step(state, *here)
@@ -260,15 +260,15 @@ def compiled_once(tmp_path_factory):
 
 
 ARGUMENTS = [
-    *("--method", "vae", "--hidden", "16", "--latent", "3", "--epochs", "12"),
+    *("--method", "vae", "--hidden", "16", "--latent", "3", "--epochs", "9"),
     *("--batch-size", "128", "--learning-rate", "0.01"),
     *("--importance-samples", "8", "--test-images", "16", "--log-every", "1"),
 ]
-STEPS = 120
+STEPS = 90
 CONFIG = Config(
     model=ModelConfig(latent=3, hidden=(16,)),
     inference=InferenceConfig(method="vae"),
-    training=TrainingConfig(epochs=12, learning_rate=1e-2),
+    training=TrainingConfig(epochs=9, learning_rate=1e-2),
     evaluation=EvaluationConfig(importance_samples=8, test_images=16),
 )
 
@@ -397,7 +397,7 @@ def test_killed_and_resumed_processes_end_where_unbroken_ones_do(unbroken, tmp_p
     """SIGKILL to one of two: the other says so and leaves; both resumed are equal bit for bit."""
     folder = tmp_path / "run"
     processes = start(folder, 2, "--checkpoint-every", "7")
-    wait_for_lines(folder, int(np.random.default_rng(time.time_ns()).integers(12, 60)), processes)
+    wait_for_lines(folder, int(np.random.default_rng(time.time_ns()).integers(12, 45)), processes)
     processes[1].kill()
     (code, _, line), (killed, *_) = outcome(processes, timeout=90)
     assert killed == -signal.SIGKILL

@@ -172,7 +172,7 @@ def test_training_raises_the_validation_elbo(request, method):
 
 def test_training_raises_the_validation_elbo_of_a_convolutional_network(tmp_path):
     config = small_config(
-        model=ModelConfig(latent=3, hidden=(16,), network="conv", channels=(8, 8))
+        model=ModelConfig(latent=3, hidden=(16,), network="conv", channels=(4, 4))
     )
     experiment, run = train(config, tmp_path / "run")
     initial = build_experiment(config).initial_params
