@@ -4,17 +4,13 @@
 """
 
 from experiments.study import Study, main
-from experiments.systems import systems
+from experiments.systems import SMALL, systems
 
 STUDY = Study(
     "omniglot",
     "OMNIGLOT, equal epochs",
     systems((1, 4)),
-    [
-        *("--dataset", "omniglot", "--hidden", "200", "200", "--latent", "20"),
-        *("--test-images", "1000", "--importance-samples", "1000", "--log-every", "1000"),
-        *("--epochs", "10"),
-    ],
+    ["--dataset", "omniglot", *SMALL, "--epochs", "10"],
 )
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 from experiments.study import Study, main
+from experiments.systems import SMALL
 
 VAE, VLAE = ["--method", "vae"], ["--method", "vlae", "--steps", "4"]
 SHORT = ["--precision", "bfloat16"]
@@ -16,10 +17,7 @@ STUDY = Study(
         "VLAE T=4": VLAE,
         "VLAE T=4, bfloat16": [*VLAE, *SHORT],
     },
-    [
-        *("--dataset", "mnist", "--hidden", "200", "200", "--latent", "20", "--epochs", "2"),
-        *("--test-images", "1000", "--importance-samples", "1000", "--log-every", "1000"),
-    ],
+    ["--dataset", "mnist", *SMALL, "--epochs", "2"],
     seeds=(0, 1),
     baselines={"VLAE T=4": "VLAE T=4", "VLAE T=4, bfloat16": "VLAE T=4"},
     shares=["unconverged"],

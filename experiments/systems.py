@@ -3,6 +3,13 @@
 from collections.abc import Sequence
 
 ASCENT = ("--ascent-rate", "1e-2")
+CLIPPED = (*ASCENT, "--ascent-clip", "100")
+"""For larger images, on which unclipped steps now and then overshoot, until one diverges."""
+SMALL = (
+    *("--hidden", "200", "200", "--latent", "20"),
+    *("--test-images", "1000", "--importance-samples", "1000", "--log-every", "1000"),
+)
+"""A network, and an evaluation, that two CPU cores can train many of."""
 
 
 def systems(

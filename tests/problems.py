@@ -284,6 +284,17 @@ def indefinite_kernel() -> jax.Array:
 # ---------------------------------------------------------------- other processes
 
 
+def flip_a_bit(folder: Path, rng: np.random.Generator) -> Path:
+    """Change one bit of one file somewhere in a checkpoint; which."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
+    files = [file for file in files if file.name != "_CHECKPOINT_METADATA"]
+    file = files[rng.integers(len(files))]
+    content = bytearray(file.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    file.write_bytes(content)
+    return file
+
+
 def run_in_subprocess(code: str, *, timeout: float, **environment: str) -> str:
     """Run Python code beside the tests, in a fresh interpreter with a time limit; its output."""
     done = subprocess.run(

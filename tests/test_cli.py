@@ -212,6 +212,7 @@ def test_digits_have_smaller_defaults_and_other_sets_the_papers():
         (["--steps", "-1"], "steps must be at least 0"),
         (["--batch-size", "5000"], "larger than the training set"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--batch-size", "10", "--microbatches", "4"], "microbatches must divide batch_size 10"),
         (["--likelihood", "bernoulli"], "needs binary images"),
         (["--logit-lambda", "0.7"], "logit_lambda"),
         (["--validation-fraction", "1.5"], "validation_fraction"),

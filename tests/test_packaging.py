@@ -151,6 +151,7 @@ def test_every_variable_becomes_its_option(recorded):
         "PATIENCE": "3",
         "MINUTES": "1.5",
         "BATCH_SIZE": "32",
+        "MICROBATCHES": "4",
         "LEARNING_RATE": "1e-3",
         "SEED": "7",
         "IMPORTANCE_SAMPLES": "100",

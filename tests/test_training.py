@@ -1,6 +1,7 @@
 """Training end to end on small real images: it learns, replays, resumes and fails as it says."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,10 +18,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 from flax import nnx
-from problems import assert_close
+from problems import assert_close, flip_a_bit
 
 from vlae_jax import cli, elbo
 from vlae_jax.bounds import iwae_bound
@@ -33,7 +35,7 @@ from vlae_jax.config import (
     ModelConfig,
     TrainingConfig,
 )
-from vlae_jax.errors import RunFailure, UserError
+from vlae_jax.errors import RunFailure, Unreadable, UserError
 from vlae_jax.experiment import Experiment, build_experiment, map_images
 from vlae_jax.feeding import epoch_order
 from vlae_jax.models import VariationalAutoencoder
@@ -207,6 +209,21 @@ def test_the_loss_is_minus_the_mean_objective_of_single_images():
     whole = loss(xs, keys)
     singles = [loss(xs[i : i + 1], keys[i : i + 1]) for i in range(5)]
     np.testing.assert_allclose(whole, np.mean(singles), rtol=1e-5)
+
+
+def test_microbatches_add_up_to_the_gradient_of_the_whole_batch():
+    config = small_config("vae")
+    moments, losses = [], []
+    for count in (None, 1, 8):
+        training = dataclasses.replace(config.training, microbatches=count)
+        trainer = Trainer(build_experiment(dataclasses.replace(config, training=training)))
+        state, loss = trainer.step(trainer.init(), *next(trainer.feed.arguments(0)))
+        # Adam's first moment: a tenth of the gradient.
+        moments.append(jax.device_get(optax.tree.get(state.opt_state, "mu")))
+        losses.append(float(loss))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+    for found in moments[1:]:
+        chex.assert_trees_all_close(found, moments[0], rtol=1e-4, atol=1e-6)
 
 
 KINDS = ["elbo", "iwae", "dreg", "evidence"]
@@ -456,6 +473,63 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, copi
 
     fit(experiment, copied, resume=True, options=FitOptions())
     chex.assert_trees_all_equal(last_state(experiment, copied), finished.state)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_changed_bit_is_noticed(finished, copied, seed):
+    newest = max(Checkpoints(copied.checkpoints, read_only=True).steps())
+    changed = flip_a_bit(copied.checkpoints / str(newest), np.random.default_rng(seed))
+    checkpoints = Checkpoints(copied.checkpoints)
+    restored = checkpoints.restore_last(Trainer(finished.experiment).init())
+    assert restored.step < newest, changed
+    assert f"checkpoint {newest} is damaged" in restored.damaged[0]
+    # Out of the way of the run that goes on, but not lost.
+    assert newest not in checkpoints.steps()
+    assert (copied.checkpoints / f"damaged-{newest}").is_dir()
+
+
+def test_what_cannot_be_read_for_now_is_not_taken_for_damaged(finished, copied, monkeypatch):
+    monkeypatch.setattr("vlae_jax.checkpoints._PAUSES", (0.0, 0.0))
+    checkpoints, like = Checkpoints(copied.checkpoints), Trainer(finished.experiment).init()
+    steps, read, failures = checkpoints.steps(), checkpoints._manager.restore, [2]
+
+    def restore(*arguments, **more):
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise ConnectionResetError("Connection reset by peer")
+        return read(*arguments, **more)
+
+    monkeypatch.setattr(checkpoints._manager, "restore", restore)
+    restored = checkpoints.restore_last(like)
+    assert restored.step == max(steps) and not restored.damaged
+    failures[0] = 1000
+    with pytest.raises(Unreadable, match=r"undamaged but cannot be read: Connection reset.*again"):
+        checkpoints.restore_last(like)
+    assert checkpoints.steps() == steps
+
+
+def test_half_a_checkpoint_is_none(finished, copied):
+    """What a process leaves that is killed in the middle of a save."""
+    newest = max(Checkpoints(copied.checkpoints, read_only=True).steps())
+    half = copied.checkpoints / f"{newest}.orbax-checkpoint-tmp"
+    (copied.checkpoints / str(newest)).rename(half)
+    (half / "sha256.json").unlink()
+    shutil.rmtree(half / "notes")
+    fit(finished.experiment, copied, resume=True, options=FitOptions())
+    chex.assert_trees_all_equal(last_state(finished.experiment, copied), finished.state)
+    assert not half.exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(finished, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "config.json.partial").write_text("{")
+    run.create(finished.experiment.config, overwrite=False)
+    run.metrics.write_text('{"split": "train", "step": 2, "elbo": 0.0}\n{"split": "tr')
+    fit(finished.experiment, run, resume=True, options=FitOptions())
+    chex.assert_trees_all_equal(last_state(finished.experiment, run), finished.state)
+    steps = [record["step"] for record in records(run, "train")]
+    assert steps == [record["step"] for record in records(finished.run, "train")]
 
 
 def test_no_readable_checkpoint_is_an_error_of_one_line(finished, copied):

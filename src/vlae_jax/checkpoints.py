@@ -1,8 +1,12 @@
 """Checkpoints of a run: the best by validation ELBO and the last ones, kept by orbax."""
 
 import contextlib
+import functools
+import hashlib
+import json
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,13 +17,18 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vlae_jax import distributed
-from vlae_jax.errors import UserError
+from vlae_jax.errors import Unreadable, UserError
 from vlae_jax.folders import absolute, in_bucket
 
 State = TypeVar("State")
 
 _KEPT = 2
 _ROOM = 1.5  # times the size of the state, for what is stored around it
+_DIGESTS = "sha256.json"
+_COMMITTED, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
+_ASIDE = "damaged-"
+_PAUSES = (1.0, 4.0)
+"""Seconds before another try to read what is undamaged."""
 
 
 class Notes(NamedTuple):
@@ -53,8 +62,12 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
         self.folder = absolute(folder)
         self.best_step: int | None = None
+        self._saving_step = -1
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_KeepBestAndLast(self), read_only=read_only, create=not read_only
+            preservation_policy=_KeepBestAndLast(self),
+            read_only=read_only,
+            create=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
         )
         with _one_line(f"{folder} cannot be opened"):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -70,6 +83,8 @@ class Checkpoints:
         distributed.on_first(lambda: self._require_space(state))
         self.best_step = notes.best_step
         with self._saving(f"checkpoint {step} cannot be written to {self.folder}"):
+            self._manager.wait_until_finished()  # for whose digests the other step is kept
+            self._saving_step = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -96,31 +111,63 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def restore_last(self, like: Any) -> Restored:
-        """The newest readable checkpoint; damaged newer ones are deleted, and named.
+    def restore_last(self, like: Any) -> Restored | None:
+        """The newest undamaged checkpoint; newer ones are moved aside, and named.
 
         Args:
             like: A state of the same structure, shapes and types.
 
+        Returns:
+            None where no checkpoint was ever completed.
+
         Raises:
-            UserError: If there is none.
+            UserError: If all there are are damaged, or one that is not cannot be read.
         """
+        if not self.steps():
+            return None
         restored = self._restore(self.steps()[::-1], like)
-        for step in self.steps():
-            if step > restored.step:
-                self._manager.delete(step)
-        distributed.together(lambda: None)  # or another process would still count them
+        newer = [step for step in self.steps() if step > restored.step]
+        # The run is about to come to these steps again.
+        distributed.on_first(lambda: [self._move_aside(step) for step in newer])
+        self._manager.reload()
         return restored
 
     def restore_best(self, like: Any) -> Restored:
         """The checkpoint with the highest validation ELBO, else the newest readable one.
 
         Raises:
-            UserError: If there is none.
+            UserError: If there is none, or one that is undamaged cannot be read.
         """
         best = self._noted_best()
         others = [step for step in self.steps()[::-1] if step not in best]
         return self._restore([*best, *others], like)
+
+    def _write_digests(self) -> None:
+        """Keep a digest of each file of the checkpoint that is about to be declared complete."""
+        if distributed.is_first():
+            # In a bucket, where nothing can be renamed, it has its name from the beginning.
+            unfinished = [*self.folder.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")]
+            folder = unfinished[0] if unfinished else self.folder / str(self._saving_step)
+            (folder / _DIGESTS).write_text(json.dumps(_digests(folder)))
+
+    def _require_undamaged(self, step: int) -> None:
+        folder = self.folder / str(step)
+        try:
+            expected = json.loads((folder / _DIGESTS).read_text())
+            found = _digests(folder)
+            changed = sorted(name for name in expected if found.get(name) != expected[name])
+        except (AttributeError, TypeError, ValueError, FileNotFoundError):
+            changed = [_DIGESTS]
+        if changed:
+            raise UserError(f"{changed[0]} is not what was written")
+
+    def _move_aside(self, step: int) -> None:
+        folder = self.folder / str(step)
+        if in_bucket(folder):
+            self._manager.delete(step)
+        else:
+            shutil.rmtree(self.folder / f"{_ASIDE}{step}", ignore_errors=True)
+            folder.rename(self.folder / f"{_ASIDE}{step}")
 
     def _require_space(self, state: Any) -> None:
         if in_bucket(self.folder):
@@ -161,22 +208,66 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         damaged: list[str] = []
         for step in steps:
-            # For a damaged file orbax raises what its storage layer does, bare Exception included.
             try:
-                found = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore()
-                    ),
-                )
-            except Exception as error:
+                # One process looks and all believe it: reading is done by all together.
+                distributed.on_first(functools.partial(self._require_undamaged, step))
+            except UserError as error:
                 damaged.append(f"checkpoint {step} is damaged ({_first_line(error)})")
                 continue
+            found = self._read(step, target)
             if damaged:
                 damaged[-1] += f"; using checkpoint {step} instead"
             return Restored(found["state"], Notes(**found["notes"]), step, damaged)
         reason = f": {'; '.join(damaged)}" if damaged else ""
         raise UserError(f"{self.folder} holds no readable checkpoint{reason}")
+
+    def _read(self, step: int, target: Any) -> Any:
+        what = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore()
+        )
+        failure = f"checkpoint {step} in {self.folder} is undamaged but cannot be read"
+        for pause in (*_PAUSES, None):
+            try:
+                return self._manager.restore(step, args=what)
+            except ValueError as error:
+                raise UserError(f"{failure}: {_first_line(error)}") from None
+            except Exception as error:  # orbax raises what its storage layer does
+                if pause is None:
+                    raise Unreadable(f"{failure}: {_first_line(error)}; try again") from None
+                time.sleep(pause)
+        raise AssertionError
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, by its name in the folder."""
+    found = {}
+    for file in _files(folder):
+        if file.name not in (_DIGESTS, _COMMITTED):
+            if file.name == _METADATA and file.parent == folder:
+                digest = hashlib.sha256(_without_time(file))
+            else:
+                with file.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256")
+            found[str(file)[len(str(folder)) + 1 :]] = digest.hexdigest()
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder. Buckets know no pattern for that."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _without_time(metadata: Path) -> bytes:
+    """What orbax notes of a checkpoint, but for the time that it adds when all is complete."""
+    try:
+        noted = json.loads(metadata.read_text())
+        return json.dumps({**noted, "commit_timestamp_nsecs": None}, sort_keys=True).encode()
+    except (TypeError, ValueError):
+        return b""
 
 
 class _KeepBestAndLast(policies.PreservationPolicy):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from vlae_jax.config import Config, DistributedConfig, EvaluationConfig, Proposal, default_config
-from vlae_jax.errors import RunFailure, Stopped, UserError
+from vlae_jax.errors import RunFailure, Stopped, Unreadable, UserError
 from vlae_jax.folders import in_bucket, resolved
 from vlae_jax.run_folder import RunFolder
 from vlae_jax.verbs import Encode, Folder, Gap, Impute, Reconstruct, Sample, Score, load_best
@@ -79,7 +79,7 @@ class Train:
             distributed.require_equal("the configuration", repr(chosen))
             experiment = distributed.together(lambda: build_experiment(config))
             distributed.require_equal("the data", experiment.dataset.fingerprint)
-            placement.require_even(config.training.batch_size)
+            placement.require_even(config.training.batch_size, config.training.microbatches)
             distributed.on_first(
                 lambda: (
                     run.write_config(config)
@@ -192,7 +192,8 @@ class Prepare:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Exits with 0, 1 (failed run), 2 (wrong use), 75 (another process died) or 128 + signal.
+    Exits with 0, 1 (failed run), 2 (wrong use), 75 (worth trying again: another process died, or a
+    checkpoint could not be read for now) or 128 + signal.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -202,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leave(error, 2)
     except RunFailure as error:
         _leave(error, 1)
+    except Unreadable as error:
+        _leave(error, os.EX_TEMPFAIL)
     except Stopped as stopped:
         print(f"vlae_jax: {stopped}; --resume continues", file=sys.stderr)
         sys.exit(128 + stopped.number)

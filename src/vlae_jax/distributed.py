@@ -32,8 +32,8 @@ Result = TypeVar("Result")
 DATA, SAMPLES = "data", "samples"
 _SMALLEST_SHARDED = 4096
 """Elements below which a parameter is not worth sharding."""
-LOST_PEER = 75
-"""Exit code when another process died: EX_TEMPFAIL, for what is worth trying again."""
+LOST_PEER = os.EX_TEMPFAIL
+"""Exit code when another process died: 75, for what is worth trying again."""
 _SPEAKS_OF_PEERS = re.compile("gloo|peer|connection|coordination|heartbeat|unavailable", re.I)
 _HEARTBEAT_SECONDS = 30
 _MESSAGE_BYTES = 600
@@ -74,15 +74,18 @@ class Placement:
         """How many devices there are."""
         return self.mesh.size
 
-    def require_even(self, batch_size: int) -> None:
-        """Check that every device gets as many images of a batch.
+    def require_even(self, batch_size: int, microbatches: int | None = None) -> None:
+        """Check that every device gets as many images of a batch, or as many of its parts.
 
         Raises:
             UserError: If not.
         """
-        if batch_size % self.size:
+        name, count = "batch_size", batch_size
+        if microbatches is not None:
+            name, count = "microbatches", microbatches
+        if count % self.size:
             raise UserError(
-                f"batch_size {batch_size} cannot be split evenly over {self.size} devices; choose "
+                f"{name} {count} cannot be split evenly over {self.size} devices; choose "
                 "a multiple, or fewer with --distributed.devices"
             )
 
@@ -149,7 +152,11 @@ class Placement:
         )
 
     def mean_of_shards(
-        self, function: Callable[..., Any], whole: Any, *rows: Array | PRNGKeyArray
+        self,
+        function: Callable[..., Any],
+        whole: Any,
+        *rows: Array | PRNGKeyArray,
+        microbatches: int | None = None,
     ) -> Any:
         """Inside jit: `function` of each device's rows by themselves, averaged over the devices.
 
@@ -161,10 +168,19 @@ class Placement:
             function: (whole, *rows) → a tree of means over its rows.
             whole: A tree that every device has whole.
             rows: Arrays split along `data`.
+            microbatches: Into how many parts the rows of all devices are split instead, a multiple
+                of the devices. Each device takes its own one after the other, and all are added up
+                in their order: the same sum, bit for bit, on any number of devices.
         """
 
         def here(whole: Any, *rows: Array) -> Any:
-            return jax.lax.pmean(function(whole, *rows), DATA)
+            if microbatches is None:
+                return jax.lax.pmean(function(whole, *rows), DATA)
+            count = microbatches // self.mesh.shape[DATA]
+            parts = jax.tree.map(lambda array: array.reshape(count, -1, *array.shape[1:]), rows)
+            found = _one_by_one(lambda part: function(whole, *part), parts, count)
+            every = jax.lax.all_gather(found, DATA, tiled=True)
+            return _by_itself(lambda tree: jax.tree.map(lambda a: jnp.mean(a, 0), tree), every)
 
         split = (PartitionSpec(), *(PartitionSpec(DATA) for _ in rows))
         # Checked, JAX would sum the gradients of `whole` over the devices by itself.
@@ -178,6 +194,36 @@ class Placement:
         if not self.shard_parameters:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.replicated)
+
+
+def _one_by_one(function: Callable[[Any], Any], parts: Any, count: int) -> Any:
+    """Like `jax.lax.map`, in a program that is the same for any count.
+
+    A compiler that knows that a loop has one pass merges it with what is around it, and rounds
+    differently; so it is not told.
+    """
+
+    def of(index: Array) -> Any:
+        return function(jax.tree.map(lambda array: array[index], parts))
+
+    shapes = jax.eval_shape(of, jnp.zeros((), jnp.int32))
+    room = jax.tree.map(lambda shape: jnp.zeros((count, *shape.shape), shape.dtype), shapes)
+    end = jax.lax.optimization_barrier(jnp.asarray(count, jnp.int32))
+
+    def advance(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        index, found = state
+        one = of(index)
+        return index + 1, jax.tree.map(lambda all_, new: all_.at[index].set(new), found, one)
+
+    _, found = jax.lax.while_loop(
+        lambda state: state[0] < end, advance, (jnp.zeros((), jnp.int32), room)
+    )
+    return found
+
+
+def _by_itself(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Inside jit: computed without being merged with what comes before or after."""
+    return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(tree)))
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Array:

@@ -15,6 +15,10 @@ class RunFailure(Exception):
     """Something went wrong in the numbers of a run that was asked for correctly; exit code 1."""
 
 
+class Unreadable(Exception):
+    """Something that is there could not be read for now; exit code 75, worth trying again."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and it did, with everything saved; exit code 128 + signal."""
 

@@ -73,7 +73,9 @@ class RunFolder:
             raise UserError(f"{self.path} is a whole bucket; name a folder in it")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, not a folder; choose another --run-dir")
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(
+            entry.name != _unfinished(self._config).name for entry in self.path.iterdir()
+        ):
             if not self._config.exists():
                 raise UserError(
                     f"{self.path} holds files that are no run; choose another --run-dir"
@@ -197,7 +199,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         with writing(path):
             path.write_bytes(content.getvalue())
         return
-    partial = path.with_name(path.name + ".partial")
+    partial = _unfinished(path)
     try:
         with writing(path):
             with partial.open("wb") as file:
@@ -206,6 +208,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(path.name + ".partial")
 
 
 def _record(line: str) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class Trainer:
         config = experiment.config.training
         self.experiment = experiment
         self.placement = placement = placement or Placement.of()
-        placement.require_even(config.batch_size)
+        placement.require_even(config.batch_size, config.microbatches)
         self.steps_per_epoch = experiment.steps_per_epoch
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
@@ -216,17 +216,23 @@ class Trainer:
 
     def _step(self, state: TrainState, *arguments: Array) -> tuple[TrainState, Float[Array, ""]]:
         pixels = self.feed.pixels(state.step, *arguments)
-        noise_key, sample_key = jax.random.split(jax.random.fold_in(self._root, state.step))
-        batch = pixels.shape[0]
+        keys = jax.random.split(jax.random.fold_in(self._root, state.step))
+        noise_keys, sample_keys = (jax.random.split(key, pixels.shape[0]) for key in keys)
         apply = jax.vmap(self.experiment.preprocessor.apply)
-        xs, _ = apply(jax.random.split(noise_key, batch), pixels)
 
-        def loss_and_grads(params: Any, xs: Array, keys: PRNGKeyArray) -> Any:
-            return jax.value_and_grad(loss_fn, has_aux=True)(params, self.experiment, xs, keys)
+        def loss_and_grads(
+            params: Any, pixels: Array, noise_keys: PRNGKeyArray, sample_keys: PRNGKeyArray
+        ) -> Any:
+            xs, _ = apply(noise_keys, pixels)
+            differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+            return differentiate(params, self.experiment, xs, sample_keys)
 
-        params = self.placement.gathered(state.params)
-        keys = jax.random.split(sample_key, batch)
-        (loss, metrics), grads = self.placement.mean_of_shards(loss_and_grads, params, xs, keys)
+        (loss, metrics), grads = self.placement.mean_of_shards(
+            loss_and_grads,
+            self.placement.gathered(state.params),
+            *(pixels, noise_keys, sample_keys),
+            microbatches=self.experiment.config.training.microbatches,
+        )
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
@@ -273,24 +279,28 @@ def fit(
     Args:
         experiment: What to train.
         run: An existing run folder.
-        resume: Continue from the last checkpoint in it, whatever devices saved it.
+        resume: Continue from the last checkpoint in it, whatever devices saved it; from the
+            beginning where the run was ended before there was one.
         options: How to log and save.
         placement: The devices; by default all there are.
 
     Raises:
         RunFailure: If the loss is not finite; the message names the step, the checkpoints stay.
         Stopped: After SIGINT or SIGTERM, everything saved.
-        UserError: If `resume` finds no checkpoint or other data, or nothing can be written.
+        UserError: If `resume` finds damaged checkpoints alone or other data, or nothing can be
+            written.
+        Unreadable: If the last checkpoint is undamaged and cannot be read all the same.
     """
     trainer = Trainer(experiment, placement)
     checkpoints = Checkpoints(run.checkpoints)
     state = trainer.init()
     notes = Notes(0.0, experiment.dataset.fingerprint, None, float("-inf"))
+    damaged: list[str] = []
     if resume:
-        restored = checkpoints.restore_last(state)
-        state, notes = restored.state, restored.notes
-        _check_data(notes, experiment)
-        distributed.on_first(lambda: run.drop_metrics_after(restored.step))
+        if restored := checkpoints.restore_last(state):
+            state, notes, damaged = restored.state, restored.notes, restored.damaged
+            _check_data(notes, experiment)
+        distributed.on_first(lambda: run.drop_metrics_after(restored.step if restored else -1))
     start = int(state.step)
     loop = _Loop(trainer, run, checkpoints, options, notes)
     what = f"{experiment.dataset.name} {experiment.config.inference.method}"
@@ -300,7 +310,7 @@ def fit(
         _signals() as received,
     ):
         if resume:
-            for line in restored.damaged:
+            for line in damaged:
                 progress.say(line)
             progress.say(f"resuming at step {start} of {trainer.total_steps}")
         try:

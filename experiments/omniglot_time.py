@@ -1,0 +1,17 @@
+"""Every system on OMNIGLOT for the same time, one CPU core each.
+
+.venv/bin/python -m experiments.omniglot_time --data-dir PATH --jobs 2
+"""
+
+from experiments.study import Study, main
+from experiments.systems import SMALL, systems
+
+STUDY = Study(
+    "omniglot_time",
+    "OMNIGLOT, equal time",
+    systems((1, 4)),
+    ["--dataset", "omniglot", *SMALL, "--epochs", "1000", "--minutes", "4"],
+)
+
+if __name__ == "__main__":
+    main(STUDY)
