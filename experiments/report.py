@@ -134,11 +134,13 @@ def provenance(record: Mapping[str, Any]) -> str:
     """What a table was measured with."""
     first = record["runs"][0]
     versions = first["versions"]
+    dates = sorted({run["date"] for run in record["runs"]})
+    machines = sorted({run["hardware"] for run in record["runs"]})
     seeds = sorted({run["seed"] for run in record["runs"]})
     return (
         f"{first['images']} test images, K = {first['samples']}; "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; "
-        f"{record['date']}, {record['hardware']}, "
+        f"{dates[0]}{'' if dates[0] == dates[-1] else f' to {dates[-1]}'}, {', '.join(machines)}, "
         f"jax {versions['jax']}, Python {versions['python']}; "
         f"options of all: `{' '.join(record['common'])}`."
     )

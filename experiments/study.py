@@ -15,8 +15,9 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,8 +85,41 @@ def main(study: Study) -> None:
 
 
 def collect(study: Study, folder: Path) -> None:
-    """Write down what the finished runs of a study have measured."""
-    runs = []
+    """Write down what the finished runs of a study have measured.
+
+    What is on record of runs that are no longer in the folder stays there.
+    """
+    path = RESULTS / f"{study.name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    on_record = {(run["label"], run["seed"]): run for run in before["runs"]}
+    found = {(run["label"], run["seed"]): run for run in _runs(study, folder)}
+    for key, run in found.items():
+        # Collected again, a run is as old as it was.
+        known = on_record.get(key, {})
+        if known.get("figures") == run["figures"]:
+            run |= {name: known[name] for name in ("date", "hardware")}
+    merged = on_record | found
+    record = {
+        "name": study.name,
+        "title": study.title,
+        "common": list(study.common),
+        "variants": list(study.variants),
+        "shares": list(study.shares),
+        "runs": [
+            merged[label, seed]
+            for label in study.variants
+            for seed in sorted(seed for other, seed in merged if other == label)
+        ],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    unfinished = RESULTS / f".{study.name}.{os.getpid()}"
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def _runs(study: Study, folder: Path) -> Iterator[dict[str, Any]]:
+    """What is to be recorded of the finished runs in a folder."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     for label, options in study.variants.items():
         for path in sorted(folder.glob(f"{_file_name(label)}-seed*")):
             if not (path / "results.json").exists():
@@ -94,41 +128,27 @@ def collect(study: Study, folder: Path) -> None:
             seed = results["run"]["seed"]
             other = study.baselines.get(label, next(iter(study.variants)))
             baseline = folder / f"{_file_name(other)}-seed{seed}"
-            runs.append(
-                {
-                    "label": label,
-                    "seed": seed,
-                    "options": list(options),
-                    "steps": results["run"]["steps"],
-                    "figures": {
-                        figure["name"]: [figure["value"], figure["standard_error"]]
-                        for figure in results["figures"]
-                    },
-                    "paired": _paired(path, baseline) if path != baseline else {},
-                    "gaps": _gaps(path),
-                    "images": results["figures"][0]["images"],
-                    "samples": results["figures"][0]["samples"],
-                    "epoch": results["checkpoint"]["epoch"],
-                    "seconds": results["seconds"]["training"],
-                    "versions": results["versions"],
-                    "device": results["device"],
-                    "fingerprint": results["run"]["fingerprint"],
-                }
-            )
-    record = {
-        "name": study.name,
-        "title": study.title,
-        "common": list(study.common),
-        "variants": list(study.variants),
-        "shares": list(study.shares),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "runs": runs,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    unfinished = RESULTS / f".{study.name}.{os.getpid()}"
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(RESULTS / f"{study.name}.json")
+            yield {
+                "label": label,
+                "seed": seed,
+                "options": list(options),
+                "steps": results["run"]["steps"],
+                "figures": {
+                    figure["name"]: [figure["value"], figure["standard_error"]]
+                    for figure in results["figures"]
+                },
+                "paired": _paired(path, baseline) if path != baseline else {},
+                "gaps": _gaps(path),
+                "images": results["figures"][0]["images"],
+                "samples": results["figures"][0]["samples"],
+                "epoch": results["checkpoint"]["epoch"],
+                "seconds": results["seconds"]["training"],
+                "versions": results["versions"],
+                "device": results["device"],
+                "date": today,
+                "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+                "fingerprint": results["run"]["fingerprint"],
+            }
 
 
 def _gaps(path: Path) -> dict[str, list[float]]:

@@ -126,9 +126,9 @@ class Checkpoints:
         if not self.steps():
             return None
         restored = self._restore(self.steps()[::-1], like)
-        newer = [step for step in self.steps() if step > restored.step]
         # The run is about to come to these steps again.
-        distributed.on_first(lambda: [self._move_aside(step) for step in newer])
+        newer = [step for step in self.steps() if step > restored.step]
+        distributed.on_first(lambda: self._move_aside(newer))
         self._manager.reload()
         return restored
 
@@ -161,13 +161,13 @@ class Checkpoints:
         if changed:
             raise UserError(f"{changed[0]} is not what was written")
 
-    def _move_aside(self, step: int) -> None:
-        folder = self.folder / str(step)
-        if in_bucket(folder):
-            self._manager.delete(step)
-        else:
-            shutil.rmtree(self.folder / f"{_ASIDE}{step}", ignore_errors=True)
-            folder.rename(self.folder / f"{_ASIDE}{step}")
+    def _move_aside(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            if in_bucket(self.folder):
+                self._manager.delete(step)
+            else:
+                shutil.rmtree(self.folder / f"{_ASIDE}{step}", ignore_errors=True)
+                (self.folder / str(step)).rename(self.folder / f"{_ASIDE}{step}")
 
     def _require_space(self, state: Any) -> None:
         if in_bucket(self.folder):
