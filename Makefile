@@ -9,7 +9,7 @@ VENV := .venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help experiment report test lint format bench lock clean distclean
+.PHONY: help experiment report test lint format docs bench lock clean distclean
 
 # ------------------------------------------------------------------------------ variables
 
@@ -165,6 +165,10 @@ lint: $(VENV)/.with-train $(VENV)/.with-lint ## Check style, formatting and type
 format: $(VENV)/.with-lint ## Format the code and repair what ruff can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+docs: $(VENV)/.with-docs ## Build the documentation: docs/_build/html/index.html
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet $(ARGS) docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 report: $(VENV)/.with-train ## Set the studies' tables and draw their plots again
 	$(VENV)/bin/python -m experiments.report

@@ -253,6 +253,15 @@ def test_data_is_prepared_only_where_it_must_be(recorded, answer, calls):
 
 
 @needs_make
+def test_docs_installs_its_extra_and_takes_warnings_for_errors(recorded):
+    assert recorded.make("docs").returncode == 0
+    install, build = recorded.calls()
+    assert install == installed("docs")
+    assert build[:4] == ["python", "-m", "sphinx", "--fail-on-warning"]
+    assert build[-2:] == ["docs", "docs/_build/html"]
+
+
+@needs_make
 def test_a_preset_brings_its_data_set(recorded):
     """Another one can be asked for; no other preset, or none, asks for data."""
     preset = ("experiment", "PRESET=paper-screenshot")

@@ -47,13 +47,14 @@ def infer_posterior(
         z_init: First guess, shape (latent,): an encoder's mean, or zeros.
         num_steps: Steps T of the search.
         damping: See `newton_refine`.
-        gradient: How what `expand` closes over sees the mode μ:
-            "implicit": dμ = P⁻¹ d∇ log p(x, μ), the derivative of one Newton step from μ. At a
-            mode, with P the exact Hessian, that is the implicit function theorem. Memory does not
-            grow with T. Where P is not positive definite, μ is constant, as with "stop".
-            "stop": μ is constant.
-            "unroll": differentiate the search. The only one that reaches `z_init`.
-            The precision is differentiated in all three.
+        gradient: How what `expand` closes over sees the mode μ. The precision is differentiated in
+            all three.
+
+            - "implicit": dμ = P⁻¹ d∇ log p(x, μ), the derivative of one Newton step from μ. At a
+              mode, with P the exact Hessian, that is the implicit function theorem. Memory does
+              not grow with T. Where P is not positive definite, μ is constant, as with "stop".
+            - "stop": μ is constant.
+            - "unroll": differentiate the search. The only one that reaches `z_init`.
         repair: Expansion whose precision replaces one that is not positive definite.
         solver: How the steps of the search are solved for; see `newton_refine`. The precision at
             the mode is always formed, and factored once.

@@ -1,0 +1,1 @@
+"""What building the documentation takes beside Sphinx, MyST and furo."""
