@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from jax.sharding import PartitionSpec
 from problems import flip_a_bit, run_in_subprocess
 
 from vlae_jax import distributed
-from vlae_jax.checkpoints import Checkpoints
+from vlae_jax.checkpoints import Checkpoints, Notes
 from vlae_jax.config import (
     Config,
     DistributedConfig,
@@ -87,6 +89,13 @@ def same_run():
                 "params": max(jax.tree.leaves(apart)),
                 "elements on a device": sum(x.addressable_shards[0].data.size for x in leaves),
             }
+    with tempfile.TemporaryDirectory() as folder:
+        # Saved by eight that hold a part each, read by one.
+        checkpoints = Checkpoints(Path(folder))
+        checkpoints.save(200, state, Notes(0.0, "", None, 0.0))
+        checkpoints.wait()
+        read = checkpoints.restore_last(initial_state(experiment, Placement.here())).state
+        report["restored"] = all(jax.tree.leaves(jax.tree.map(np.array_equal, read.params, params)))
     images = experiment.dataset.test[:12]
     alone = measure(experiment, params, images)
     spread = measure(experiment, params, images, placement=Placement.of())
@@ -110,7 +119,7 @@ def in_eight_devices(call, timeout=300):
 @pytest.mark.slow
 def test_eight_devices_train_and_evaluate_as_one_does():
     report = in_eight_devices("same_run")
-    assert report["devices"] == 8
+    assert report["devices"] == 8 and report["restored"]
     for name in ("whole", "sharded"):
         assert report[f"vae {name}"]["losses"] < 1e-5
         assert report[f"vae {name}"]["params"] < 1e-4
@@ -204,8 +213,15 @@ def test_importance_samples_are_spread_over_devices():
 def test_a_parameter_is_split_along_its_longest_axis_that_can_be(monkeypatch, shape, expected):
     placement = Placement.of(shard_parameters=True)
     monkeypatch.setattr(Placement, "size", 8)
-    sharding = placement.of_parameters(jax.ShapeDtypeStruct(shape, np.float32))
-    assert sharding.spec == PartitionSpec(*expected)
+    tree = [jax.ShapeDtypeStruct(each, np.float32) for each in (shape, (512, 512))]
+    assert placement.of_parameters(tree)[0].spec == PartitionSpec(*expected)
+
+
+def test_parameters_that_cannot_be_split_at_all_are_refused(monkeypatch):
+    placement = Placement.of(shard_parameters=True)
+    monkeypatch.setattr(Placement, "size", 8)
+    with pytest.raises(UserError, match=r"no parameter has an axis that 8 devices could share"):
+        placement.of_parameters([jax.ShapeDtypeStruct((500, 500), np.float32)])
 
 
 def test_devices_that_cannot_share_a_batch_evenly_are_refused(monkeypatch):

@@ -28,6 +28,7 @@ from vlae_jax import (
     gaussian,
     gradient_refine,
     newton_refine,
+    shifted_expansion,
     standard_normal,
 )
 from vlae_jax.refinement import Damping
@@ -301,3 +302,16 @@ def test_a_stall_by_rounding_is_no_convergence():
     _, info = newton_refine(expand, jnp.zeros(2), num_steps=2, damping="line_search")
     assert info.steps_used == 0 and info.newton_decrement > 9000
     assert not info.converged
+
+
+def test_a_minimum_with_a_repair_has_not_converged():
+    """Its gradient vanishes too, but no mode is there."""
+
+    def log_joint(z):
+        return jnp.sum(jnp.cos(3 * z))
+
+    expand = exact_expansion(log_joint)
+    _, info = newton_refine(
+        expand, jnp.full(2, jnp.pi / 3), num_steps=0, repair=shifted_expansion(expand)
+    )
+    assert not info.is_pd and info.newton_decrement < 1e-2 and not info.converged

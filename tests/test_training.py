@@ -532,6 +532,15 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(finished, tmp_path
     assert steps == [record["step"] for record in records(finished.run, "train")]
 
 
+def test_training_never_sees_a_test_image(finished, tmp_path):
+    blind = finished.experiment.dataset._replace(test=None)
+    run = RunFolder(tmp_path / "run")
+    run.create(finished.experiment.config, overwrite=False)
+    experiment = finished.experiment._replace(dataset=blind)
+    fit(experiment, run, resume=False, options=FitOptions())
+    chex.assert_trees_all_equal(last_state(experiment, run), finished.state)
+
+
 def test_no_readable_checkpoint_is_an_error_of_one_line(finished, copied):
     for step in copied.checkpoints.iterdir():
         damage(step)

@@ -288,7 +288,8 @@ class DistributedConfig:
     devices: int | None = None
     """Devices that each process uses, by default all; on a CPU so many virtual ones."""
     shard_parameters: bool = False
-    """Split parameters and optimiser state over all devices, for networks too large for one."""
+    """Split parameters and optimiser state over all devices, each along an axis that their number
+    divides: a device stores its part alone, and gathers the others for the time of a step."""
 
     def __post_init__(self) -> None:
         for name in ("processes", "devices", "timeout"):

@@ -110,12 +110,31 @@ class Placement:
         return Placement(mesh, shard_parameters=self.shard_parameters)
 
     def of_parameters(self, tree: Any) -> Any:
-        """The sharding of each array: whole, or split along its longest axis that can be."""
-        return jax.tree.map(lambda leaf: self._of_parameter(leaf.shape), tree)
+        """The sharding of each array: whole, or split along its longest axis that can be.
+
+        Raises:
+            UserError: If they are to be split, and none can be.
+        """
+        found = jax.tree.map(lambda leaf: self._of_parameter(leaf.shape), tree)
+        if (
+            self.shard_parameters
+            and self.size > 1
+            and all(s == self.replicated for s in jax.tree.leaves(found))
+        ):
+            raise UserError(
+                f"no parameter has an axis that {self.size} devices could share: choose --hidden "
+                "widths that are multiples, or leave --distributed.shard-parameters out"
+            )
+        return found
 
     def _of_parameter(self, shape: tuple[int, ...]) -> NamedSharding:
         can_be = [axis for axis, length in enumerate(shape) if length % self.size == 0]
-        if not self.shard_parameters or not can_be or math.prod(shape) < _SMALLEST_SHARDED:
+        if (
+            not self.shard_parameters
+            or self.size == 1
+            or not can_be
+            or math.prod(shape) < _SMALLEST_SHARDED
+        ):
             return self.replicated
         longest = max(can_be, key=lambda axis: shape[axis])
         axes = [None] * longest + [(DATA, SAMPLES)]

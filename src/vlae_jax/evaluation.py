@@ -1,5 +1,6 @@
-"""The one reading of the test images: ELBO, importance-weighted log-likelihood, diagnostics."""
+"""What is measured on test images: ELBO, importance-weighted log-likelihood, diagnostics."""
 
+import dataclasses
 import functools
 import platform
 from collections.abc import Mapping
@@ -30,7 +31,10 @@ from vlae_jax.progress import counting
 UNRELIABLE_K = 0.7
 """Pareto k̂ above which an importance-weighted estimate is not to be relied on."""
 _SMALLEST_TAIL = 5
-_PACKAGES = ("vlae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = (
+    *("vlae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+    *("arviz-stats", "blackjax"),
+)
 
 
 class Figure(NamedTuple):
@@ -205,7 +209,11 @@ def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
 
 
 def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict[str, Any]:
-    """The content of results.json: the figures with all that they depend on."""
+    """The content of results.json: the figures with all that they depend on.
+
+    The noise of an image, its dequantisation or binarisation and its samples, depends on its number
+    alone (`preprocessing.fixed_keys`), so that no seed of the evaluation need be told.
+    """
     config = experiment.config
     return {
         "run": {
@@ -221,6 +229,7 @@ def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict
             "seed": config.training.seed,
             "epochs": config.training.epochs,
         },
+        "config": dataclasses.asdict(config),
         "figures": [figure._asdict() for figure in figures],
         "versions": {
             "python": platform.python_version(),

@@ -42,9 +42,11 @@ class RefinementInfo(NamedTuple):
     log_joint: Float[Array, " steps_and_one"]
     """The log joint at each of them, nats."""
     newton_decrement: Float[Array, ""]
-    """½ gᵀP⁻¹g at the mode: how far below its local maximum it lies, nats. NaN if P is not PD."""
+    """½ gᵀP⁻¹g at the mode: how far below its local maximum it lies, nats. P is that of the repair
+    where its own is not PD; NaN where there is none."""
     converged: Bool[Array, ""]
-    """The decrement, or a line search's last gain, is below 0.01 nats, and P is PD. The gain counts
+    """The decrement, or a line search's last gain, is below 0.01 nats, and P is PD, unrepaired: a
+    minimum has no gradient either. The gain counts
     only where rounding of the log joint would not hide it: below 84,000 nats in float32."""
     is_pd: Bool[Array, ""]
     """Whether the precision at the mode was positive definite, before any repair."""
@@ -402,7 +404,7 @@ def search_info(search: Search, quadratic: Quadratic, factor: Factor) -> Refinem
         path=path,
         log_joint=values,
         newton_decrement=decrement,
-        converged=converged & jnp.isfinite(decrement),
+        converged=converged & jnp.isfinite(decrement) & factor.is_pd,
         is_pd=factor.is_pd,
         steps_used=jnp.sum(moved),
     )

@@ -1,7 +1,8 @@
-"""Commands that use a trained run: encode, reconstruct, sample, impute, score. No maths."""
+"""Commands that use a trained run: encode, reconstruct, sample, impute, score, gap. No maths."""
 
 import dataclasses
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar
@@ -325,17 +326,22 @@ class Gap:
 
     def run(self) -> None:
         """Do it."""
+        from vlae_jax.evaluation import describe
         from vlae_jax.gap_measurement import measure_gaps
         from vlae_jax.report import write_report
 
-        run = RunFolder(self.run_dir)
-        experiment, params = load_run(run, self.data_dir)
-        figures, _ = measure_gaps(experiment, params, self.effort)
-        content = {
-            "figures": [figure._asdict() for figure in figures],
-            "settings": dataclasses.asdict(self.effort),
-        }
-        run.write_gaps(content)
+        run, began = RunFolder(self.run_dir), time.monotonic()
+        experiment, restored = _load(run, self.data_dir)
+        figures, _ = measure_gaps(experiment, restored.state.params, self.effort)
+        run.write_gaps(
+            describe(
+                experiment,
+                figures,
+                settings=dataclasses.asdict(self.effort),
+                checkpoint={"step": restored.step},
+                seconds={"gaps": time.monotonic() - began},
+            )
+        )
         _print_table(
             ("", "mean", "± error", "unit", "images"),
             [
@@ -354,6 +360,12 @@ class Gap:
 
 def load_run(run: RunFolder, data_dir: str | None, **evaluation: Any) -> tuple[Any, Any]:
     """A run's experiment, with another evaluation and place of the images, and its parameters."""
+    experiment, restored = _load(run, data_dir, **evaluation)
+    return experiment, restored.state.params
+
+
+def _load(run: RunFolder, data_dir: str | None, **evaluation: Any) -> tuple[Any, Any]:
+    """The same, with the whole checkpoint."""
     from vlae_jax.experiment import build_experiment
 
     config = run.read_config()
@@ -365,7 +377,7 @@ def load_run(run: RunFolder, data_dir: str | None, **evaluation: Any) -> tuple[A
         config, evaluation=dataclasses.replace(config.evaluation, **evaluation)
     )
     experiment = build_experiment(config)
-    return experiment, load_best(experiment, run).state.params
+    return experiment, load_best(experiment, run)
 
 
 def load_best(experiment: Any, run: RunFolder, placement: Any = None) -> Any:
