@@ -1,13 +1,14 @@
 """The three gradients through the mode on MNIST, equal epochs: 200-200 hidden, latent 20, T = 4.
 
-.venv/bin/python -m experiments.gradients --data-dir PATH
+.venv/bin/python -m experiments.gradients --data-dir PATH --jobs 2
 """
 
 from experiments.study import Study, main
+from experiments.systems import SMALL
 
 STUDY = Study(
     "gradients",
-    "which gradient through the mode",
+    "MNIST, which gradient through the mode",
     {
         "VAE": ["--method", "vae"],
         "implicit": ["--gradient", "implicit"],
@@ -15,11 +16,8 @@ STUDY = Study(
         "unroll": ["--gradient", "unroll"],
         "unroll, steps of the paper": ["--gradient", "unroll", "--damping", "paper"],
     },
-    [
-        *("--dataset", "mnist", "--hidden", "200", "200", "--latent", "20"),
-        *("--steps", "4", "--epochs", "4", "--test-images", "1000"),
-        *("--importance-samples", "1000"),
-    ],
+    ["--dataset", "mnist", *SMALL, "--epochs", "4"],
+    shares=["unconverged"],
 )
 
 if __name__ == "__main__":

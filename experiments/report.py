@@ -191,34 +191,39 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         for row, runs in enumerate(groups.values()):
             bound, log_prob = measured(runs, "elbo"), measured(runs, "log_prob")
             axes.plot([bound[0], log_prob[0]], [row, row], color=FAINT, linewidth=1.0, zorder=1)
-            for (value, error), colour, label in (
-                (bound, ORANGE, "ELBO"),
-                (log_prob, BLUE, "log p(x), importance weighted"),
+            # Where the two are equal, the one behind is seen around the other.
+            for (value, error), colour, size, label in (
+                (bound, ORANGE, 6.0, "ELBO"),
+                (log_prob, BLUE, 3.8, "log p(x), importance weighted"),
             ):
                 axes.errorbar(
                     value,
                     row,
-                    xerr=None if math.isnan(error) else error,
+                    # All systems share the images, so that an error over them says nothing here.
+                    xerr=error if len(runs) > 1 else None,
                     fmt="o",
                     color=colour,
-                    markersize=4.5,
+                    markersize=size,
                     elinewidth=1.2,
                     label=label if row == 0 else None,
                 )
         # A system far below the others would press these together.
+        unit = "nats per image"
         values = sorted(measured(runs, "elbo")[0] for runs in groups.values())
         best = max(measured(runs, "log_prob")[0] for runs in groups.values())
         low = values[len(values) // 8] if len(values) > 8 else values[0]
         cut = best - 1.6 * (best - low)
         if values[0] < cut:
             axes.set_xlim(left=cut)
-            hidden = [name for name, runs in groups.items() if measured(runs, "log_prob")[0] < cut]
-            if hidden:
-                words_on_them = f"outside on the left: {', '.join(hidden)}"
-                axes.set_title(words_on_them, fontsize=7.5, color=FAINT, loc="right")
+            outside = [
+                f"{name} ({words(measured(runs, 'elbo')[0], math.nan)})"
+                for name, runs in groups.items()
+                if measured(runs, "elbo")[0] < cut
+            ]
+            unit += f"\nELBO outside on the left: {', '.join(outside)}"
         axes.set_yticks(range(len(groups)), list(groups), color=INK)
         axes.set_ylim(len(groups) - 0.4, -0.6)
-        axes.set_xlabel("nats per image")
+        axes.set_xlabel(unit)
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False)
         figure.savefig(path, metadata={"Software": None})
 

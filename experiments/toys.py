@@ -86,18 +86,28 @@ def train(xs: jax.Array, key: jax.Array) -> Any:
     return params
 
 
-def draw(axes: Axes, xs: np.ndarray, params: Any, title: str, offsets: Sequence[float]) -> None:
-    """Data, decoder, and the searches of a few points from poor first guesses."""
+def draw(
+    axes: Axes,
+    xs: np.ndarray,
+    params: Any,
+    title: str,
+    offsets: Sequence[float],
+    asides: Sequence[float] = (0.0, 0.0, 0.0),
+) -> None:
+    """Data, decoder, and the searches of a few points from poor first guesses.
+
+    On a straight line searches would hide each other: each is drawn `aside` of it, upwards.
+    """
     zs = jnp.linspace(-2.8, 2.8, 400)[:, None]
     curve = jax.vmap(lambda z: decode(params, z))(zs)
     axes.scatter(*xs.T, s=3, color="#cccccc", linewidths=0)
     axes.plot(*curve.T, color=INK, linewidth=1.3, label="decoder g(z)")
-    for index, offset in enumerate(offsets):
+    for index, (offset, aside) in enumerate(zip(offsets, asides, strict=True)):
         x = jnp.asarray(xs[index])
         expand = expansion(params, x)
         best = zs[jnp.argmax(jax.vmap(lambda z, expand=expand: expand(z).value)(zs))]
         mode, info = vl.newton_refine(expand, best + offset, num_steps=STEPS)
-        path = jax.vmap(lambda z: decode(params, z))(info.path)
+        path = jax.vmap(lambda z: decode(params, z))(info.path) + jnp.array([0.0, aside])
         posterior = vl.laplace_posterior(expand, mode)
         std = jnp.sqrt(posterior.covariance()[0])
         likely = jax.vmap(lambda z: decode(params, z))(
@@ -120,7 +130,14 @@ def draw(axes: Axes, xs: np.ndarray, params: Any, title: str, offsets: Sequence[
             linewidth=0.9,
             label=f"search, {STEPS} steps" if first else None,
         )
-        axes.plot(*path[0], "o", markersize=7, markerfacecolor="none", color=ORANGE)
+        axes.plot(
+            *path[0],
+            "o",
+            markersize=7,
+            markerfacecolor="none",
+            color=ORANGE,
+            label="first guess" if first else None,
+        )
         axes.plot(*jnp.stack([path[-1], x]).T, ":", color=FAINT, linewidth=1.2)
         axes.plot(*x, "x", color=INK, markersize=6, label="observed x" if first else None)
     axes.set_title(title, loc="left", fontsize=9.5)
@@ -143,19 +160,20 @@ def main(folder: Path = IMAGES) -> None:
     straight = np.concatenate([spread(straight, straight[:, 0]), straight])
     bent = np.concatenate([spread(bent, np.arctan2(bent[:, 1], bent[:, 0])), bent])
     with matplotlib.rc_context({**STYLE, "axes.spines.left": True, "ytick.left": True}):
-        figure = Figure(figsize=(7.4, 4.0), dpi=150, layout="constrained")
+        figure = Figure(figsize=(8.0, 4.2), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
         draw(
             left,
             straight,
             linear,
-            "Probabilistic PCA: one step is exact",
+            "Probabilistic PCA: one step is exact (paths drawn aside)",
             (1.6, 1.4, -1.3),
+            (0.35, -0.35, 0.35),
         )
         draw(right, bent, relu, "ReLU decoder", (0.55, -0.6, -0.55))
         handles, labels = right.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / "toys.png", metadata={"Software": None})
 

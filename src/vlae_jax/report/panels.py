@@ -204,10 +204,19 @@ def heat_map(axes: Axes, correlation: np.ndarray, limit: float) -> Any:
 
 
 def deviation_strip(axes: Axes, deviations: np.ndarray, index: int) -> None:
-    """Standard deviations of one of the posteriors (k, latent), on an axis common to all."""
-    top = max(1.0, float(deviations[np.isfinite(deviations)].max(initial=0.0)))
-    axes.stairs(np.nan_to_num(deviations[index]), fill=True, color="#9a9a9a", linewidth=0)
-    axes.set(xlim=(0, deviations.shape[1]), ylim=(0, top * 1.05), xticks=[], yticks=[0, 1])
+    """Standard deviations of one of the posteriors (k, latent), on an axis common to all.
+
+    It is logarithmic: next to the prior's 1 many are too small to see.
+    """
+    seen = deviations[np.isfinite(deviations) & (deviations > 0)]
+    low = 10.0 ** math.floor(math.log10(min(0.5, seen.min(initial=1.0))))
+    high = max(1.0, float(seen.max(initial=1.0)))
+    values = np.clip(np.nan_to_num(deviations[index], nan=low), low, None)
+    axes.set_yscale("log")
+    axes.stairs(values, baseline=low, fill=True, color="#9a9a9a", linewidth=0)
+    axes.set(xlim=(0, deviations.shape[1]), ylim=(low, high * 1.3), xticks=[])
+    axes.set_yticks([low, 1.0], [f"{low:g}", "1"])
+    axes.set_yticks([], minor=True)
     axes.tick_params(labelsize=7, length=2, pad=2)
     axes.set_xlabel("posterior std", fontsize=8, color=FAINT, labelpad=3)
     axes.grid(False)
