@@ -152,11 +152,13 @@ class Checkpoints:
 
     def _require_undamaged(self, step: int) -> None:
         folder = self.folder / str(step)
+        if not (folder / _DIGESTS).exists():
+            raise UserError(f"{_DIGESTS}, without which none is complete, is missing")
         try:
             expected = json.loads((folder / _DIGESTS).read_text())
             found = _digests(folder)
             changed = sorted(name for name in expected if found.get(name) != expected[name])
-        except (AttributeError, TypeError, ValueError, FileNotFoundError):
+        except (AttributeError, TypeError, ValueError):
             changed = [_DIGESTS]
         if changed:
             raise UserError(f"{changed[0]} is not what was written")
