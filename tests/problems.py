@@ -285,9 +285,10 @@ def indefinite_kernel() -> jax.Array:
 
 
 def flip_a_bit(folder: Path, rng: np.random.Generator) -> Path:
-    """Change one bit of one file somewhere in a checkpoint; which."""
+    """Change one bit of one file somewhere in a checkpoint that says more than when it was made."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
-    files = [file for file in files if file.name != "_CHECKPOINT_METADATA"]
+    marks = ("_CHECKPOINT_METADATA", "commit_success.txt")
+    files = [file for file in files if file.name not in marks]
     file = files[rng.integers(len(files))]
     content = bytearray(file.read_bytes())
     content[rng.integers(len(content))] ^= 1 << rng.integers(8)
