@@ -241,7 +241,7 @@ def _parse(arguments: list[str]) -> Any:
 def _asked(arguments: list[str], option: str) -> str | None:
     """What the command line gives for an option that the defaults of others depend on."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument == option:
             value = following
         elif argument.startswith(f"{option}="):

@@ -246,6 +246,7 @@ class TrainingConfig:
             _require(
                 getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
             )
+        _require(self.seed < 2**32, f"seed must be below 2**32, got {self.seed}")
         for name in ("batch_size", "train_samples"):
             _require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
