@@ -391,6 +391,11 @@ def load_best(experiment: Any, run: RunFolder, placement: Any = None) -> Any:
 
     like = initial_state(experiment, placement or Placement.here())
     restored = Checkpoints(run.checkpoints, read_only=True).restore_best(like)
+    if restored.notes.fingerprint != experiment.dataset.fingerprint:
+        raise UserError(
+            f"the images of {experiment.dataset.name} are not those that {run.path} was trained "
+            "on; give their place with --data-dir"
+        )
     best = run.best_step()
     if best not in (None, restored.step) and not restored.damaged:
         restored.damaged.append(
