@@ -4,13 +4,13 @@
 """
 
 from experiments.study import Study, main
-from experiments.systems import CLIPPED, SMALL, systems
+from experiments.systems import CLIPPED, FOUR_MINUTES, SMALL, systems
 
 STUDY = Study(
     "cifar10_subset_time",
     "CIFAR10 subset, equal time",
     systems((1, 4), ascent=CLIPPED),
-    ["--dataset", "cifar10_subset", *SMALL, "--epochs", "1000", "--minutes", "4"],
+    ["--dataset", "cifar10_subset", *SMALL, *FOUR_MINUTES],
 )
 
 if __name__ == "__main__":

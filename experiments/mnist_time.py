@@ -4,13 +4,13 @@
 """
 
 from experiments.study import Study, main
-from experiments.systems import SMALL, systems
+from experiments.systems import FOUR_MINUTES, SMALL, systems
 
 STUDY = Study(
     "mnist_time",
     "MNIST, equal time",
     systems((1, 4)),
-    ["--dataset", "mnist", *SMALL, "--epochs", "1000", "--minutes", "4"],
+    ["--dataset", "mnist", *SMALL, *FOUR_MINUTES],
 )
 
 if __name__ == "__main__":

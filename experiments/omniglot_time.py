@@ -4,13 +4,13 @@
 """
 
 from experiments.study import Study, main
-from experiments.systems import SMALL, systems
+from experiments.systems import FOUR_MINUTES, SMALL, systems
 
 STUDY = Study(
     "omniglot_time",
     "OMNIGLOT, equal time",
     systems((1, 4)),
-    ["--dataset", "omniglot", *SMALL, "--epochs", "1000", "--minutes", "4"],
+    ["--dataset", "omniglot", *SMALL, *FOUR_MINUTES],
 )
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ SMALL = (
 )
 """A network, and an evaluation, that two CPU cores can train many of."""
 
+FOUR_MINUTES = ("--epochs", "1000", "--minutes", "4")
+"""Of training, and no other end."""
+
 
 def systems(
     steps: Sequence[int], *, ascent: Sequence[str] = ASCENT, linear: bool = True

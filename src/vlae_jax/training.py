@@ -299,7 +299,7 @@ def fit(
     if resume:
         if restored := checkpoints.restore_last(state):
             state, notes, damaged = restored.state, restored.notes, restored.damaged
-            _check_data(notes, experiment)
+            require_same_images(notes, experiment)
         distributed.on_first(lambda: run.drop_metrics_after(restored.step if restored else -1))
     start = int(state.step)
     loop = _Loop(trainer, run, checkpoints, options, notes)
@@ -458,7 +458,12 @@ def _summary(metrics: dict[str, Any]) -> str:
     return "  ".join(f"{label} {metrics[name]:.2f}" for name, label in names.items())
 
 
-def _check_data(notes: Notes, experiment: Experiment) -> None:
+def require_same_images(notes: Notes, experiment: Experiment) -> None:
+    """Check that a checkpoint was trained on the experiment's images.
+
+    Raises:
+        UserError: If not.
+    """
     if notes.fingerprint != experiment.dataset.fingerprint:
         raise UserError(
             f"the images of {experiment.dataset.name} are not those the run was started with; "

@@ -387,15 +387,11 @@ def load_best(experiment: Any, run: RunFolder, placement: Any = None) -> Any:
     """
     from vlae_jax.checkpoints import Checkpoints
     from vlae_jax.distributed import Placement, is_first
-    from vlae_jax.training import initial_state
+    from vlae_jax.training import initial_state, require_same_images
 
     like = initial_state(experiment, placement or Placement.here())
     restored = Checkpoints(run.checkpoints, read_only=True).restore_best(like)
-    if restored.notes.fingerprint != experiment.dataset.fingerprint:
-        raise UserError(
-            f"the images of {experiment.dataset.name} are not those that {run.path} was trained "
-            "on; give their place with --data-dir"
-        )
+    require_same_images(restored.notes, experiment)
     best = run.best_step()
     if best not in (None, restored.step) and not restored.damaged:
         restored.damaged.append(
