@@ -72,6 +72,18 @@ def copied(finished, tmp_path):
     return shutil.copytree(folder, tmp_path / "run")
 
 
+def test_a_run_is_not_used_on_other_images_of_the_same_name(images, tmp_path, capsys):
+    run = tmp_path / "run"
+    cli.main([*map(str, own(images(), "--batch-size", "8")), "--run-dir", str(run)])
+    results = (run / "results.json").read_bytes()
+    images(x_train=np.random.default_rng(1).integers(0, 256, (40, 6, 6, 1), dtype=np.uint8))
+    for command in ("evaluate", "encode", "gap"):
+        line = refused(capsys, command, run)
+        assert "images of mine are not those the run was started with" in line
+    assert (run / "results.json").read_bytes() == results
+    assert not (run / "encoded.npz").exists() and not (run / "gaps.json").exists()
+
+
 def test_a_run_leaves_everything_a_reader_needs(finished):
     folder, said = finished
     names = {path.name for path in folder.iterdir()}
