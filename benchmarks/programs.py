@@ -11,8 +11,8 @@ from flax import nnx
 
 from vlae_jax.bounds import elbo, importance_weighted_log_prob
 from vlae_jax.config import InferenceConfig
-from vlae_jax.curvature import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.densities import gaussian, standard_normal
+from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.posterior import GaussianPosterior

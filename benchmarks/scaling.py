@@ -32,9 +32,10 @@ import numpy as np
 from benchmarks import hlo
 from benchmarks.roofline import SLICES
 from vlae_jax.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.conjugate_gradients import conjugate_gradients
 from vlae_jax.distributed import Placement
 from vlae_jax.experiment import Experiment, build_experiment
-from vlae_jax.refinement import SHORTFALL, conjugate_gradients
+from vlae_jax.refinement import SHORTFALL
 from vlae_jax.training import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"

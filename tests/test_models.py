@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from vlae_jax.curvature import exact_expansion
+from vlae_jax.expansions import exact_expansion
 from vlae_jax.models import VariationalAutoencoder
 from vlae_jax.networks import ACTIVATIONS, PIECEWISE_LINEAR
 

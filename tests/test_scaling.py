@@ -11,7 +11,7 @@ import pytest
 from problems import run_in_subprocess
 
 from vlae_jax.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
-from vlae_jax.curvature import MatrixFreeExpansion, Products
+from vlae_jax.expansions import MatrixFreeExpansion, Products
 from vlae_jax.systems import SYSTEMS
 
 ROOT = Path(__file__).parent.parent

@@ -24,12 +24,13 @@ from vlae_jax import (
     infer_posterior,
     newton_refine,
 )
-from vlae_jax.curvature import (
+from vlae_jax.affine_head import (
     compress_affine_gaussian,
     whiten_affine_head,
     whitened_affine_gaussian,
 )
-from vlae_jax.refinement import SHORTFALL, conjugate_gradients
+from vlae_jax.conjugate_gradients import conjugate_gradients
+from vlae_jax.refinement import SHORTFALL
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -5,22 +5,13 @@ The names here are pure functions of one example, for use inside your own `jit`,
 `evaluation`, ...) are imported by name and need the `train` extra.
 """
 
+from vlae_jax.affine_head import affine_head_expansion
 from vlae_jax.bounds import (
     ImportanceInfo,
     elbo,
     importance_weighted_log_prob,
     iwae_bound,
     laplace_evidence,
-)
-from vlae_jax.curvature import (
-    Expansion,
-    MatrixFreeExpansion,
-    Products,
-    Quadratic,
-    affine_head_expansion,
-    exact_expansion,
-    gauss_newton_expansion,
-    shifted_expansion,
 )
 from vlae_jax.densities import (
     LogDensity,
@@ -35,6 +26,15 @@ from vlae_jax.densities import (
     standard_normal,
     student_t,
     student_t_fisher,
+)
+from vlae_jax.expansions import (
+    Expansion,
+    MatrixFreeExpansion,
+    Products,
+    Quadratic,
+    exact_expansion,
+    gauss_newton_expansion,
+    shifted_expansion,
 )
 from vlae_jax.inference import infer_posterior
 from vlae_jax.posterior import (

@@ -16,8 +16,8 @@ from blackjax.mcmc import hmc
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vlae_jax.curvature import depend_on_data
 from vlae_jax.densities import LogDensity
+from vlae_jax.expansions import depend_on_data
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 
 TARGET_ACCEPTANCE = 0.65

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vlae_jax.curvature import Expansion, factorize
 from vlae_jax.densities import LogDensity
+from vlae_jax.expansions import Expansion
+from vlae_jax.factor import factorize
 from vlae_jax.posterior import LOG_2PI, EvaluablePosterior, Posterior
 
 

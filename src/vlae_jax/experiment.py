@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vlae_jax.affine_head import WhitenedHead
 from vlae_jax.config import Config
-from vlae_jax.curvature import WhitenedHead
 from vlae_jax.data import Dataset, load_dataset
 from vlae_jax.distributed import DATA, Placement
 from vlae_jax.errors import UserError

@@ -8,15 +8,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
-from vlae_jax.curvature import (
-    Expansion,
-    Factor,
-    MatrixFreeExpansion,
-    Products,
-    Quadratic,
-    depend_on_data,
-    factorize,
-)
+from vlae_jax.expansions import Expansion, MatrixFreeExpansion, Products, Quadratic, depend_on_data
+from vlae_jax.factor import Factor, factorize
 from vlae_jax.posterior import GaussianPosterior, posterior_from_factor
 from vlae_jax.refinement import (
     SHORTFALL,

@@ -15,8 +15,9 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
-from vlae_jax.curvature import depend_on_data, exact_expansion, factorize
 from vlae_jax.densities import LogDensity
+from vlae_jax.expansions import depend_on_data, exact_expansion
+from vlae_jax.factor import factorize
 from vlae_jax.inference import at_implicit_mode
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior
 from vlae_jax.refinement import RefinementInfo, Search, search_info

@@ -14,16 +14,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from vlae_jax.curvature import (
-    Expansion,
+from vlae_jax.affine_head import (
     WhitenedHead,
     affine_head_expansion,
-    exact_expansion,
-    gauss_newton_expansion,
     whiten_affine_head,
     whitened_affine_gaussian,
 )
 from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
+from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.networks import (
     MLP,
     ConvDecoder,

@@ -9,8 +9,9 @@ from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlae_jax.curvature import Expansion, Factor, factorize
 from vlae_jax.densities import standard_normal
+from vlae_jax.expansions import Expansion
+from vlae_jax.factor import Factor, factorize
 
 LOG_2PI = math.log(2 * math.pi)
 

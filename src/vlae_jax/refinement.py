@@ -10,24 +10,22 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float, Int
 
-from vlae_jax.curvature import (
+from vlae_jax.conjugate_gradients import conjugate_gradients
+from vlae_jax.densities import LogDensity
+from vlae_jax.expansions import (
     Expansion,
-    Factor,
     MatrixFreeExpansion,
     Quadratic,
     depend_on_data,
     exact_expansion,
-    factorize,
 )
-from vlae_jax.densities import LogDensity
+from vlae_jax.factor import Factor, factorize
 
 Damping = Literal["paper", "line_search", "trust_region"]
 Solver = Literal["auto", "cholesky", "cg"]
 
 SHORTFALL = 0.1
 """Share of the Newton decrement that conjugate gradients may leave out."""
-_NEGLIGIBLE = 1e-2
-"""Nats, times the share, that are never worth another product."""
 _CG_LATENT = 24
 """Dimensions from which conjugate gradients cost less than forming the precision."""
 _STEP_SIZES = (1.0, 0.5, 0.25, 0.125)
@@ -234,70 +232,6 @@ def _by_products(
 
     direction = jax.lax.custom_linear_solve(ridged, grad, solve, symmetric=True)
     return _Local(value, grad, direction)
-
-
-def conjugate_gradients(
-    times: Callable[[Float[Array, " latent"]], Float[Array, " latent"]],
-    rhs: Float[Array, " latent"],
-    *,
-    shortfall: float,
-) -> Float[Array, " latent"]:
-    """Solve P v = rhs until at most this share of the decrement ½ rhsᵀP⁻¹rhs can be missing.
-
-    What is missing is bounded by Gauss-Radau quadrature from the coefficients of the iteration
-    and a lower bound of 1 on the eigenvalues of P. Stops early, with the best v so far, where P
-    shows negative curvature; if that is at once, v is rhs over the size of that curvature.
-
-    References:
-        Meurant and Tichý (2013), On computing quadrature-based bounds for the A-norm of the error
-        in conjugate gradients, for the bound; Nash (2000) for truncation.
-    """
-    one = jnp.ones_like(rhs[0])
-    square = rhs @ rhs
-    zero = jnp.zeros_like(rhs)
-    first = _Krylov(zero, rhs, rhs, square, one, square > 0, 0 * square)
-
-    def advance(state: _Krylov) -> _Krylov:
-        product = times(state.search)
-        curvature = state.search @ product
-        is_convex = curvature > 0
-        size = state.square / jnp.where(curvature == 0, 1.0, jnp.abs(curvature))
-        solution = state.solution + size * state.search
-        residual = state.residual - size * product
-        square = residual @ residual
-        ratio = square / state.square
-        excess = jnp.maximum(state.radau - size, jnp.finfo(rhs.dtype).tiny)
-        radau = excess / (excess + ratio)
-        missing = 0.5 * radau * square
-        enough = missing <= jnp.maximum(shortfall * 0.5 * (rhs @ solution), _NEGLIGIBLE * shortfall)
-        steps = state.steps + 1
-        go_on = is_convex & ~enough & (steps < 2 * rhs.size)
-        keep = is_convex | ((state.steps == 0) & jnp.isfinite(size))
-        return _Krylov(
-            solution=jnp.where(keep, solution, state.solution),
-            residual=residual,
-            search=residual + ratio * state.search,
-            square=square,
-            radau=radau,
-            go_on=go_on,
-            steps=steps,
-        )
-
-    return jax.lax.while_loop(lambda state: state.go_on, advance, first).solution
-
-
-class _Krylov(NamedTuple):
-    """The state of conjugate gradients."""
-
-    solution: Float[Array, " latent"]
-    residual: Float[Array, " latent"]
-    search: Float[Array, " latent"]
-    square: Float[Array, ""]
-    """Of the residual."""
-    radau: Float[Array, ""]
-    """Times `square`: an upper bound of the squared error in the norm of P."""
-    go_on: Bool[Array, ""]
-    steps: Float[Array, ""]
 
 
 def gradient_refine(

@@ -31,7 +31,7 @@ from vlae_jax import (
     gaussian,
     standard_normal,
 )
-from vlae_jax.curvature import compress_affine_gaussian
+from vlae_jax.affine_head import compress_affine_gaussian
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -1,0 +1,67 @@
+"""Cholesky factors that stay finite, values and gradients, whatever precision comes in."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vlae_jax.expansions import Expansion, Quadratic
+
+
+class Factor(NamedTuple):
+    """A Cholesky factor that is finite, and finite to differentiate, whatever came in."""
+
+    chol: Float[Array, "latent latent"]
+    """Lower factor of the precision or of its repair; the identity where `is_finite` is false."""
+    is_pd: Bool[Array, ""]
+    """Whether the precision was positive definite as it came."""
+    is_finite: Bool[Array, ""]
+    """Whether the precision, or else its repair, could be factored."""
+
+
+def factorize(
+    expand: Expansion, z: Float[Array, " latent"], repair: Expansion | None = None
+) -> tuple[Quadratic, Factor]:
+    """Expand at `z` and factor the precision, or that of `repair` where it is not PD."""
+    quadratic = expand(z)
+    chol, is_pd = _safe_factor(quadratic.precision)
+    if repair is None:
+        return quadratic, Factor(chol, is_pd, is_pd)
+    repaired, is_repaired = _safe_factor(repair(z).precision)
+    return quadratic, Factor(jnp.where(is_pd, chol, repaired), is_pd, is_pd | is_repaired)
+
+
+def _safe_factor(
+    precision: Float[Array, "latent latent"],
+) -> tuple[Float[Array, "latent latent"], Bool[Array, ""]]:
+    chol, is_pd = _safe_cholesky(0.5 * (precision + precision.T))
+    return chol, is_pd > 0
+
+
+def _cholesky(matrix: Float[Array, "latent latent"]) -> Float[Array, "latent latent"]:
+    return jnp.linalg.cholesky(matrix, symmetrize_input=False)
+
+
+@jax.custom_jvp
+def _safe_cholesky(
+    matrix: Float[Array, "latent latent"],
+) -> tuple[Float[Array, "latent latent"], Float[Array, ""]]:
+    """The factor and 1; where there is none, the identity without gradient, and 0.
+
+    A plain Cholesky of an indefinite matrix gives NaN, and NaN gradients even behind a `where`.
+    The flag is a float because `jax.shard_map` accepts no symbolic zero tangent of a boolean.
+    """
+    chol = _cholesky(matrix)
+    is_pd = jnp.all(jnp.isfinite(chol))
+    safe = jnp.where(is_pd, chol, jnp.eye(len(matrix), dtype=matrix.dtype))
+    return safe, is_pd.astype(matrix.dtype)
+
+
+@_safe_cholesky.defjvp
+def _safe_cholesky_jvp(primals, tangents):
+    (matrix,), (matrix_dot,) = primals, tangents
+    chol, is_pd = _safe_cholesky(matrix)
+    safe = jnp.where(is_pd > 0, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
+    _, chol_dot = jax.jvp(_cholesky, (safe,), (jnp.where(is_pd > 0, matrix_dot, 0.0),))
+    return (chol, is_pd), (chol_dot, jnp.zeros_like(is_pd))
