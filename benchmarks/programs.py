@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 
 from vlae_jax.bounds import elbo, importance_weighted_log_prob
-from vlae_jax.config import InferenceConfig
 from vlae_jax.densities import gaussian, standard_normal
 from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.inference import infer_posterior
-from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.models.autoencoder import VariationalAutoencoder
+from vlae_jax.models.systems import vlae
 from vlae_jax.posterior import GaussianPosterior
-from vlae_jax.systems import vlae
+from vlae_jax.runs.config import InferenceConfig
 
 
 class Sizes(NamedTuple):

@@ -31,12 +31,12 @@ import numpy as np
 
 from benchmarks import hlo
 from benchmarks.roofline import SLICES
-from vlae_jax.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.conjugate_gradients import conjugate_gradients
-from vlae_jax.distributed import Placement
-from vlae_jax.experiment import Experiment, build_experiment
+from vlae_jax.models.trained import Experiment, build_experiment
+from vlae_jax.parallel.placement import Placement
 from vlae_jax.refinement import SHORTFALL
-from vlae_jax.training import Trainer
+from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.training.step import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 METHODS = ("vae", "vlae", "sa_vae", "vae_iaf")
@@ -292,8 +292,8 @@ def count_products(experiment: Experiment, params: Any, pixels: np.ndarray) -> l
 
 def run_products(options: argparse.Namespace) -> None:
     """Count the products of conjugate gradients in a trained run, by size of the batch."""
-    from vlae_jax.run_folder import RunFolder
-    from vlae_jax.verbs import load_run
+    from vlae_jax.commands.uses import load_run
+    from vlae_jax.runs.folder import RunFolder
 
     experiment, params = load_run(RunFolder(options.run_folder), options.data_dir)
     rows = []

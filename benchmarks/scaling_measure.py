@@ -170,15 +170,9 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
 def work(options: argparse.Namespace) -> None:
     """Time the steps of one process (what `measure` starts)."""
     from benchmarks import scaling
-    from vlae_jax import distributed
-    from vlae_jax.config import (
-        Config,
-        DataConfig,
-        DistributedConfig,
-        InferenceConfig,
-        TrainingConfig,
-    )
-    from vlae_jax.training import Trainer
+    from vlae_jax.parallel.options import DistributedConfig
+    from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, TrainingConfig
+    from vlae_jax.training.step import Trainer
 
     alone = options.coordinator is None
     place = DistributedConfig(

@@ -16,8 +16,9 @@ import optax
 
 from experiments.study import Study, main
 from experiments.systems import ASCENT
-from vlae_jax import cli, systems
-from vlae_jax.flows import FlowPosterior
+from vlae_jax.commands import main
+from vlae_jax.models import systems
+from vlae_jax.models.flows import FlowPosterior
 
 BATCH = 64
 

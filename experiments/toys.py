@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import vlae_jax as vl
 from experiments.report import BLUE, FAINT, IMAGES, INK, ORANGE, STYLE
-from vlae_jax.ppca import fit_ppca
+from vlae_jax.models.ppca import fit_ppca
 
 POINTS, STEPS, HIDDEN = 600, 4, 24
 STD = 0.12

@@ -12,10 +12,9 @@ from problems import assert_close
 from scipy.stats import multivariate_normal, norm
 from test_cli import refused
 
-from vlae_jax import applications, cli, verbs
-from vlae_jax.config import Config, DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
-from vlae_jax.experiment import build_experiment
-from vlae_jax.images import read_images
+from vlae_jax.data.supplied import read_images
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.runs.config import Config, DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -13,12 +13,13 @@ from jax import lax
 from problems import assert_close
 
 from vlae_jax import exact_expansion, infer_posterior
-from vlae_jax.config import Config, InferenceConfig, ModelConfig, TrainingConfig
-from vlae_jax.experiment import build_experiment
-from vlae_jax.flows import HouseholderFlow, InverseAutoregressiveFlow, PlanarFlow
-from vlae_jax.models import VariationalAutoencoder
-from vlae_jax.networks import FULL, ConvEncoder, Doubling, Rounded, arithmetic, in_full
-from vlae_jax.training import Trainer
+from vlae_jax.models.arithmetic import FULL, Rounded, arithmetic, in_full
+from vlae_jax.models.autoencoder import VariationalAutoencoder
+from vlae_jax.models.flows import HouseholderFlow, InverseAutoregressiveFlow, PlanarFlow
+from vlae_jax.models.networks import ConvEncoder, Doubling
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -10,9 +10,8 @@ import shutil
 import numpy as np
 import pytest
 
-from vlae_jax import cli
-from vlae_jax.config import Config, ModelConfig, TrainingConfig
-from vlae_jax.run_folder import RunFolder
+from vlae_jax.runs.config import Config, ModelConfig, TrainingConfig
+from vlae_jax.runs.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from test_report import Page, make_config, make_metrics, make_results, make_snapshots, write_run
 
-from vlae_jax import cli
 from vlae_jax.errors import UserError
 from vlae_jax.report import write_comparison
 from vlae_jax.report.comparison import (

@@ -4,19 +4,17 @@ import dataclasses
 
 import pytest
 
-from vlae_jax import cli
-from vlae_jax.config import (
-    PRESETS,
+from vlae_jax.errors import UserError
+from vlae_jax.models.systems import SYSTEMS
+from vlae_jax.runs.config import (
     Config,
     DataConfig,
     EvaluationConfig,
     InferenceConfig,
     ModelConfig,
     TrainingConfig,
-    default_config,
 )
-from vlae_jax.errors import UserError
-from vlae_jax.systems import SYSTEMS
+from vlae_jax.runs.presets import PRESETS, default_config
 
 
 def test_sizes_are_the_papers_and_smaller_for_digits():

@@ -15,12 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlae_jax import data
-from vlae_jax.data import (
-    KNOWN_DATASETS,
+from vlae_jax.data.prepared import KNOWN_DATASETS, cache_dir
+from vlae_jax.data.sets import (
     Availability,
     availability,
-    cache_dir,
     is_available,
     load_dataset,
     prepare_dataset,

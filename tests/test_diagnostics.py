@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from problems import assert_close
 
-from vlae_jax.config import Config, DataConfig, InferenceConfig, ModelConfig
-from vlae_jax.diagnostics import take_snapshots
-from vlae_jax.experiment import build_experiment
+from vlae_jax.analysis.snapshots import take_snapshots
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

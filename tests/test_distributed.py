@@ -17,22 +17,21 @@ import pytest
 from jax.sharding import PartitionSpec
 from problems import flip_a_bit, run_in_subprocess
 
-from vlae_jax import distributed
-from vlae_jax.checkpoints import Checkpoints, Notes
-from vlae_jax.config import (
+from vlae_jax.analysis.evaluation import measure
+from vlae_jax.errors import UserError
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.parallel.options import DistributedConfig
+from vlae_jax.parallel.placement import Placement
+from vlae_jax.runs.checkpoints import Checkpoints, Notes
+from vlae_jax.runs.config import (
     Config,
-    DistributedConfig,
     EvaluationConfig,
     InferenceConfig,
     ModelConfig,
     TrainingConfig,
 )
-from vlae_jax.distributed import Placement
-from vlae_jax.errors import UserError
-from vlae_jax.evaluation import measure
-from vlae_jax.experiment import build_experiment
-from vlae_jax.run_folder import RunFolder
-from vlae_jax.training import Trainer, initial_state
+from vlae_jax.runs.folder import RunFolder
+from vlae_jax.training.step import Trainer, initial_state
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

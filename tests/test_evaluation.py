@@ -7,16 +7,10 @@ from arviz_stats.base import array_stats
 from problems import assert_close
 from scipy.stats import multivariate_normal
 
+from vlae_jax.analysis.evaluation import describe, evaluate, pareto_k
 from vlae_jax.bounds import tail_size
-from vlae_jax.config import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    InferenceConfig,
-    ModelConfig,
-)
-from vlae_jax.evaluation import describe, evaluate, pareto_k
-from vlae_jax.experiment import build_experiment
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.runs.config import Config, DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -16,16 +16,17 @@ import chex
 import numpy as np
 import pytest
 
-from vlae_jax import cli, data
-from vlae_jax.checkpoints import Checkpoints
-from vlae_jax.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
-from vlae_jax.data import StoredImages, load_dataset, value_counts
-from vlae_jax.distributed import Placement
+from vlae_jax.data.sets import load_dataset
+from vlae_jax.data.stored import StoredImages, value_counts
 from vlae_jax.errors import UserError
-from vlae_jax.experiment import build_experiment
-from vlae_jax.feeding import StreamedImages, epoch_order
-from vlae_jax.run_folder import RunFolder
-from vlae_jax.training import FitOptions, Trainer, fit, initial_state
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.parallel.placement import Placement
+from vlae_jax.runs.checkpoints import Checkpoints
+from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.runs.folder import RunFolder
+from vlae_jax.training.batches import StreamedImages, epoch_order
+from vlae_jax.training.loop import FitOptions, fit
+from vlae_jax.training.step import Trainer, initial_state
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compile"),

@@ -11,7 +11,7 @@ from jax.scipy.stats import norm
 from problems import assert_close
 
 from vlae_jax import DiagonalPosterior, importance_weighted_log_prob
-from vlae_jax.flows import (
+from vlae_jax.models.flows import (
     FlowPosterior,
     GatedAutoregressiveStep,
     HouseholderFlow,

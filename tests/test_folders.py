@@ -12,13 +12,13 @@ import pytest
 from bucket_server import served
 from google.cloud import storage
 
-from vlae_jax import cli, folders
-from vlae_jax.checkpoints import Checkpoints, Notes
-from vlae_jax.config import Config
 from vlae_jax.errors import UserError
-from vlae_jax.folders import absolute, as_folder, in_bucket, resolved
 from vlae_jax.report import write_report
-from vlae_jax.run_folder import RunFolder
+from vlae_jax.runs import storage
+from vlae_jax.runs.checkpoints import Checkpoints, Notes
+from vlae_jax.runs.config import Config
+from vlae_jax.runs.folder import RunFolder
+from vlae_jax.runs.storage import absolute, as_folder, in_bucket, resolved
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

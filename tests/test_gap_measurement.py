@@ -7,20 +7,13 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from vlae_jax import cli
-from vlae_jax.config import (
-    Config,
-    GapConfig,
-    InferenceConfig,
-    ModelConfig,
-    TrainingConfig,
-    default_config,
-)
+from vlae_jax.analysis.gap_measurement import measure_gaps
+from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.errors import UserError
-from vlae_jax.experiment import build_experiment
-from vlae_jax.gap_measurement import measure_gaps
-from vlae_jax.preprocessing import fixed_keys
-from vlae_jax.run_folder import RunFolder
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.runs.config import Config, GapConfig, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.runs.folder import RunFolder
+from vlae_jax.runs.presets import default_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

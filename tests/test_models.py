@@ -8,8 +8,8 @@ from flax import nnx
 from scipy import stats
 
 from vlae_jax.expansions import exact_expansion
-from vlae_jax.models import VariationalAutoencoder
-from vlae_jax.networks import ACTIVATIONS, PIECEWISE_LINEAR
+from vlae_jax.models.autoencoder import VariationalAutoencoder
+from vlae_jax.models.networks import ACTIVATIONS, PIECEWISE_LINEAR
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

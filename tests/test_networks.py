@@ -10,11 +10,11 @@ from flax import nnx
 from problems import FINITE_DIFFERENCE, assert_close, central_differences
 
 from vlae_jax import exact_expansion
-from vlae_jax.config import Config, ModelConfig
 from vlae_jax.errors import UserError
-from vlae_jax.experiment import build_experiment
-from vlae_jax.models import VariationalAutoencoder
-from vlae_jax.networks import ConvEncoder, Doubling, halvings
+from vlae_jax.models.autoencoder import VariationalAutoencoder
+from vlae_jax.models.networks import ConvEncoder, Doubling, halvings
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.runs.config import Config, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

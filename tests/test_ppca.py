@@ -8,11 +8,11 @@ from problems import assert_close
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
-from vlae_jax.config import default_config
+from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.errors import UserError
-from vlae_jax.experiment import build_experiment
-from vlae_jax.ppca import fit_ppca
-from vlae_jax.preprocessing import fixed_keys
+from vlae_jax.models.ppca import fit_ppca
+from vlae_jax.models.trained import build_experiment
+from vlae_jax.runs.presets import default_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

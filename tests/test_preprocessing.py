@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlae_jax.data import value_counts
-from vlae_jax.preprocessing import KINDS, Preprocessor, fit_preprocessor, fixed_keys
+from vlae_jax.data.preprocessing import KINDS, Preprocessor, fit_preprocessor, fixed_keys
+from vlae_jax.data.stored import value_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from problems import run_in_subprocess
 
-from vlae_jax.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.expansions import MatrixFreeExpansion, Products
-from vlae_jax.systems import SYSTEMS
+from vlae_jax.models.systems import SYSTEMS
+from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 

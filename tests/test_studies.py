@@ -116,7 +116,7 @@ def test_every_study_names_options_that_there_are(monkeypatch):
 
     from experiments import repairs
 
-    from vlae_jax.cli import _parse
+    from vlae_jax.commands.main import _parse
 
     for path in (ROOT / "experiments").glob("*.py"):
         study = getattr(importlib.import_module(f"experiments.{path.stem}"), "STUDY", None)
@@ -150,9 +150,9 @@ def test_the_published_mistakes_are_made_as_described():
 def test_the_blind_flow_is_one_map_for_all_images(quick_compile):
     from experiments.repairs import WRONG
 
-    from vlae_jax.config import Config, InferenceConfig, ModelConfig
-    from vlae_jax.models import VariationalAutoencoder
-    from vlae_jax.systems import SYSTEMS
+    from vlae_jax.models.autoencoder import VariationalAutoencoder
+    from vlae_jax.models.systems import SYSTEMS
+    from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig
 
     config = Config(
         model=ModelConfig(latent=3, hidden=(8,)), inference=InferenceConfig(method="vae_iaf")

@@ -11,18 +11,18 @@ import pytest
 from flax import nnx
 from problems import assert_close
 
-from vlae_jax.config import Config, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.errors import UserError
-from vlae_jax.flows import FlowPosterior
-from vlae_jax.models import VariationalAutoencoder
+from vlae_jax.models.autoencoder import VariationalAutoencoder
+from vlae_jax.models.flows import FlowPosterior
+from vlae_jax.models.systems import SYSTEMS, find_system, semi_amortized_vae, vae, vlae
 from vlae_jax.posterior import (
     ClosedFormPosterior,
     DiagonalPosterior,
     EvaluablePosterior,
     GaussianPosterior,
 )
-from vlae_jax.systems import SYSTEMS, find_system, semi_amortized_vae, vae, vlae
-from vlae_jax.training import objective
+from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.training.objective import objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

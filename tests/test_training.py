@@ -24,10 +24,15 @@ import scipy.stats
 from flax import nnx
 from problems import assert_close, flip_a_bit
 
-from vlae_jax import cli, elbo
+from vlae_jax import elbo
 from vlae_jax.bounds import iwae_bound
-from vlae_jax.checkpoints import Checkpoints, Notes
-from vlae_jax.config import (
+from vlae_jax.errors import RunFailure, Unreadable, UserError
+from vlae_jax.models.autoencoder import VariationalAutoencoder
+from vlae_jax.models.systems import find_system
+from vlae_jax.models.trained import Experiment, build_experiment
+from vlae_jax.parallel.mapping import map_images
+from vlae_jax.runs.checkpoints import Checkpoints, Notes
+from vlae_jax.runs.config import (
     Config,
     DataConfig,
     EvaluationConfig,
@@ -35,21 +40,11 @@ from vlae_jax.config import (
     ModelConfig,
     TrainingConfig,
 )
-from vlae_jax.errors import RunFailure, Unreadable, UserError
-from vlae_jax.experiment import Experiment, build_experiment, map_images
-from vlae_jax.feeding import epoch_order
-from vlae_jax.models import VariationalAutoencoder
-from vlae_jax.run_folder import RunFolder
-from vlae_jax.systems import find_system
-from vlae_jax.training import (
-    FitOptions,
-    Trainer,
-    TrainState,
-    fit,
-    loss_fn,
-    make_optimizer,
-    objective,
-)
+from vlae_jax.runs.folder import RunFolder
+from vlae_jax.training.batches import epoch_order
+from vlae_jax.training.loop import FitOptions, fit
+from vlae_jax.training.objective import loss_fn, objective
+from vlae_jax.training.step import Trainer, TrainState, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

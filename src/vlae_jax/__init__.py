@@ -1,9 +1,15 @@
 """Variational Laplace Autoencoders in JAX: functional, with exact Hessians.
 
-The names here are pure functions of one example, for use inside your own `jit`, `vmap`, `grad` and
-`scan`; they need jax and jaxtyping alone. The rooms that train and report (`models`, `training`,
-`evaluation`, ...) are imported by name and need the `train` extra.
+Most names here are pure functions of one example, for use inside your own `jit`, `vmap`, `grad` and
+`scan`; they need jax and jaxtyping alone.
+
+The shipped model is trained and used by `fit`, `load`, `save` and `Config`, which are imported when
+they are first asked for and need the `train` extra; so do the folders behind them (`data`,
+`models`, `training`, `analysis`, ...), imported by name.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from vlae_jax.affine_head import affine_head_expansion
 from vlae_jax.bounds import (
@@ -48,9 +54,26 @@ from vlae_jax.posterior import (
 )
 from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine
 
+if TYPE_CHECKING:
+    from vlae_jax.models.trained import Trained, load, save
+    from vlae_jax.runs.config import Config
+    from vlae_jax.runs.presets import default_config
+    from vlae_jax.training.loop import fit
+
 __version__ = "0.1.0"
 
+_APPLICATION = {
+    "Config": "vlae_jax.runs.config",
+    "Trained": "vlae_jax.models.trained",
+    "default_config": "vlae_jax.runs.presets",
+    "fit": "vlae_jax.training.loop",
+    "load": "vlae_jax.models.trained",
+    "save": "vlae_jax.models.trained",
+}
+"""Names that need the `train` extra, and where they are."""
+
 __all__ = [
+    "Config",
     "DiagonalPosterior",
     "Expansion",
     "GaussianPosterior",
@@ -62,12 +85,15 @@ __all__ = [
     "Quadratic",
     "RefinementInfo",
     "StudentTPosterior",
+    "Trained",
     "affine_head_expansion",
     "bernoulli",
     "categorical",
+    "default_config",
     "discretized_logistic",
     "elbo",
     "exact_expansion",
+    "fit",
     "gauss_newton_expansion",
     "gaussian",
     "gaussian_heteroscedastic",
@@ -79,12 +105,25 @@ __all__ = [
     "iwae_bound",
     "laplace_evidence",
     "laplace_posterior",
+    "load",
     "multivariate_normal",
     "newton_refine",
     "poisson",
+    "save",
     "shifted_expansion",
     "standard_normal",
     "student_t",
     "student_t_fisher",
     "widened",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _APPLICATION:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_APPLICATION[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"vlae_jax.{name} needs {error.name}: pip install 'vlae-jax[train]'"
+        ) from error

@@ -1,6 +1,6 @@
 """`python -m vlae_jax`."""
 
-from vlae_jax.cli import main
+from vlae_jax.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -139,7 +139,7 @@ def draw_differences(problem: Problem) -> tuple[Figure, str] | None:
 
 def _distinct(rows: Sequence[Configuration], figure: str, key: str) -> list[str]:
     """The values that runs give for one property of a figure, ascending."""
-    found = {(run.figure(figure) or {}).get(key) for row in rows for run in row.runs}
+    found = {(run.metric(figure) or {}).get(key) for row in rows for run in row.runs}
     return [str(value) for value in sorted(v for v in found if isinstance(v, int))]
 
 

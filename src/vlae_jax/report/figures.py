@@ -291,13 +291,13 @@ def draw_gap(run: Run) -> tuple[Figure, str] | None:
     names = {
         "log_prob_ais": "log p(x) by annealed importance sampling",
         "best_in_family_elbo": "the ELBO of the best posterior of the family",
-        "amortised_elbo": "that of the posterior as inferred",
+        "amortized_elbo": "that of the posterior as inferred",
         "converged_elbo": "that of the converged search",
     }
     levels = [
         f"{words} {minus(f'{value:,.2f}')}"
         for name, words in names.items()
-        if math.isfinite(value := run.gap_figure(name)[0])
+        if math.isfinite(value := run.gap_metric(name)[0])
     ]
     caption = f"{GAP_WORDS} Error bars: the standard error of each part."
     return figure, caption + (f" In nats: {', '.join(levels)}." if levels else "")

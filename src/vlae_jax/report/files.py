@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from vlae_jax.config import LABELS, STEPLESS
 from vlae_jax.errors import UserError
-from vlae_jax.folders import as_folder, errors_of, in_bucket, resolved
+from vlae_jax.runs.methods import METHODS
+from vlae_jax.runs.storage import as_folder, errors_of, in_bucket, resolved
 
 Curve = tuple[np.ndarray, np.ndarray]
-UNRELIABLE_K = 0.7
-"""Pareto k̂ above which an importance-weighted estimate is not to be relied on."""
-
 _IMAGE = "height, width, 1 or 3"
 _SNAPSHOTS = {
     "data": f"(n, {_IMAGE})",
@@ -60,7 +57,7 @@ class Run:
 
         A new version may have systems that this one does not know: the results' label counts.
         """
-        label = str(self._described("label") or LABELS.get(self.method, self.method))
+        label = str(self._described("label") or method_label(self.method))
         objective = self.setting("training", "objective") or "elbo"
         if objective == "elbo":
             return label
@@ -73,7 +70,8 @@ class Run:
         """T, or None where the system takes no steps."""
         steps = self._described("steps", self.setting("inference", "steps"))
         whole = isinstance(steps, int) and not isinstance(steps, bool)
-        return steps if whole and self.method not in STEPLESS else None
+        known = METHODS.get(self.method)
+        return steps if whole and (known is None or known.has_steps) else None
 
     @property
     def system(self) -> str:
@@ -115,8 +113,8 @@ class Run:
     @property
     def gap(self) -> dict[str, Any] | None:
         """Log p(x) less ELBO; None where they come from different numbers of images."""
-        given = self.figure("inference_gap")
-        elbo, log_prob = self.figure("elbo"), self.figure("log_prob")
+        given = self.metric("inference_gap")
+        elbo, log_prob = self.metric("elbo"), self.metric("log_prob")
         if given is not None or elbo is None or log_prob is None:
             return given
         if elbo.get("images") != log_prob.get("images"):
@@ -129,18 +127,18 @@ class Run:
         values = self.config.get(section)
         return values.get(name) if isinstance(values, dict) else None
 
-    def figure(self, name: str) -> dict[str, Any] | None:
+    def metric(self, name: str) -> dict[str, Any] | None:
         """The test figure of that name; of several, the one with the most samples."""
         figures = [
             figure
-            for figure in (self.results or {}).get("figures", [])
+            for figure in (self.results or {}).get("metrics", [])
             if figure["name"] == name and figure.get("split", "test") == "test"
         ]
         return max(figures, key=lambda figure: number(figure.get("samples"), 0.0), default=None)
 
-    def gap_figure(self, name: str) -> tuple[float, float]:
+    def gap_metric(self, name: str) -> tuple[float, float]:
         """Value and standard error of one figure of gaps.json, NaN where it has none."""
-        for figure in (self.gaps or {}).get("figures", []):
+        for figure in (self.gaps or {}).get("metrics", []):
             if figure["name"] == name:
                 return number(figure.get("value")), number(figure.get("standard_error"))
         return math.nan, math.nan
@@ -157,6 +155,11 @@ class Run:
     def _described(self, name: str, otherwise: Any = None) -> Any:
         described = (self.results or {}).get("run")
         return described.get(name, otherwise) if isinstance(described, dict) else otherwise
+
+
+def method_label(method: str) -> str:
+    """A system's name in tables and pictures; the one it has where it is not known here."""
+    return METHODS[method].label if method in METHODS else method
 
 
 def read_run(run_dir: str | os.PathLike[str]) -> Run:
@@ -176,10 +179,10 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
         path,
         _read_json(path / "config.json"),
         _read_metrics(path / "metrics.jsonl"),
-        _read_figures(path / "results.json", "evaluate the run again"),
+        _read_metrics_file(path / "results.json", "evaluate the run again"),
         _read_arrays(path / "snapshots.npz", _check_snapshots),
         _read_arrays(path / "per_image.npz", _check_per_image),
-        _read_figures(path / "gaps.json", "measure the gaps again"),
+        _read_metrics_file(path / "gaps.json", "measure the gaps again"),
     )
 
 
@@ -214,15 +217,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_figures(path: Path, remedy: str) -> dict[str, Any] | None:
+def _read_metrics_file(path: Path, remedy: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = _read_json(path)
-    figures = content.get("figures")
+    figures = content.get("metrics")
     if not isinstance(figures, list) or not all(
         isinstance(figure, dict) and isinstance(figure.get("name"), str) for figure in figures
     ):
-        raise UserError(f"{path} must hold 'figures', a list of objects with a name: {remedy}")
+        raise UserError(f"{path} must hold 'metrics', a list of objects with a name: {remedy}")
     return content
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlae_jax.config import LABELS
 from vlae_jax.report.files import Run, number
-from vlae_jax.report.style import FAINT, MARKERS, SYSTEM_COLOURS, shade
+from vlae_jax.report.style import FAINT, MARKERS, shade
+from vlae_jax.runs.methods import METHODS
 
 # What may differ between runs of one configuration: where the data lie, and how much is done at
 # once, change no figure.
@@ -37,7 +37,7 @@ class Configuration:
 
     def values(self, name: str) -> list[tuple[float, float]]:
         """Each seed's test figure with its standard error over images, if it is finite."""
-        figures = [run.gap if name == "inference_gap" else run.figure(name) for run in self.runs]
+        figures = [run.gap if name == "inference_gap" else run.metric(name) for run in self.runs]
         pairs = [(number(f.get("value")), number(f.get("standard_error"))) for f in figures if f]
         return [pair for pair in pairs if math.isfinite(pair[0])]
 
@@ -117,7 +117,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _order(run: Run) -> tuple[Any, ...]:
-    known = list(LABELS)
+    known = list(METHODS)
     place = known.index(run.method) if run.method in known else len(known)
     return place, run.method, run.label, run.steps or 0, json.dumps(_identity(run), default=str)
 
@@ -141,7 +141,7 @@ def _one_a_seed(runs: Sequence[Run]) -> list[Run]:
 def _colour(run: Run, runs: Sequence[Run]) -> str:
     counts = sorted({other.steps or 0 for other in runs if other.method == run.method})
     strengths = np.linspace(0.45 if len(counts) > 1 else 1.0, 1.0, len(counts))
-    colour = SYSTEM_COLOURS.get(run.method, FAINT)
+    colour = METHODS[run.method].color if run.method in METHODS else FAINT
     return shade(colour, float(strengths[counts.index(run.steps or 0)]))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from vlae_jax.folders import as_folder
 from vlae_jax.report.comparison import save_comparison
 from vlae_jax.report.figures import save_pictures
 from vlae_jax.report.files import Run, number, read_runs, write_file
@@ -29,6 +28,7 @@ from vlae_jax.report.table import (
     table_note,
     table_row,
 )
+from vlae_jax.runs.storage import as_folder
 
 CSS = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1d2126; --soft: #5f6975;
@@ -204,13 +204,13 @@ def _chosen_words(run: Run) -> str:
 def _results_html(run: Run) -> str:
     if run.results is None:
         return "<h2>Results</h2>\n<p>This run is not evaluated: it has no results.json.</p>"
-    log_prob = run.figure("log_prob")
+    log_prob = run.metric("log_prob")
     samples = plain((log_prob or {}).get("samples"))
     tiles = (
-        ("test ELBO, nats", run.figure("elbo")),
+        ("test ELBO, nats", run.metric("elbo")),
         (f"test log p(x), nats, K = {samples}", log_prob),
         ("gap between them, nats", run.gap),
-        ("bits per dimension", run.figure("bits_per_dim")),
+        ("bits per dimension", run.metric("bits_per_dim")),
     )
     shown = "".join(
         f"<div class=tile><b>{_tile_words(figure)}</b><span>{label}</span></div>\n"
@@ -255,7 +255,7 @@ def _figures_html(results: Mapping[str, Any]) -> str:
             plain(figure.get("images")),
             plain(figure.get("samples")),
         ]
-        for figure in results["figures"]
+        for figure in results["metrics"]
     ]
     note = "K is the number of samples per image; log p(x) is the lower bound that K samples give."
     return f"{_html_table(columns, rows)}<p class=note>{note}</p>"

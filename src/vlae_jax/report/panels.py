@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vlae_jax.report.files import UNRELIABLE_K, Run
+from vlae_jax.report.files import Run
 from vlae_jax.report.style import FAINT, INK, minus, write_message
+from vlae_jax.runs.metrics import UNRELIABLE_K
 
 GOOD_K = 0.5
 """Pareto k̂ below which importance weights have a finite variance."""
@@ -102,7 +103,7 @@ class GapRow(NamedTuple):
 
 def gap_row(label: str, run: Run) -> GapRow | None:
     """The bar of one run; None where its gaps are not measured."""
-    row = GapRow(label, *(run.gap_figure(f"{name}_gap") for name in GapRow._fields[1:]))
+    row = GapRow(label, *(run.gap_metric(f"{name}_gap") for name in GapRow._fields[1:]))
     return row if math.isfinite(row.total) else None
 
 

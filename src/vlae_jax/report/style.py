@@ -13,19 +13,8 @@ from matplotlib.figure import Figure
 
 DPI = 150
 
-# Okabe and Ito's palette: told apart with every common colour vision.
+# From Okabe and Ito's palette, which is told apart with every common color vision.
 BLUE, ORANGE, INK, FAINT = "#0072B2", "#D55E00", "#222222", "#777777"
-SYSTEM_COLOURS = {
-    "vae": "#000000",
-    "vae_full": "#56B4E9",
-    "vae_hf": "#009E73",
-    "vae_iaf": "#CC79A7",
-    "vae_planar": "#D55E00",
-    "sa_vae": "#E69F00",
-    "vlae": "#0072B2",
-    "ppca": "#999999",
-}
-"""One colour a system in every picture; steps T are its shades."""
 MARKERS = ("o", "D", "s", "^", "v", "P", "X")
 STYLE: Any = {
     "font.family": "DejaVu Sans",

@@ -199,17 +199,17 @@ def table_row(run: Run) -> list[str]:
     ]
     if run.results is None:
         return [*settings, "not evaluated", *[ABSENT] * 7]
-    log_prob = run.figure("log_prob")
+    log_prob = run.metric("log_prob")
     return [
         *settings,
-        quantity(run.figure("elbo")),
+        quantity(run.metric("elbo")),
         quantity(log_prob),
         plain((log_prob or {}).get("samples")),
         quantity(run.gap),
-        quantity(run.figure("bits_per_dim")),
-        quantity(run.figure("unreliable")),
-        quantity(run.figure("unconverged")),
-        quantity(run.figure("not_positive_definite")),
+        quantity(run.metric("bits_per_dim")),
+        quantity(run.metric("unreliable")),
+        quantity(run.metric("unconverged")),
+        quantity(run.metric("not_positive_definite")),
     ]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlae_jax.networks import FULL, Arithmetic
+from vlae_jax.models.arithmetic import FULL, Arithmetic
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 
 # A tenth of what would keep the variance: what a flow does starts small, and is not stuck at zero.

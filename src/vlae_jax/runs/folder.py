@@ -14,9 +14,9 @@ from typing import IO, Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from vlae_jax.config import Config
 from vlae_jax.errors import UserError
-from vlae_jax.folders import in_bucket, is_bucket, writing
+from vlae_jax.runs.config import Config
+from vlae_jax.runs.storage import as_folder, in_bucket, is_bucket, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,15 @@ class RunFolder:
     """Paths of one run, and the reading and writing of what is not a checkpoint or a picture."""
 
     path: Path
+
+    @classmethod
+    def at(cls, folder: str | os.PathLike[str]) -> "RunFolder":
+        """The run folder of that name, local or gs://BUCKET/FOLDER.
+
+        Raises:
+            UserError: If it is a URL of another kind, or its bucket cannot be used.
+        """
+        return cls(as_folder(folder))
 
     @property
     def checkpoints(self) -> Path:
@@ -115,6 +124,17 @@ class RunFolder:
             raise UserError(f"{self._config}: {where}: {first['msg']}") from None
         except OSError as error:
             raise UserError(f"{self._config} cannot be read: {error.strerror}") from None
+
+    def require_continuable(self, config: Config) -> None:
+        """Check that a configuration can continue the run that is here.
+
+        Raises:
+            UserError: If there is none, or it was trained with another configuration.
+        """
+        if differences := config.differences(self.read_config()):
+            raise UserError(
+                f"{self.path} was trained with another configuration: {'; '.join(differences)}"
+            )
 
     def metrics_log(self) -> "MetricsLog":
         """metrics.jsonl, to be continued where it ends now."""

@@ -1,12 +1,13 @@
 """The shipped model (Flax NNX): encoder and decoder networks with their output density.
 
-Every method takes one example. A model is a pytree: pass it through `jax.jit` and `jax.grad` as an
-argument (`nnx.split` / `nnx.merge`), never by closing over it.
+Every method takes one example, and `at` binds one to the model. A model is a pytree: pass it
+through `jax.jit` and `jax.grad` as an argument (`nnx.split` / `nnx.merge`), never by closing over
+it.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,9 @@ from vlae_jax.affine_head import (
 )
 from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
 from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
-from vlae_jax.networks import (
-    MLP,
-    ConvDecoder,
-    ConvEncoder,
-    Doubling,
-    Precision,
-    arithmetic,
-    in_full,
-)
+from vlae_jax.models.arithmetic import Precision, arithmetic, in_full
+from vlae_jax.models.networks import MLP, ConvDecoder, ConvEncoder, Doubling
+from vlae_jax.posterior import DiagonalPosterior
 
 # Adam moves a parameter by its learning rate a step, whatever the gradient. The log variance has
 # further to go than a weight, and everything waits for it, so its unit is larger.
@@ -139,12 +134,36 @@ class VariationalAutoencoder(nnx.Module):
         """Set the log output variance that all pixels share."""
         self.scaled_log_var[...] = jnp.asarray(log_var / _LOG_VAR_RATE, jnp.float32)
 
-    def encode(
-        self, x: Float[Array, " dim"]
-    ) -> tuple[Float[Array, " latent"], Float[Array, " latent"]]:
-        """The encoder's mean and log standard deviation, (latent,) each."""
-        h = self.encoder(x)
-        return self.mean(h), self.log_std(h)
+    def at(
+        self,
+        x: Float[Array, " dim"],
+        *,
+        observed: Bool[Array, " dim"] | None = None,
+        fill: Float[Array, " dim"] | None = None,
+        head: WhitenedHead | None = None,
+    ) -> "Observation":
+        """The model at one example: the encoder's guess, the log joint and its expansion.
+
+        Args:
+            x: The example, (dim,).
+            observed: Which of its pixels are seen, (dim,); all by default. The others are left out
+                of the likelihood, and so integrated out: what x holds there is not looked at.
+            fill: What the encoder sees in the place of the others, (dim,); zeros by default.
+            head: What `whitened_head` gave; with it the log joint is the same up to rounding and
+                does not touch the data dimension.
+
+        Raises:
+            ValueError: If `head`, which is that of all pixels, is given with `observed`.
+        """
+        if head is not None and observed is not None:
+            raise ValueError("a whitened head holds all pixels: give head or observed, not both")
+        seen = x
+        if observed is not None:
+            seen = jnp.where(observed, x, jnp.zeros_like(x) if fill is None else fill)
+        features = self.encoder(seen)
+        return Observation(
+            self, x, features, self.mean(features), self.log_std(features), observed, head
+        )
 
     def decode(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
         """The likelihood's natural parameter: the Gaussian's mean, or the Bernoulli's logits."""
@@ -162,64 +181,6 @@ class VariationalAutoencoder(nnx.Module):
             return jax.random.bernoulli(key, jax.nn.sigmoid(eta)).astype(eta.dtype)
         return eta + jnp.exp(0.5 * self.log_var) * jax.random.normal(key, eta.shape, eta.dtype)
 
-    def log_likelihood(
-        self, x: Float[Array, " dim"], observed: Bool[Array, " dim"] | None = None
-    ) -> LogDensity:
-        """The function from the decoder's output (dim,) to log p(x | output), nats.
-
-        Args:
-            x: The example, (dim,).
-            observed: Which of its pixels are seen, (dim,). The others are left out of the sum, and
-                so integrated out: what x holds there is not looked at. All, by default.
-        """
-        log_var = None if self.likelihood == "bernoulli" else self.log_var
-        if observed is None:
-            return lambda eta: bernoulli(x, eta) if log_var is None else gaussian(x, eta, log_var)
-        x = jnp.where(observed, x, 0.0)
-
-        def log_likelihood(eta: Float[Array, " dim"]) -> Float[Array, ""]:
-            if log_var is None:
-                terms = jax.vmap(bernoulli)(x[:, None], eta[:, None])
-            else:
-                each = jnp.broadcast_to(log_var, x.shape)
-                terms = jax.vmap(gaussian)(x[:, None], eta[:, None], each)
-            return jnp.sum(terms, where=observed)
-
-        return log_likelihood
-
-    def log_joint(
-        self,
-        x: Float[Array, " dim"],
-        head: WhitenedHead | None = None,
-        *,
-        observed: Bool[Array, " dim"] | None = None,
-    ) -> LogDensity:
-        """The function from z (latent,) to log p(x, z), nats.
-
-        Args:
-            x: The example, (dim,).
-            head: What `whitened_head` gave; with it the function is the same up to rounding and
-                does not touch the data dimension.
-            observed: See `log_likelihood`.
-
-        Raises:
-            ValueError: If `head`, which is that of all pixels, is given with `observed`.
-        """
-        if head is not None and observed is not None:
-            raise ValueError("a whitened head holds all pixels: give head or observed, not both")
-        if head is None or not isinstance(self.head, nnx.Linear):
-            decode: Callable[[Array], Array] = self.decode
-            log_likelihood = self.log_likelihood(x, observed)
-        else:
-            decode = self.features
-            log_likelihood = whitened_affine_gaussian(
-                head,
-                self.head.bias[...],  # type: ignore[index]
-                self.log_var,
-                x,
-            )
-        return lambda z: log_likelihood(decode(z)) + standard_normal(z)
-
     def whitened_head(self) -> WhitenedHead | None:
         """The output layer, factored for evaluations at many z; None where that saves nothing."""
         if self.likelihood != "gaussian" or not isinstance(self.head, nnx.Linear):
@@ -228,9 +189,62 @@ class VariationalAutoencoder(nnx.Module):
             return None
         return whiten_affine_head(self.head.kernel[...], self.log_var)
 
-    def expansions(
-        self, x: Float[Array, " dim"], *, observed: Bool[Array, " dim"] | None = None
-    ) -> tuple[Expansion, Expansion | None]:
+
+class Observation(NamedTuple):
+    """One example bound to the model: all that inference asks of the two together.
+
+    `VariationalAutoencoder.at` makes it, inside the trace that uses it.
+    """
+
+    model: VariationalAutoencoder
+    x: Float[Array, " dim"]
+    features: Float[Array, " features"]
+    """The encoder's last hidden layer."""
+    mean: Float[Array, " latent"]
+    """The encoder's mean: where a search starts."""
+    log_std: Float[Array, " latent"]
+    """The encoder's log standard deviation."""
+    observed: Bool[Array, " dim"] | None
+    """Which pixels are seen; None for all."""
+    head: WhitenedHead | None
+
+    @property
+    def guess(self) -> DiagonalPosterior:
+        """The encoder's diagonal Gaussian."""
+        return DiagonalPosterior(self.mean, self.log_std)
+
+    def log_likelihood(self, eta: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Log p(x | decoder's output), nats, summed over the pixels that are observed."""
+        model, observed = self.model, self.observed
+        log_var = None if model.likelihood == "bernoulli" else model.log_var
+        if observed is None:
+            return bernoulli(self.x, eta) if log_var is None else gaussian(self.x, eta, log_var)
+        x = jnp.where(observed, self.x, 0.0)
+        if log_var is None:
+            terms = jax.vmap(bernoulli)(x[:, None], eta[:, None])
+        else:
+            each = jnp.broadcast_to(log_var, x.shape)
+            terms = jax.vmap(gaussian)(x[:, None], eta[:, None], each)
+        return jnp.sum(terms, where=observed)
+
+    @property
+    def log_joint(self) -> LogDensity:
+        """The function from z (latent,) to log p(x, z), nats."""
+        model = self.model
+        if self.head is None or not isinstance(model.head, nnx.Linear):
+            decode: Callable[[Array], Array] = model.decode
+            log_likelihood: LogDensity = self.log_likelihood
+        else:
+            decode = model.features
+            log_likelihood = whitened_affine_gaussian(
+                self.head,
+                model.head.bias[...],  # type: ignore[index]
+                model.log_var,
+                self.x,
+            )
+        return lambda z: log_likelihood(decode(z)) + standard_normal(z)
+
+    def expansions(self) -> tuple[Expansion, Expansion | None]:
         """The exact expansion of the log joint, and its Gauss-Newton repair where that differs.
 
         For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is
@@ -238,19 +252,21 @@ class VariationalAutoencoder(nnx.Module):
         dimension is compressed away where that costs less; a projection of some of the pixels
         would be another for every example. The Hessian of a smooth network has terms that rounded
         products would spoil: that one is taken in float32, whatever the precision.
-
-        Args:
-            x: The example, (dim,).
-            observed: See `log_likelihood`.
         """
-        smooth = not self.features.piecewise_linear
-        gaussian_output = self.likelihood == "gaussian"
-        full = in_full(self) if smooth else self
-        if gaussian_output and isinstance(self.head, nnx.Linear) and observed is None:
-            head = (self.head.kernel[...], self.head.bias[...], self.log_var)  # type: ignore[index]
-            exact = affine_head_expansion(full.features, *head, x, exact=smooth)
-            return exact, affine_head_expansion(self.features, *head, x) if smooth else None
-        gauss_newton = gauss_newton_expansion(self.decode, self.log_likelihood(x, observed))
+        model = self.model
+        smooth = not model.features.piecewise_linear
+        full = in_full(model) if smooth else model
+        head = model.head
+        if (
+            model.likelihood == "gaussian"
+            and self.observed is None
+            and isinstance(head, nnx.Linear)
+        ):
+            affine = (head.kernel[...], head.bias[...], model.log_var)  # type: ignore[index]
+            exact = affine_head_expansion(full.features, *affine, self.x, exact=smooth)
+            repair = affine_head_expansion(model.features, *affine, self.x) if smooth else None
+            return exact, repair
+        gauss_newton = gauss_newton_expansion(model.decode, self.log_likelihood)
         if not smooth:
             return gauss_newton, None
-        return exact_expansion(full.log_joint(x, observed=observed)), gauss_newton
+        return exact_expansion(self._replace(model=full, head=None).log_joint), gauss_newton

@@ -1,12 +1,14 @@
-"""Images that a user brings to a trained model: arrays, picture files and folders of them."""
+"""Images that a user brings: arrays to train on; arrays and pictures for a trained model."""
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 
+from vlae_jax.data.sets import Dataset, dataset_from_arrays, load_dataset
 from vlae_jax.errors import UserError
 
 PICTURES = frozenset(
@@ -18,6 +20,30 @@ _MODES = {1: "L", 3: "RGB"}
 _DAMAGED = (OSError, ValueError, EOFError, TypeError, KeyError, BadZipFile, zlib.error)
 
 Shape = tuple[int, ...]
+
+
+class DataOptions(Protocol):
+    """What `as_dataset` reads of a configuration's data section."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        ...
+
+    @property
+    def data_dir(self) -> str | None:
+        """Where to look for it."""
+        ...
+
+    @property
+    def validation_fraction(self) -> float:
+        """Share of the training images set aside for validation."""
+        ...
+
+    @property
+    def stream(self) -> bool:
+        """Whether to leave the training images on disk."""
+        ...
 
 
 class Images(NamedTuple):
@@ -39,6 +65,44 @@ class Images(NamedTuple):
         if not 1 <= count <= len(self.pixels):
             raise UserError(f"images must be from 1 to {len(self.pixels)}, got {count}")
         return Images(self.pixels[:count], self.names and self.names[:count])
+
+
+def as_dataset(
+    data: Dataset | np.ndarray | Mapping[str, np.ndarray] | str | None, config: DataOptions
+) -> Dataset:
+    """Whatever a user trains on, as a data set.
+
+    Args:
+        data: A data set, which is taken as it is; a name, or None for that of the configuration;
+            training images; or a mapping with x_train, x_test (the validation images stand in for
+            missing test images) and, optionally, levels.
+        config: The data section of the configuration.
+
+    Raises:
+        UserError: If there is no such data set, or the images are not as described.
+    """
+    if isinstance(data, Dataset):
+        return data
+    if data is None or isinstance(data, str):
+        return load_dataset(
+            data or config.dataset,
+            config.data_dir,
+            validation_fraction=config.validation_fraction,
+            stream=config.stream,
+        )
+    arrays = dict(data) if isinstance(data, Mapping) else {"x_train": data}
+    levels = int(arrays.pop("levels", 256))
+    if set(arrays) - {"x_train", "x_test"} or "x_train" not in arrays:
+        held = ", ".join(map(repr, arrays)) or "nothing"
+        raise UserError(
+            f"data must hold 'x_train', and may hold 'x_test' and 'levels'; it holds {held}"
+        )
+    return dataset_from_arrays(
+        np.asarray(arrays["x_train"]),
+        None if "x_test" not in arrays else np.asarray(arrays["x_test"]),
+        levels=levels,
+        validation_fraction=config.validation_fraction,
+    )
 
 
 def read_images(path: Path, shape: Shape, levels: int) -> Images:

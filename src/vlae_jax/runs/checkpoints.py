@@ -7,51 +7,59 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vlae_jax import distributed
 from vlae_jax.errors import Unreadable, UserError
-from vlae_jax.folders import absolute, in_bucket
-
-State = TypeVar("State")
+from vlae_jax.parallel.processes import is_first, on_first
+from vlae_jax.runs.storage import absolute, in_bucket
 
 _KEPT = 2
 _ROOM = 1.5  # times the size of the state, for what is stored around it
 _DIGESTS = "sha256.json"
 _COMMITTED, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 _ASIDE = "damaged-"
+_INFO, _OLD_INFO = "info", "notes"
+_NO_TREE = ""
+"""Stands for files that belong to no tree."""
 _PAUSES = (1.0, 4.0)
 """Seconds before another try to read what is undamaged."""
 
 
-class Notes(NamedTuple):
-    """What a checkpoint tells about its run, besides the state."""
+class CheckpointInfo(NamedTuple):
+    """What a checkpoint says in words, besides its arrays."""
 
     seconds: float
     """Time spent training so far."""
-    fingerprint: str
-    """Of the images trained on."""
+    epoch: float
+    """Passes over the training images so far."""
     best_step: int | None
     """The step of the best validation ELBO so far, if there was one."""
     best_bound: float
     """That ELBO, nats."""
+    model: dict[str, Any]
+    """What the model is made for, as `models.trained.describe` has it."""
 
 
 class Restored(NamedTuple):
     """A checkpoint read back."""
 
-    state: Any
-    notes: Notes
+    trees: dict[str, Any]
+    """The trees of arrays that were asked for, by name."""
+    info: CheckpointInfo
     step: int
     damaged: list[str]
     """A line for each newer or better checkpoint that could not be read."""
+
+
+Like = Callable[[CheckpointInfo], Mapping[str, Any]]
+"""A checkpoint's info → the trees to restore, by name: their structure, shapes and types."""
 
 
 class Checkpoints:
@@ -72,24 +80,32 @@ class Checkpoints:
         with _one_line(f"{folder} cannot be opened"):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state: Any, notes: Notes) -> None:
+    def save(self, step: int, trees: Mapping[str, Any], info: CheckpointInfo) -> None:
         """Save in the background; a step saved already is left as it is.
 
         The training step donates its state's memory, so what is saved is a copy.
 
+        Args:
+            step: Steps done.
+            trees: Trees of arrays by name: each is stored, and can be restored, by itself.
+            info: What is said besides.
+
         Raises:
             UserError: If it cannot be written, or an earlier one could not be.
         """
-        distributed.on_first(lambda: self._require_space(state))
-        self.best_step = notes.best_step
+        on_first(lambda: self._require_space(trees))
+        self.best_step = info.best_step
         with self._saving(f"checkpoint {step} cannot be written to {self.folder}"):
             self._manager.wait_until_finished()  # for whose digests the other step is kept
             self._saving_step = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
-                    notes=ocp.args.JsonSave(notes._asdict()),
+                    info=ocp.args.JsonSave(info._asdict()),
+                    **{
+                        name: ocp.args.StandardSave(jax.tree.map(jnp.copy, tree))
+                        for name, tree in trees.items()
+                    },
                 ),
             )
 
@@ -111,11 +127,12 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def restore_last(self, like: Any) -> Restored | None:
+    def restore_last(self, like: Like) -> Restored | None:
         """The newest undamaged checkpoint; newer ones are moved aside, and named.
 
         Args:
-            like: A state of the same structure, shapes and types.
+            like: What to restore: trees of the same structure, shapes and types by name, as a
+                function of the checkpoint's info. Other trees are not looked at.
 
         Returns:
             None where no checkpoint was ever completed.
@@ -128,12 +145,15 @@ class Checkpoints:
         restored = self._restore(self.steps()[::-1], like)
         # The run is about to come to these steps again.
         newer = [step for step in self.steps() if step > restored.step]
-        distributed.on_first(lambda: self._move_aside(newer))
+        on_first(lambda: self._move_aside(newer))
         self._manager.reload()
         return restored
 
-    def restore_best(self, like: Any) -> Restored:
+    def restore_best(self, like: Like) -> Restored:
         """The checkpoint with the highest validation ELBO, else the newest readable one.
+
+        Args:
+            like: As for `restore_last`.
 
         Raises:
             UserError: If there is none, or one that is undamaged cannot be read.
@@ -144,24 +164,29 @@ class Checkpoints:
 
     def _write_digests(self) -> None:
         """Keep a digest of each file of the checkpoint that is about to be declared complete."""
-        if distributed.is_first():
+        if is_first():
             # In a bucket, where nothing can be renamed, it has its name from the beginning.
             unfinished = [*self.folder.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")]
             folder = unfinished[0] if unfinished else self.folder / str(self._saving_step)
             (folder / _DIGESTS).write_text(json.dumps(_digests(folder)))
 
-    def _require_undamaged(self, step: int) -> None:
+    def _require_undamaged(self, step: int, names: Collection[str]) -> None:
+        """Check the files of these trees, and those of no tree."""
         folder = self.folder / str(step)
         if not (folder / _DIGESTS).exists():
-            raise UserError(f"{_DIGESTS}, without which none is complete, is missing")
+            raise _Damaged(f"{_DIGESTS}, without which none is complete, is missing")
         try:
-            expected = json.loads((folder / _DIGESTS).read_text())
-            found = _digests(folder)
+            expected = {
+                name: digest
+                for name, digest in json.loads((folder / _DIGESTS).read_text()).items()
+                if _tree_of(name) in names
+            }
+            found = _digests(folder, names)
             changed = sorted(name for name in expected if found.get(name) != expected[name])
         except (AttributeError, TypeError, ValueError):
             changed = [_DIGESTS]
         if changed:
-            raise UserError(f"{changed[0]} is not what was written")
+            raise _Damaged(f"{changed[0]} is not what was written")
 
     def _move_aside(self, steps: Iterable[int]) -> None:
         for step in steps:
@@ -191,46 +216,61 @@ class Checkpoints:
                 yield
         except UserError:
             # In a bucket one without its commit_success.txt is none, and is written over.
-            if distributed.is_first() and not in_bucket(self.folder):
+            if is_first() and not in_bucket(self.folder):
                 for partial in self.folder.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _noted_best(self) -> list[int]:
-        """The best step, as the newest checkpoint that can tell it has noted."""
+        """The best step there is, as the newest checkpoint whose info can be read has it."""
         for step in self.steps()[::-1]:
             with contextlib.suppress(Exception):  # a damaged one, which _restore will name
-                notes = self._manager.restore(
-                    step, args=ocp.args.Composite(notes=ocp.args.JsonRestore())
-                )["notes"]
-                return [notes["best_step"]] if notes["best_step"] in self.steps() else []
+                best = self._read_info(step).best_step
+                return [best] if best in self.steps() else []
         return []
 
-    def _restore(self, steps: Iterable[int], like: Any) -> Restored:
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    def _restore(self, steps: Iterable[int], like: Like) -> Restored:
         damaged: list[str] = []
         for step in steps:
             try:
                 # One process looks and all believe it: reading is done by all together.
-                distributed.on_first(functools.partial(self._require_undamaged, step))
-            except UserError as error:
+                on_first(functools.partial(self._require_undamaged, step, (_INFO, _NO_TREE)))
+                info = self._read_info(step)
+                wanted = like(info)
+                on_first(functools.partial(self._require_undamaged, step, [*wanted]))
+            except _Damaged as error:
                 damaged.append(f"checkpoint {step} is damaged ({_first_line(error)})")
                 continue
-            found = self._read(step, target)
+            trees = self._read(step, wanted)
             if damaged:
                 damaged[-1] += f"; using checkpoint {step} instead"
-            return Restored(found["state"], Notes(**found["notes"]), step, damaged)
+            return Restored(trees, info, step, damaged)
         reason = f": {'; '.join(damaged)}" if damaged else ""
         raise UserError(f"{self.folder} holds no readable checkpoint{reason}")
 
-    def _read(self, step: int, target: Any) -> Any:
-        what = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore()
-        )
+    def _read_info(self, step: int) -> CheckpointInfo:
+        if (self.folder / str(step) / _OLD_INFO).exists():
+            raise UserError(
+                f"checkpoint {step} in {self.folder} was written by vlae_jax before 0.1.0, whose "
+                "runs cannot be read by this version: train again, or use the old version"
+            )
+        found = self._composite(step, {_INFO: ocp.args.JsonRestore()})[_INFO]
+        return CheckpointInfo(**found)
+
+    def _read(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        targets = {
+            name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+            for name, tree in wanted.items()
+        }
+        found = self._composite(step, targets)
+        return {name: found[name] for name in wanted}
+
+    def _composite(self, step: int, what: Mapping[str, Any]) -> Any:
+        """Restore these items, trying again where the storage does not answer."""
         failure = f"checkpoint {step} in {self.folder} is undamaged but cannot be read"
         for pause in (*_PAUSES, None):
             try:
-                return self._manager.restore(step, args=what)
+                return self._manager.restore(step, args=ocp.args.Composite(**what))
             except ValueError as error:
                 raise UserError(f"{failure}: {_first_line(error)}") from None
             except Exception as error:  # orbax raises what its storage layer does
@@ -240,17 +280,30 @@ class Checkpoints:
         raise AssertionError
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a checkpoint, by its name in the folder."""
+class _Damaged(UserError):
+    """What a checkpoint holds is not what was written."""
+
+
+def _tree_of(name: str) -> str:
+    """The tree whose file this is, by its name in the checkpoint's folder."""
+    first, _, rest = name.partition("/")
+    return first if rest else _NO_TREE
+
+
+def _digests(folder: Path, trees: Collection[str] | None = None) -> dict[str, str]:
+    """The SHA-256 of the files of a checkpoint, by name in its folder; of these trees, or all."""
     found = {}
     for file in _files(folder):
+        name = str(file)[len(str(folder)) + 1 :]
+        if trees is not None and _tree_of(name) not in trees:
+            continue
         if file.name not in (_DIGESTS, _COMMITTED):
             if file.name == _METADATA and file.parent == folder:
                 digest = hashlib.sha256(_without_time(file))
             else:
                 with file.open("rb") as content:
                     digest = hashlib.file_digest(content, "sha256")
-            found[str(file)[len(str(folder)) + 1 :]] = digest.hexdigest()
+            found[name] = digest.hexdigest()
     return found
 
 

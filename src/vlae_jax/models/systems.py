@@ -1,10 +1,11 @@
-"""Inference systems: each one function from a model and one example to a posterior.
+"""Inference systems: each one function from a model at one example to a posterior.
 
-A new system is one more function here and one more entry in `SYSTEMS`; training, evaluation and
-report treat all alike.
+A new system is one more function, here or elsewhere, and one more entry in `runs.methods`;
+training, evaluation and report treat all alike. Every system takes the model at an example, a
+random key for what it draws, and the inference section of the configuration.
 """
 
-import functools
+import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,19 +15,19 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlae_jax.config import Config, InferenceConfig, nearest
-from vlae_jax.errors import UserError
-from vlae_jax.flows import (
+from vlae_jax.inference import infer_posterior
+from vlae_jax.models.arithmetic import FULL, Arithmetic, arithmetic
+from vlae_jax.models.autoencoder import Observation
+from vlae_jax.models.flows import (
     FlowPosterior,
     HouseholderFlow,
     InverseAutoregressiveFlow,
     PlanarFlow,
 )
-from vlae_jax.inference import infer_posterior
-from vlae_jax.models import VariationalAutoencoder
-from vlae_jax.networks import FULL, Arithmetic, arithmetic
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 from vlae_jax.refinement import gradient_refine
+from vlae_jax.runs.config import Config, InferenceConfig
+from vlae_jax.runs.methods import find_method
 
 
 class Inference(NamedTuple):
@@ -36,56 +37,45 @@ class Inference(NamedTuple):
     """Can be sampled, with a log density."""
     amortization_loss: Float[Array, ""]
     """Nats subtracted from the ELBO in training, to teach the encoder what the ELBO does not."""
-    path: Float[Array, "steps_and_one latent"]
+    iterates: Float[Array, "steps_and_one latent"]
     """Where the posterior was centred, from the encoder's guess on."""
     flags: dict[str, Array]
     """Diagnostics by name, averaged over images: `converged`, `is_pd`, ..."""
 
 
-System = Callable[[VariationalAutoencoder, Float[Array, " dim"], PRNGKeyArray], Inference]
+System = Callable[[Observation, PRNGKeyArray, InferenceConfig], Inference]
 
 
-def vae(model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray) -> Inference:
+def vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
     """The amortised diagonal Gaussian (Kingma and Welling, 2014)."""
-    posterior = DiagonalPosterior(*model.encode(x))
-    return _amortized(posterior, posterior.mean)
+    return _amortized(at.guess, at.mean)
 
 
-def full_covariance_vae(
-    model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray
-) -> Inference:
+def full_covariance_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
     """The amortised Gaussian with a full covariance, its precision factor from the encoder."""
-    features = model.encoder(x)
-    mean, log_std = model.mean(features), model.log_std(features)
-    assert model.posterior_head is not None
-    return _amortized(GaussianPosterior(mean, model.posterior_head(features, log_std)), mean)
+    factor = at.model.posterior_head(at.features, at.log_std)
+    return _amortized(GaussianPosterior(at.mean, factor), at.mean)
 
 
-def flow_vae(
-    model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray
-) -> Inference:
+def flow_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
     """An amortised diagonal Gaussian bent by a flow that sees the encoder's features.
 
     References:
         Rezende and Mohamed (2015), planar; Tomczak and Welling (2016), Householder; Kingma et al.
         (2016), inverse autoregressive.
     """
-    features = model.encoder(x)
-    base = DiagonalPosterior(model.mean(features), model.log_std(features))
-    flow = model.posterior_head
-    assert flow is not None
-    centre, _ = flow(base.mean, features)
-    return _amortized(FlowPosterior(base, features, flow), centre)
+    flow = at.model.posterior_head
+    center, _ = flow(at.mean, at.features)
+    return _amortized(FlowPosterior(at.guess, at.features, flow), center)
 
 
-def _amortized(posterior: Posterior, centre: Float[Array, " latent"]) -> Inference:
-    """What the encoder says is all there is: no steps, no loss beside the bound."""
-    return Inference(posterior, jnp.zeros(()), centre[None], {})
+def _amortized(posterior: Posterior, center: Float[Array, " latent"]) -> Inference:
+    """The inference of an encoder alone: no steps, and no loss beside the bound."""
+    return Inference(posterior, jnp.zeros(()), center[None], {})
 
 
 def semi_amortized_vae(
-    model: VariationalAutoencoder,
-    x: Float[Array, " dim"],
+    at: Observation,
     key: PRNGKeyArray,
     config: InferenceConfig,
     optimizer: optax.GradientTransformation | None = None,
@@ -101,13 +91,12 @@ def semi_amortized_vae(
     References:
         Kim, Wiseman, Miller, Sontag and Rush (2018), Semi-amortized variational autoencoders.
     """
-    initial = DiagonalPosterior(*model.encode(x))
-    log_likelihood = model.log_likelihood(x)
+    initial = at.guess
     optimizer = optimizer or ascent_optimizer(config)
 
     def negative_elbo(posterior: DiagonalPosterior, key: PRNGKeyArray) -> Float[Array, ""]:
         z, _ = posterior.sample_and_log_prob(key)
-        return posterior.kl_to_standard_normal() - log_likelihood(model.decode(z))
+        return posterior.kl_to_standard_normal() - at.log_likelihood(at.model.decode(z))
 
     def step(carry, step_key):
         posterior, state = carry
@@ -117,14 +106,13 @@ def semi_amortized_vae(
 
     stop = config.gradient == "stop"
     start = jax.lax.stop_gradient(initial) if stop else initial
-    # No sample of a bound has so large a number: what they draw from the same key is independent.
-    step_keys = jax.random.split(jax.random.fold_in(key, 2**32 - 1), config.steps)
+    step_keys = jax.random.split(key, config.steps)
     (refined, _), means = jax.lax.scan(step, (start, optimizer.init(start)), step_keys)
-    path = jnp.concatenate([means, refined.mean[None]])
+    iterates = jnp.concatenate([means, refined.mean[None]])
     if not stop:
-        return Inference(refined, jnp.zeros(()), path, {})
+        return Inference(refined, jnp.zeros(()), iterates, {})
     refined = jax.lax.stop_gradient(refined)
-    return Inference(refined, _diagonal_kl(initial, refined), path, {})
+    return Inference(refined, _diagonal_kl(initial, refined), iterates, {})
 
 
 def _diagonal_kl(q: DiagonalPosterior, p: DiagonalPosterior) -> Float[Array, ""]:
@@ -141,8 +129,7 @@ def ascent_optimizer(config: InferenceConfig) -> optax.GradientTransformation:
 
 
 def vlae(
-    model: VariationalAutoencoder,
-    x: Float[Array, " dim"],
+    at: Observation,
     key: PRNGKeyArray,
     config: InferenceConfig,
 ) -> Inference:
@@ -151,20 +138,20 @@ def vlae(
     Unless the search is unrolled the ELBO cannot see the encoder, which then learns to start near
     the mode μ by the excess energy of its guess, ½ (z₀ - μ)ᵀ P (z₀ - μ) nats.
     """
-    z_init, _ = model.encode(x)
-    expand, repair = model.expansions(x)
+    z_init = at.mean
+    expand, repair = at.expansions()
     if config.curvature == "gauss_newton" and repair is not None:
         expand, repair = repair, None
     gradient = "implicit" if config.gradient == "auto" else config.gradient
     # With no steps there is nothing to unroll, and the ELBO reaches the encoder directly.
     gradient = "unroll" if config.steps == 0 else gradient
-    start, steps, path = z_init, config.steps, None
+    start, steps, iterates = z_init, config.steps, None
     if config.search == "gradient":
         optimizer = ascent_optimizer(config)
         start, found = gradient_refine(
-            model.log_joint(x), z_init, optimizer=optimizer, num_steps=config.steps
+            at.log_joint, z_init, optimizer=optimizer, num_steps=config.steps
         )
-        steps, path = 0, found.path
+        steps, iterates = 0, found.path
     posterior, info = infer_posterior(
         expand,
         start,
@@ -184,18 +171,17 @@ def vlae(
         "is_pd": info.is_pd,
         "newton_decrement": info.newton_decrement,
     }
-    return Inference(posterior, amortization_loss, info.path if path is None else path, flags)
+    iterates = info.path if iterates is None else iterates
+    return Inference(posterior, amortization_loss, iterates, flags)
 
 
-def probabilistic_pca(
-    model: VariationalAutoencoder, x: Float[Array, " dim"], key: PRNGKeyArray
-) -> Inference:
+def probabilistic_pca(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
     """The exact posterior of a linear decoder: one Newton step from anywhere ends at the mode.
 
     References:
         Tipping and Bishop (1999), Probabilistic principal component analysis.
     """
-    return vlae(model, x, key, InferenceConfig(steps=1, solver="cholesky"))
+    return vlae(at, key, InferenceConfig(steps=1, solver="cholesky"))
 
 
 class FullCovarianceHead(nnx.Module):
@@ -225,14 +211,28 @@ class FullCovarianceHead(nnx.Module):
         return unit * jnp.exp(-log_std)
 
 
-HeadMaker = Callable[[Config, int, nnx.Rngs], nnx.Module]
-"""Configuration and the number of the encoder's features → what the posterior needs besides."""
-
-
-def _full_covariance_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+def full_covariance_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The head of `full_covariance_vae`."""
     return FullCovarianceHead(
         config.model.latent, features, arithmetic=arithmetic(config.model.precision), rngs=rngs
     )
+
+
+def householder_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The head of `flow_vae` with Householder reflections."""
+    return _flow(HouseholderFlow, config, features, rngs)
+
+
+def planar_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The head of `flow_vae` with planar flows."""
+    return _flow(PlanarFlow, config, features, rngs)
+
+
+def inverse_autoregressive_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The head of `flow_vae` with inverse autoregressive flows."""
+    # A narrower network would not see all dimensions.
+    width = config.inference.flow_width or max((config.model.latent, *config.model.hidden[:1]))
+    return _flow(InverseAutoregressiveFlow, config, features, rngs, width=width)
 
 
 def _flow(
@@ -243,50 +243,20 @@ def _flow(
     return kind(latent, features, steps, arithmetic=multiply, rngs=rngs, **more)
 
 
-def _householder(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    return _flow(HouseholderFlow, config, features, rngs)
-
-
-def _planar(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    return _flow(PlanarFlow, config, features, rngs)
-
-
-def _inverse_autoregressive(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    # A narrower network would not see all dimensions.
-    width = config.inference.flow_width or max((config.model.latent, *config.model.hidden[:1]))
-    return _flow(InverseAutoregressiveFlow, config, features, rngs, width=width)
-
-
-class SystemSpec(NamedTuple):
-    """How a configuration becomes a system."""
-
-    build: Callable[[InferenceConfig], System]
-    head: HeadMaker | None = None
-    """Makes the part of the network that only this system has."""
-
-
-def _with_config(function: Callable[..., Inference]) -> Callable[[InferenceConfig], System]:
-    return lambda config: functools.partial(function, config=config)
-
-
-SYSTEMS: dict[str, SystemSpec] = {
-    "vae": SystemSpec(lambda config: vae),
-    "vae_full": SystemSpec(lambda config: full_covariance_vae, _full_covariance_head),
-    "vae_hf": SystemSpec(lambda config: flow_vae, _householder),
-    "vae_iaf": SystemSpec(lambda config: flow_vae, _inverse_autoregressive),
-    "vae_planar": SystemSpec(lambda config: flow_vae, _planar),
-    "sa_vae": SystemSpec(_with_config(semi_amortized_vae)),
-    "vlae": SystemSpec(_with_config(vlae)),
-    "ppca": SystemSpec(lambda config: probabilistic_pca),
-}
-
-
-def find_system(method: str) -> SystemSpec:
-    """The system of that name.
+def find_system(method: str) -> System:
+    """The function of the system of that name.
 
     Raises:
         UserError: If there is none.
     """
-    if method not in SYSTEMS:
-        raise UserError(f"unknown method {method!r}{nearest(method, SYSTEMS)}")
-    return SYSTEMS[method]
+    return pkgutil.resolve_name(find_method(method).system)
+
+
+def find_head(method: str) -> Callable[[Config, int, nnx.Rngs], nnx.Module] | None:
+    """What makes the part of the network that only this system has; None where it has none.
+
+    Raises:
+        UserError: If there is no such system.
+    """
+    head = find_method(method).head
+    return None if head is None else pkgutil.resolve_name(head)

@@ -1,25 +1,22 @@
 """Feature extractors (Flax NNX) of one example: fully connected, and convolutional for images.
 
-Convolutions are of stride 2, without pooling or normalisation: with a ReLU everything here is
+Convolutions are of stride 2, without pooling or normalization: with a ReLU everything here is
 piecewise linear, and no example depends on another one in its batch.
 
 Parameters and outputs are float32 in every `Precision`; see `arithmetic`.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
 from vlae_jax.errors import UserError
+from vlae_jax.models.arithmetic import FULL, Arithmetic
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -30,115 +27,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
 }
 PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu"})
-
-Precision = Literal["float32", "bfloat16"]
-"""What operands of the matrix products and convolutions inside of networks are rounded to."""
-
 _LECUN = nnx.initializers.lecun_normal()  # what Flax's own layers start from
+
+
 # Convolutional networks are deeper. With a start that halves the signal at every layer their VAE
 # shuts the latent off, on the digits for good; this one keeps its size through ReLU.
 _HE = nnx.initializers.he_normal()
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounded:
-    """A matrix product, or a convolution, of operands rounded to a shorter format.
-
-    The hardware sums in float32. The result has the dtype of the operands as they came, and so have
-    their gradients: what is rounded is what goes into a product, those of reverse and forward mode
-    included.
-    """
-
-    product: Callable[..., Array]
-    """`lax.dot_general` or `lax.conv_general_dilated`."""
-    dtype: DTypeLike
-    """What is rounded to."""
-    derivatives_only: bool = False
-    """Leave the value as it is, and round where it is differentiated."""
-
-    def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-        """The product; further arguments are those of `product`."""
-
-        def full(lhs: Array, rhs: Array) -> Array:
-            return self.product(lhs, rhs, *args, **kwargs)
-
-        # Around it more may be asked of products in float32; of these there is nothing to ask.
-        plain = {**kwargs, "precision": lax.Precision.DEFAULT}
-
-        def rounded(lhs: Array, rhs: Array) -> Array:
-            short = lhs.astype(self.dtype), rhs.astype(self.dtype)
-            return self.product(*short, *args, **plain).astype(lhs.dtype)
-
-        def derivative(primals, tangents):
-            (lhs, rhs), (lhs_dot, rhs_dot) = primals, tangents
-            terms = [
-                rounded(*factors)
-                for factors, tangent in (((lhs_dot, rhs), lhs_dot), ((lhs, rhs_dot), rhs_dot))
-                if not isinstance(tangent, SymbolicZero)
-            ]
-            value = product(lhs, rhs)
-            return value, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(value)
-
-        if not self.derivatives_only:
-            return rounded(lhs, rhs)
-        product = jax.custom_jvp(full)
-        product.defjvp(derivative, symbolic_zeros=True)
-        return product(lhs, rhs)
-
-
-class Arithmetic(NamedTuple):
-    """How layers multiply matrices and convolve: functions that Flax's layers take."""
-
-    dot_general: Callable[..., Array] = lax.dot_general
-    conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated
-
-
-FULL = Arithmetic()
-"""As the arrays come."""
-
-
-def arithmetic(precision: Precision, *, derivatives_only: bool = False) -> Arithmetic:
-    """How the layers of a network multiply.
-
-    Args:
-        precision: "float32" leaves products to JAX. "bfloat16" rounds the operands of every
-            product, in the derivatives too, to 8 significant bits; sums, biases, activations,
-            parameters and what comes out are as in float32.
-        derivatives_only: With "bfloat16", leave values alone. A decoder needs this. Were its value
-            rounded, the log joint would jump by about 0.1 nats from one z to the next (MNIST), and
-            ReLUs near their kink would take the wrong side: a line search would stop at jumps
-            instead of modes and call it convergence, which here means less than 0.01 nats. Rounded
-            derivatives are a Jacobian whose entries are each off by about 1 in 500. Its square,
-            summed in float32, stays positive definite.
-
-    Raises:
-        ValueError: If there is no such precision.
-    """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
-    if precision == "float32":
-        return FULL
-    return Arithmetic(*(Rounded(product, jnp.bfloat16, derivatives_only) for product in FULL))
-
-
-ModuleT = TypeVar("ModuleT", bound=nnx.Module)
-
-
-def in_full(network: ModuleT) -> ModuleT:
-    """The same network, parameters and all, without rounding; itself where it does not round."""
-    if not any(_rounding(module) for _, module in nnx.iter_modules(network)):
-        return network
-    copy = nnx.merge(*nnx.split(network))
-    for _, module in nnx.iter_modules(copy):
-        for name, rounded in _rounding(module).items():
-            setattr(module, name, rounded.product)
-    return copy
-
-
-def _rounding(module: nnx.Module) -> dict[str, Rounded]:
-    """The functions by which this one layer rounds, under their names."""
-    there = {name: getattr(module, name, None) for name in Arithmetic._fields}
-    return {name: value for name, value in there.items() if isinstance(value, Rounded)}
 
 
 class MLP(nnx.Module):

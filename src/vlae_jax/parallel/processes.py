@@ -1,13 +1,8 @@
-"""Devices and processes: how they find each other, and which holds which part of an array.
-
-All is JAX's own: `jax.distributed`, one mesh with automatic sharding, `NamedSharding`. Every
-process runs the same program on the same configuration; the first alone writes.
-"""
+"""Processes: how they find each other, agree and end together."""
 
 import contextlib
 import ctypes
 import hashlib
-import math
 import os
 import re
 import signal
@@ -18,240 +13,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PRNGKeyArray
 
-from vlae_jax.config import DistributedConfig
 from vlae_jax.errors import UserError
+from vlae_jax.parallel.options import DistributedConfig
+from vlae_jax.parallel.placement import Placement
 
 Result = TypeVar("Result")
-
-DATA, SAMPLES = "data", "samples"
-_SMALLEST_SHARDED = 4096
-"""Elements below which a parameter is not worth sharding."""
 LOST_PEER = os.EX_TEMPFAIL
 """Exit code when another process died: 75, for what is worth trying again."""
 _SPEAKS_OF_PEERS = re.compile("gloo|peer|connection|coordination|heartbeat|unavailable", re.I)
 _HEARTBEAT_SECONDS = 30
 _MESSAGE_BYTES = 600
-
-
-class Placement:
-    """Which device holds which part of the arrays of training and evaluation.
-
-    Batches are split along the mesh axis `data`, importance samples along `samples`. Parameters and
-    optimiser state are whole on every device or, if `shard_parameters`, each split among all of
-    them, and gathered when they are used.
-    """
-
-    def __init__(self, mesh: Mesh, *, shard_parameters: bool = False) -> None:
-        self.mesh = mesh
-        self.shard_parameters = shard_parameters
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.rows = NamedSharding(mesh, PartitionSpec(DATA))
-        """The first axis of an array along `data`."""
-        self.columns = NamedSharding(mesh, PartitionSpec(None, DATA))
-        """The second."""
-
-    @classmethod
-    def of(cls, devices: Any = None, *, shard_parameters: bool = False) -> "Placement":
-        """All devices of all processes, or those given, along `data`."""
-        found = np.asarray(jax.devices() if devices is None else devices)
-        # Explicit axes, JAX's default, would want the sharding of every intermediate array.
-        mesh = Mesh(found.reshape(-1, 1), (DATA, SAMPLES), axis_types=(AxisType.Auto,) * 2)
-        return cls(mesh, shard_parameters=shard_parameters)
-
-    @classmethod
-    def here(cls) -> "Placement":
-        """The first device of this process alone."""
-        return cls.of(jax.local_devices()[:1])
-
-    @property
-    def size(self) -> int:
-        """How many devices there are."""
-        return self.mesh.size
-
-    def require_even(self, batch_size: int, microbatches: int | None = None) -> None:
-        """Check that every device gets as many images of a batch, or as many of its parts.
-
-        Raises:
-            UserError: If not.
-        """
-        name, count = "batch_size", batch_size
-        if microbatches is not None:
-            name, count = "microbatches", microbatches
-        if count % self.size:
-            raise UserError(
-                f"{name} {count} cannot be split evenly over {self.size} devices; choose "
-                "a multiple, or fewer with --distributed.devices"
-            )
-
-    @property
-    def in_flight(self) -> int:
-        """How many programs may be started before the first has ended.
-
-        Virtual devices share the threads of one processor: those of a second program can keep the
-        first waiting for its last device for ever.
-        """
-        here = self.mesh.local_devices
-        return 0 if len(here) > 1 and here[0].platform == "cpu" else 2
-
-    def for_batch(self, batch: int) -> "Placement":
-        """The same devices: as many along `data` as divide `batch`, the others along `samples`."""
-        rows = math.gcd(batch, self.size)
-        mesh = Mesh(
-            self.mesh.devices.reshape(rows, -1),
-            (DATA, SAMPLES),
-            axis_types=(AxisType.Auto,) * 2,
-        )
-        return Placement(mesh, shard_parameters=self.shard_parameters)
-
-    def of_parameters(self, tree: Any) -> Any:
-        """The sharding of each array: whole, or split along its longest axis that can be.
-
-        Raises:
-            UserError: If they are to be split, and none can be.
-        """
-        found = jax.tree.map(lambda leaf: self._of_parameter(leaf.shape), tree)
-        if (
-            self.shard_parameters
-            and self.size > 1
-            and all(s == self.replicated for s in jax.tree.leaves(found))
-        ):
-            raise UserError(
-                f"no parameter has an axis that {self.size} devices could share: choose --hidden "
-                "widths that are multiples, or leave --distributed.shard-parameters out"
-            )
-        return found
-
-    def _of_parameter(self, shape: tuple[int, ...]) -> NamedSharding:
-        can_be = [axis for axis, length in enumerate(shape) if length % self.size == 0]
-        if (
-            not self.shard_parameters
-            or self.size == 1
-            or not can_be
-            or math.prod(shape) < _SMALLEST_SHARDED
-        ):
-            return self.replicated
-        longest = max(can_be, key=lambda axis: shape[axis])
-        axes = [None] * longest + [(DATA, SAMPLES)]
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
-
-    def put(self, tree: Any, shardings: Any = None) -> Any:
-        """Place arrays that every process has whole; without communication.
-
-        Args:
-            tree: Arrays; random keys too.
-            shardings: One for all, or a tree of them; by default whole on every device.
-        """
-        if shardings is None or isinstance(shardings, NamedSharding):
-            one = shardings or self.replicated
-            return jax.tree.map(lambda leaf: _put(leaf, one), tree)
-        return jax.tree.map(_put, tree, shardings)
-
-    def whole(self, tree: Any) -> Any:
-        """Numpy arrays of what may be split among devices and processes; all must ask."""
-        gather = jax.jit(lambda tree: tree, out_shardings=self.replicated)
-        return jax.device_get(gather(tree))
-
-    def split_rows(self, array: Array) -> Array:
-        """Inside jit: keep the first axis split along `data`."""
-        return jax.lax.with_sharding_constraint(array, self.rows)
-
-    def split_samples(self, array: Array) -> Array:
-        """Inside jit: split the first axis along `samples`, if that divides it."""
-        splits = self.mesh.shape[SAMPLES]
-        if splits == 1 or array.shape[0] % splits:
-            return array
-        return jax.lax.with_sharding_constraint(
-            array, NamedSharding(self.mesh, PartitionSpec(SAMPLES))
-        )
-
-    def mean_of_shards(
-        self,
-        function: Callable[..., Any],
-        whole: Any,
-        *rows: Array | PRNGKeyArray,
-        microbatches: int | None = None,
-    ) -> Any:
-        """Inside jit: `function` of each device's rows by themselves, averaged over the devices.
-
-        Each device's loops end when its own rows are done, and gradients are summed once. Left to
-        the partitioner, every pass of a loop asks all devices whether to go on, and gradients are
-        summed in parts, inside the loops of reverse mode too.
-
-        Args:
-            function: (whole, *rows) → a tree of means over its rows.
-            whole: A tree that every device has whole.
-            rows: Arrays split along `data`.
-            microbatches: Into how many parts the rows of all devices are split instead, a multiple
-                of the devices. Each device takes its own one after the other, and all are added up
-                in their order: the same sum, bit for bit, on any number of devices.
-        """
-
-        def here(whole: Any, *rows: Array) -> Any:
-            if microbatches is None:
-                return jax.lax.pmean(function(whole, *rows), DATA)
-            count = microbatches // self.mesh.shape[DATA]
-            parts = jax.tree.map(lambda array: array.reshape(count, -1, *array.shape[1:]), rows)
-            found = _one_by_one(lambda part: function(whole, *part), parts, count)
-            every = jax.lax.all_gather(found, DATA, tiled=True)
-            return _by_itself(lambda tree: jax.tree.map(lambda a: jnp.mean(a, 0), tree), every)
-
-        split = (PartitionSpec(), *(PartitionSpec(DATA) for _ in rows))
-        # Checked, JAX would sum the gradients of `whole` over the devices by itself.
-        apart = jax.shard_map(
-            here, mesh=self.mesh, in_specs=split, out_specs=PartitionSpec(), check_vma=False
-        )
-        return apart(whole, *rows)
-
-    def gathered(self, tree: Any) -> Any:
-        """Inside jit: whole on every device."""
-        if not self.shard_parameters:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, self.replicated)
-
-
-def _one_by_one(function: Callable[[Any], Any], parts: Any, count: int) -> Any:
-    """Like `jax.lax.map`, in a program that is the same for any count.
-
-    A compiler that knows that a loop has one pass merges it with what is around it, and rounds
-    differently; so it is not told.
-    """
-
-    def of(index: Array) -> Any:
-        return function(jax.tree.map(lambda array: array[index], parts))
-
-    shapes = jax.eval_shape(of, jnp.zeros((), jnp.int32))
-    room = jax.tree.map(lambda shape: jnp.zeros((count, *shape.shape), shape.dtype), shapes)
-    end = jax.lax.optimization_barrier(jnp.asarray(count, jnp.int32))
-
-    def advance(state: tuple[Array, Any]) -> tuple[Array, Any]:
-        index, found = state
-        one = of(index)
-        return index + 1, jax.tree.map(lambda all_, new: all_.at[index].set(new), found, one)
-
-    _, found = jax.lax.while_loop(
-        lambda state: state[0] < end, advance, (jnp.zeros((), jnp.int32), room)
-    )
-    return found
-
-
-def _by_itself(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Inside jit: computed without being merged with what comes before or after."""
-    return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(tree)))
-
-
-def _put(leaf: Any, sharding: NamedSharding) -> Array:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding))
-    if sharding.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def start(options: DistributedConfig) -> Placement:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vlae_jax.data import StoredImages, value_counts
+from vlae_jax.data.stored import StoredImages, value_counts
 
 Kind = Literal["logit", "raw", "static_binary", "dynamic_binary"]
 KINDS: tuple[Kind, ...] = ("logit", "raw", "static_binary", "dynamic_binary")
@@ -23,7 +23,7 @@ _EVALUATION_SEED = 20190613  # any number; fixed, so that the noise of an evalua
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["mean", "scale", "variance"],
+    data_fields=["mean", "scale", "variance", "average"],
     meta_fields=["kind", "levels", "logit_lambda", "image_shape"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Preprocessor:
     """What is divided by, a scalar: one standard deviation for all pixels, or 1."""
     variance: Array
     """Variance of x over the training images and the noise, (dim,)."""
+    average: Array
+    """Mean of x over the training images and the noise, (dim,): zeros but for binary images."""
     kind: Kind
     levels: int
     logit_lambda: float
@@ -170,6 +172,7 @@ def fit_preprocessor(
         mean=jnp.asarray(shift, float),
         scale=jnp.asarray(scale, float),
         variance=jnp.asarray(variance / scale**2, float),
+        average=jnp.asarray(mean - shift, float),
         kind=kind,
         levels=levels,
         logit_lambda=logit_lambda,

@@ -1,43 +1,15 @@
 """What the user chooses, as frozen dataclasses that check themselves when built."""
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
-from vlae_jax.errors import UserError
+from vlae_jax.errors import require
+from vlae_jax.runs.methods import find_method
 
-LABELS = {
-    "vae": "VAE",
-    "vae_full": "VAE+full",
-    "vae_hf": "VAE+HF",
-    "vae_iaf": "VAE+IAF",
-    "vae_planar": "VAE+planar",
-    "sa_vae": "SA-VAE",
-    "vlae": "VLAE",
-    "ppca": "pPCA",
-}
-FLOWS = frozenset({"vae_hf", "vae_iaf", "vae_planar"})
-STEPLESS = frozenset({"vae", "vae_full", "ppca"})
 Preprocess = Literal["logit", "raw", "static_binary", "dynamic_binary"]
 Proposal = Literal["posterior", "widened", "student_t"]
 Activation = Literal["relu", "leaky_relu", "softplus", "tanh", "elu", "gelu"]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known names there are, the most similar one first: ``; did you mean 'x'? ...``."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{hint} Known: {', '.join(known)}"
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
 _FORBID: dict[str, Any] = {"extra": "forbid"}  # a file with an unknown option is no config
 
 
@@ -69,16 +41,16 @@ class DataConfig:
     array_record format. Needs the stream extra."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not (self.stream and self.preprocess == "static_binary"),
             "static_binary draws all training images once and keeps them in memory: leave --stream "
             "out, or choose --preprocess dynamic_binary",
         )
-        _require(
+        require(
             0.0 < self.logit_lambda < 0.5,
             f"logit_lambda must lie between 0 and 0.5, got {self.logit_lambda}",
         )
-        _require(
+        require(
             0.0 < self.validation_fraction < 1.0,
             f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}",
         )
@@ -116,20 +88,20 @@ class ModelConfig:
     the inference stay float32. Everything measured, validation included, is float32 throughout."""
 
     def __post_init__(self) -> None:
-        _require(self.latent >= 1, f"latent must be at least 1, got {self.latent}")
-        _require(
+        require(self.latent >= 1, f"latent must be at least 1, got {self.latent}")
+        require(
             all(width >= 1 for width in self.hidden),
             f"hidden widths must be at least 1, got {self.hidden}",
         )
-        _require(
+        require(
             all(count >= 1 for count in self.channels),
             f"channels must be at least 1, got {self.channels}",
         )
-        _require(
+        require(
             self.network != "conv" or len(self.channels) >= 1,
             "network conv needs at least one number of channels, one for each convolution",
         )
-        _require(self.min_std > 0, f"min_std must be positive, got {self.min_std}")
+        require(self.min_std > 0, f"min_std must be positive, got {self.min_std}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,25 +144,25 @@ class InferenceConfig:
     layer."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, f"steps must be at least 0, got {self.steps}")
-        _require(self.ascent_rate > 0, f"ascent_rate must be positive, got {self.ascent_rate}")
-        _require(
+        require(self.steps >= 0, f"steps must be at least 0, got {self.steps}")
+        require(self.ascent_rate > 0, f"ascent_rate must be positive, got {self.ascent_rate}")
+        require(
             0 <= self.ascent_momentum < 1,
             f"ascent_momentum must be at least 0 and below 1, got {self.ascent_momentum}",
         )
-        _require(
+        require(
             self.ascent_clip is None or self.ascent_clip > 0,
             f"ascent_clip must be positive, got {self.ascent_clip}",
         )
-        _require(
+        require(
             self.flow_width is None or self.flow_width >= 1,
             f"flow_width must be at least 1, got {self.flow_width}",
         )
-        _require(
-            self.steps >= 1 or self.method not in FLOWS,
+        require(
+            self.steps >= 1 or not find_method(self.method).is_flow,
             f"{self.method} needs at least one step; without any it is vae",
         )
-        _require(
+        require(
             not (self.method == "sa_vae" and self.gradient == "implicit"),
             "gradient implicit needs a mode, which sa_vae does not search: choose unroll or stop",
         )
@@ -198,12 +170,12 @@ class InferenceConfig:
     @property
     def label(self) -> str:
         """The method's name in tables and pictures."""
-        return LABELS.get(self.method, self.method)
+        return find_method(self.method).label
 
     @property
     def num_steps(self) -> int | None:
         """T, or None where the method takes no steps."""
-        return None if self.method in STEPLESS else self.steps
+        return self.steps if find_method(self.method).has_steps else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,71 +215,34 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "warmup_steps", "seed"):
-            _require(
+            require(
                 getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
             )
-        _require(self.seed < 2**32, f"seed must be below 2**32, got {self.seed}")
+        require(self.seed < 2**32, f"seed must be below 2**32, got {self.seed}")
         for name in ("batch_size", "train_samples"):
-            _require(
+            require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
             )
-        _require(
+        require(
             self.microbatches is None
             or (self.microbatches >= 1 and self.batch_size % self.microbatches == 0),
             f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}",
         )
-        _require(
+        require(
             self.patience is None or self.patience >= 1,
             f"patience must be at least 1, got {self.patience}",
         )
-        _require(
+        require(
             self.minutes is None or self.minutes > 0,
             f"minutes must be positive, got {self.minutes}",
         )
-        _require(
+        require(
             0 < self.learning_rate < math.inf,
             f"learning_rate must be positive, got {self.learning_rate}",
         )
-        _require(
+        require(
             self.clip_norm is None or self.clip_norm > 0,
             f"clip_norm must be positive, got {self.clip_norm}",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class DistributedConfig:
-    """Devices and processes of a command. No part of a run: it may continue on others."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0. Not needed on TPU VMs, GKE, Slurm and Open MPI."""
-    processes: int | None = None
-    """How many processes there are; 1 joins no others."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
-    timeout: int = 60
-    """Seconds to wait for the others at the start."""
-    devices: int | None = None
-    """Devices that each process uses, by default all; on a CPU so many virtual ones."""
-    shard_parameters: bool = False
-    """Split parameters and optimiser state over all devices, each along an axis that their number
-    divides: a device stores its part alone, and gathers the others for the time of a step."""
-
-    def __post_init__(self) -> None:
-        for name in ("processes", "devices", "timeout"):
-            value = getattr(self, name)
-            _require(
-                value is None or value >= 1, f"distributed.{name} must be at least 1, got {value}"
-            )
-        count = self.processes if self.processes is not None else math.inf
-        _require(
-            self.process_id is None or 0 <= self.process_id < count,
-            f"distributed.process-id must be from 0 to distributed.processes - 1, "
-            f"got {self.process_id}",
-        )
-        port = (self.coordinator or "host:1").rpartition(":")[2]
-        _require(
-            ":" in (self.coordinator or "host:1") and port.isdigit() and 0 < int(port) < 65536,
-            f"distributed.coordinator must be HOST:PORT, got {self.coordinator!r}",
         )
 
 
@@ -324,7 +259,7 @@ class EvaluationConfig:
     deviations; or a Student-t in its place, with heavier tails."""
     proposal_scale: float = 1.2
     """widened: the factor on standard deviations."""
-    proposal_freedom: float = 5.0
+    proposal_df: float = 5.0
     """student_t: degrees of freedom."""
     chunk_size: int = 500
     """Importance samples held in memory at once, per image."""
@@ -335,15 +270,15 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for name in ("importance_samples", "chunk_size", "evaluation_batch"):
-            _require(
+            require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
             )
-        for name in ("proposal_scale", "proposal_freedom"):
-            _require(
+        for name in ("proposal_scale", "proposal_df"):
+            require(
                 0 < getattr(self, name) < math.inf,
                 f"{name} must be positive, got {getattr(self, name)}",
             )
-        _require(
+        require(
             self.test_images is None or self.test_images >= 1,
             f"test_images must be at least 1, got {self.test_images}",
         )
@@ -380,7 +315,7 @@ class GapConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 2 if field.name in ("elbo_samples", "temperatures") else 1
-            _require(
+            require(
                 isinstance(value, str) or value >= least,
                 f"{field.name} must be at least {least}, got {value}",
             )
@@ -399,38 +334,38 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not (self.model.likelihood == "bernoulli" and not self.binary),
             "a bernoulli likelihood needs binary images, but preprocess is "
             f"{self.data.preprocess!r}: choose static_binary or dynamic_binary, or a gaussian",
         )
         method, objective = self.inference.method, self.training.objective
-        _require(
+        require(
             objective != "evidence" or method == "vlae",
             f"objective evidence is Laplace's, which vlae has and {method} has not",
         )
-        _require(
-            objective != "dreg" or method not in FLOWS,
+        require(
+            objective != "dreg" or not find_method(method).is_flow,
             f"objective dreg needs the density of any point, which {method} has only of its own "
             "samples: choose iwae",
         )
         width, latent = self.inference.flow_width, self.model.latent
-        _require(
+        require(
             method != "vae_iaf" or width is None or width >= latent,
             f"flow_width must be at least latent, or the flow loses sight of dimensions: got "
             f"{width} for {latent}",
         )
         if method == "ppca":
-            _require(
+            require(
                 not self.data.stream,
                 "ppca is fitted to all training images at once: leave --stream out",
             )
-            _require(
+            require(
                 self.likelihood == "gaussian" and self.model.variance == "shared",
                 "ppca has a gaussian output of one variance: choose --preprocess logit or raw "
                 "and --variance shared",
             )
-            _require(
+            require(
                 self.model.network == "mlp"
                 and self.model.hidden == ()
                 and self.training.epochs == 0,
@@ -482,70 +417,6 @@ class Config:
             and name not in free
             and not name.startswith("evaluation.")
         ]
-
-
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # The curves in the README of the authors' repository: MNIST, 2000 epochs. What is said here
-    # and equals a default is said because the picture depends on it.
-    "paper-screenshot": {
-        "data": {
-            "dataset": "mnist",
-            "preprocess": "logit",
-            "logit_lambda": 1e-6,
-            "standardize": True,
-        },
-        "model": {"latent": 50, "hidden": (500, 500), "activation": "relu", "variance": "shared"},
-        "inference": {
-            "method": "vlae",
-            "steps": 4,
-            "damping": "paper",
-            "solver": "cholesky",
-            "gradient": "unroll",
-        },
-        "training": {"epochs": 2000, "batch_size": 128, "learning_rate": 5e-4},
-        "evaluation": {"importance_samples": 5000},
-    },
-}
-"""Published settings, by name; each field is a default that the command line may change."""
-
-
-def default_config(
-    dataset: str | None = None, method: str | None = None, preset: str | None = None
-) -> Config:
-    """The defaults, given the three choices that others depend on.
-
-    Sizes are the paper's, and smaller for the 8 x 8 digits; probabilistic PCA has no hidden layers
-    and no epochs.
-
-    Raises:
-        UserError: If there is no such preset.
-    """
-    if preset is not None and preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
-    sections: dict[str, dict[str, Any]] = {
-        name: dict(fields) for name, fields in PRESETS.get(preset or "", {}).items()
-    }
-
-    def prefer(section: str, **values: Any) -> None:
-        sections[section] = {**sections.get(section, {}), **values}
-
-    if dataset is not None:
-        prefer("data", dataset=dataset)
-    if method is not None:
-        prefer("inference", method=method)
-    if preset is None and dataset in (None, "digits"):
-        prefer("model", latent=16, hidden=(200, 200))
-        prefer("training", epochs=120, batch_size=64, learning_rate=1e-3)
-    if method == "ppca":
-        prefer("model", hidden=())
-        prefer("training", epochs=0)
-    base = Config()
-    return Config(
-        **{
-            name: dataclasses.replace(getattr(base, name), **fields)
-            for name, fields in sections.items()
-        }
-    )
 
 
 def _flat(config: Config) -> dict[str, object]:

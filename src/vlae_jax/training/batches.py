@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
-from vlae_jax.config import TrainingConfig
-from vlae_jax.data import StoredImages
-from vlae_jax.distributed import Placement
+from vlae_jax.data.preprocessing import Preprocessor, fixed_keys
+from vlae_jax.data.stored import StoredImages
+from vlae_jax.parallel.mapping import map_images
+from vlae_jax.parallel.placement import Placement
+from vlae_jax.runs.config import TrainingConfig
 
 _THREADS, _BATCHES_AHEAD = 4, 8
 _LANES = 128
@@ -137,7 +140,7 @@ class StreamedImages:
     def pixels(
         self, step: Int[Array, ""], *arguments: Array
     ) -> UInt8[Array, "batch height width channel"]:
-        """They are there."""
+        """The images, which the host has sent."""
         return arguments[0]
 
 
@@ -160,3 +163,22 @@ def make_feed(
     if isinstance(images, StoredImages):
         return StreamedImages(images, config, placement)
     return ResidentImages(images, config, placement)
+
+
+def binarized_once(
+    preprocessor: Preprocessor, images: np.ndarray | StoredImages
+) -> np.ndarray | StoredImages:
+    """Training images as static_binary sees them: black or white, the same in every step.
+
+    Drawn again, a pixel that is 0 or the highest level stays what it is. Other kinds of
+    preprocessing leave the images as they are.
+    """
+    if preprocessor.kind != "static_binary":
+        return images
+    assert isinstance(images, np.ndarray)  # DataConfig refuses to stream them
+
+    def draw(_: None, pixels: Array, key: PRNGKeyArray) -> Array:
+        return jnp.uint8(preprocessor.apply(key, pixels)[0])
+
+    bits = map_images(draw, images, fixed_keys(len(images)), batch_size=4096)(None)
+    return bits.reshape(images.shape) * np.uint8(preprocessor.levels - 1)

@@ -13,10 +13,12 @@ from arviz_stats.base import array_stats
 from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.bounds import importance_weighted_log_prob
-from vlae_jax.config import EvaluationConfig
-from vlae_jax.distributed import SAMPLES, Placement, is_first
-from vlae_jax.experiment import Experiment, map_images
-from vlae_jax.flows import FlowPosterior
+from vlae_jax.data.preprocessing import fixed_keys
+from vlae_jax.models.flows import FlowPosterior
+from vlae_jax.models.trained import Trained
+from vlae_jax.parallel.mapping import map_images
+from vlae_jax.parallel.placement import SAMPLES, Placement
+from vlae_jax.parallel.processes import is_first
 from vlae_jax.posterior import (
     DiagonalPosterior,
     GaussianPosterior,
@@ -25,85 +27,82 @@ from vlae_jax.posterior import (
     kl_to_standard_normal,
     widened,
 )
-from vlae_jax.preprocessing import fixed_keys
 from vlae_jax.progress import counting
+from vlae_jax.runs.config import EvaluationConfig
+from vlae_jax.runs.methods import find_method
+from vlae_jax.runs.metrics import UNRELIABLE_K, Metric, mean_metric
 
-UNRELIABLE_K = 0.7
-"""Pareto k̂ above which an importance-weighted estimate is not to be relied on."""
 _SMALLEST_TAIL = 5
+_SAMPLED = frozenset(
+    {
+        *("log_prob", "elbo", "inference_gap", "reconstruction", "bits_per_dim", "ess"),
+        "log_prob_sampling_error",
+    }
+)
+"""Metrics that depend on the number of importance samples."""
+_REPORTED = (
+    *("log_prob", "elbo", "inference_gap", "kl", "reconstruction", "bits_per_dim", "ess"),
+    *("log_prob_sampling_error", "unreliable", "not_finite", "unconverged"),
+    *("not_positive_definite", "newton_decrement"),
+)
+"""Metrics of a results file, in its order."""
 _PACKAGES = (
     *("vlae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
     *("arviz-stats", "blackjax"),
 )
 
 
-class Figure(NamedTuple):
-    """One number of a results file, with all that is needed to read it."""
-
-    name: str
-    value: float
-    standard_error: float | None
-    """Over images."""
-    unit: str
-    images: int
-    """Images the value is a mean over; those without a finite value are left out."""
-    samples: int | None = None
-    """Posterior samples per image."""
-    split: str = "test"
-
-
 class Evaluation(NamedTuple):
-    """What was measured on the test images."""
+    """What was measured on images."""
 
-    figures: list[Figure]
+    metrics: list[Metric]
     per_image: dict[str, np.ndarray]
     """The same quantities image by image, (n,) each: for paired comparisons and histograms."""
 
 
-def evaluate(experiment: Experiment, params: Any, placement: Placement | None = None) -> Evaluation:
-    """Measure a model on the test images.
+def evaluate(
+    trained: Trained, images: np.ndarray, *, placement: Placement | None = None
+) -> Evaluation:
+    """Measure a model on images, those of the test set say.
 
-    Every image counts once, with noise that depends on its number alone, so that a second
-    evaluation gives the same figures.
+    Every image counts once, with noise that depends on its place among them alone, so that a
+    second evaluation gives the same numbers.
 
     Args:
-        experiment: What the model belongs to; its evaluation section says how much to do.
-        params: The parameters to measure.
+        trained: The model; the evaluation section of its configuration says how much to do.
+        images: uint8 (n, height, width, channel), of the shape and levels it was trained on.
         placement: See `measure`.
 
     Returns:
-        The figures, in nats per image where nothing else is said, and the values behind them.
+        The metrics, in nats per image where nothing else is said, and the values behind them.
     """
-    images = experiment.dataset.test[: experiment.config.evaluation.test_images]
-    measured = measure(experiment, params, images, placement=placement)
-    return Evaluation(_figures(experiment, measured), measured)
+    measured = measure(trained, images, placement=placement)
+    return Evaluation(_metrics(trained.config.evaluation, measured), measured)
 
 
 def measure(
-    experiment: Experiment,
-    params: Any,
+    trained: Trained,
     images: np.ndarray,
     *,
     what: str = "evaluating",
     placement: Placement | None = None,
 ) -> dict[str, np.ndarray]:
-    """What `evaluate` reads off the test images, image by image, of any images.
+    """Measure a model on images, image by image.
 
     Args:
-        experiment: What the model belongs to; its evaluation section says how much to do.
-        params: The parameters to measure.
-        images: uint8 (n, height, width, channel), of the shape and levels of the data set. The
+        trained: The model; the evaluation section of its configuration says how much to do.
+        images: uint8 (n, height, width, channel), of the shape and levels it was trained on. The
             noise of each depends on its place among them alone.
         what: What to call this on the line that shows progress.
         placement: Devices to spread the work over, images first, then the samples of each chunk;
-            every process must then call, with parameters it has whole. By default one device.
+            every process must then call, with a model it has whole. By default one device.
 
     Returns:
         (n,) each, nats where nothing else is said: log_prob, elbo, inference_gap, kl,
         reconstruction, log_det (of the preprocessing), ess (samples), log_prob_sampling_error,
         pareto_k; bits_per_dim where the preprocessing has one; the system's flags.
     """
-    config = experiment.config.evaluation
+    config = trained.config.evaluation
     spread = placement and placement.for_batch(min(config.evaluation_batch, len(images)))
     chunk_size, place = config.chunk_size, None
     if spread and (splits := spread.mesh.shape[SAMPLES]) > 1:
@@ -117,22 +116,17 @@ def measure(
         place=place,
     )
 
-    def one(given: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
-        params, head = given
-        noise_key, sample_key = jax.random.split(key)
-        x, log_det = experiment.preprocessor.apply(noise_key, pixels)
-        model = experiment.merge(params)
-        log_joint = model.log_joint(x, head)
-        inference = experiment.system(model, x, sample_key)
-        posterior = inference.posterior
+    def one(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        inferred = trained.infer(key, pixels)
+        keys, log_joint, posterior = inferred.keys, inferred.log_joint, inferred.posterior
         proposal = _proposal(config, posterior)
-        log_prob, info = weigh(sample_key, log_joint, proposal)
+        log_prob, info = weigh(keys.bound, log_joint, proposal)
         bound = info.elbo
         if proposal is not posterior:
-            bound = weigh(sample_key, log_joint, posterior)[1].elbo
-        kl = kl_to_standard_normal(sample_key, posterior, num_samples=config.chunk_size)
+            bound = weigh(keys.bound, log_joint, posterior)[1].elbo
+        kl = kl_to_standard_normal(keys.divergence, posterior, num_samples=config.chunk_size)
         return {
-            "log_det": log_det,
+            "log_det": inferred.log_det,
             "log_prob": log_prob,
             "elbo": bound,
             "kl": kl,
@@ -140,7 +134,7 @@ def measure(
             "ess": info.ess,
             "largest_weights": info.largest,
             "log_prob_sampling_error": info.standard_error,
-            **inference.flags,
+            **inferred.inference.flags,
         }
 
     run = map_images(
@@ -151,11 +145,11 @@ def measure(
         placement=spread,
     )
     with counting(what, len(images), quiet=not is_first()) as show:
-        given = (params, experiment.whitened_head(params))
+        given = trained.factored()
         measured = run(spread.put(jax.device_get(given)) if spread else given, show)
     largest = measured.pop("largest_weights")
     measured["pareto_k"] = pareto_k(largest, config.importance_samples)
-    bits = experiment.preprocessor.bits_per_dim(measured["log_prob"], measured["log_det"])
+    bits = trained.preprocessor.bits_per_dim(measured["log_prob"], measured["log_det"])
     if bits is not None:
         measured["bits_per_dim"] = np.asarray(bits)
     measured["inference_gap"] = measured["log_prob"] - measured["elbo"]
@@ -171,7 +165,7 @@ def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
     assert isinstance(posterior, GaussianPosterior | DiagonalPosterior)
     if config.proposal == "widened":
         return widened(posterior, config.proposal_scale)
-    return heavy_tailed(posterior, config.proposal_freedom)
+    return heavy_tailed(posterior, config.proposal_df)
 
 
 def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
@@ -208,20 +202,30 @@ def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
     return shapes
 
 
-def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict[str, Any]:
-    """The content of results.json: the figures with all that they depend on.
+def describe(
+    trained: Trained, metrics: list[Metric], *, seconds: dict[str, float] | None = None, **more: Any
+) -> dict[str, Any]:
+    """The content of results.json: the metrics with all that they depend on.
 
-    The noise of an image, its dequantisation or binarisation and its samples, depends on its number
-    alone (`preprocessing.fixed_keys`), so that no seed of the evaluation need be told.
+    The noise of an image, its dequantization or binarization and its samples, depends on its place
+    among the test images alone (`preprocessing.fixed_keys`): no seed of the evaluation need be
+    told.
+
+    Args:
+        trained: The model.
+        metrics: What was measured.
+        seconds: Time spent, by what on, besides that of the training.
+        more: More entries.
     """
-    config = experiment.config
+    config, made_from = trained.config, trained.provenance
+    method = find_method(config.inference.method)
     return {
         "run": {
-            "dataset": experiment.dataset.name,
-            "source": experiment.dataset.source,
-            "fingerprint": experiment.dataset.fingerprint,
+            "dataset": made_from.dataset,
+            "source": made_from.source,
+            "fingerprint": made_from.fingerprint,
             "method": config.inference.method,
-            "label": config.inference.label,
+            "label": method.label,
             "steps": config.inference.num_steps,
             "objective": config.training.objective,
             "precision": config.model.precision,
@@ -230,7 +234,9 @@ def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict
             "epochs": config.training.epochs,
         },
         "config": dataclasses.asdict(config),
-        "figures": [figure._asdict() for figure in figures],
+        "metrics": [metric._asdict() for metric in metrics],
+        "checkpoint": {"step": made_from.step, "epoch": made_from.epoch},
+        "seconds": {"training": made_from.seconds, **(seconds or {})},
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in _PACKAGES},
@@ -240,49 +246,21 @@ def describe(experiment: Experiment, figures: list[Figure], **more: Any) -> dict
     }
 
 
-def _figures(experiment: Experiment, measured: Mapping[str, np.ndarray]) -> list[Figure]:
-    samples = experiment.config.evaluation.importance_samples
-    figures = [
-        mean_figure("log_prob", measured["log_prob"], "nats", samples),
-        mean_figure("elbo", measured["elbo"], "nats", samples),
-        mean_figure("inference_gap", measured["inference_gap"], "nats", samples),
-        mean_figure("kl", measured["kl"], "nats"),
-        mean_figure("reconstruction", measured["reconstruction"], "nats", samples),
-    ]
-    if "bits_per_dim" in measured:
-        figures.append(mean_figure("bits_per_dim", measured["bits_per_dim"], "bits/dim", samples))
-    shapes, errors = measured["pareto_k"], measured["log_prob_sampling_error"]
-    unreliable = np.where(np.isnan(shapes), np.nan, shapes > UNRELIABLE_K)
-    figures += [
-        mean_figure("ess", measured["ess"], "samples", samples),
-        mean_figure("log_prob_sampling_error", errors, "nats", samples),
-        mean_figure("unreliable", unreliable, "share"),
-        mean_figure("not_finite", ~np.isfinite(measured["log_prob"]), "share"),
-    ]
+def _metrics(config: EvaluationConfig, measured: Mapping[str, np.ndarray]) -> list[Metric]:
+    samples = config.importance_samples
+    shapes = measured["pareto_k"]
+    found = {
+        **measured,
+        "unreliable": np.where(np.isnan(shapes), np.nan, shapes > UNRELIABLE_K),
+        "not_finite": ~np.isfinite(measured["log_prob"]),
+    }
     if "converged" in measured:
-        figures += [
-            mean_figure("unconverged", ~measured["converged"], "share"),
-            mean_figure("not_positive_definite", ~measured["is_pd"], "share"),
-            mean_figure("newton_decrement", measured["newton_decrement"], "nats"),
-        ]
-    return figures
-
-
-def mean_figure(
-    name: str, values: np.ndarray, unit: str, samples: int | None = None, *, split: str = "test"
-) -> Figure:
-    """The mean over the images whose value is finite, with its standard error.
-
-    Args:
-        name: What it is.
-        values: One number an image, (n,).
-        unit: "nats", "bits/dim", "share", ...
-        samples: Posterior samples an image, where they matter.
-        split: The images.
-    """
-    values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    n = len(values)
-    error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
-    value = float(np.mean(values)) if n else float("nan")
-    return Figure(name, value, error, unit, n, samples, split)
+        found |= {
+            "unconverged": ~measured["converged"],
+            "not_positive_definite": ~measured["is_pd"],
+        }
+    return [
+        mean_metric(name, found[name], samples if name in _SAMPLED else None)
+        for name in _REPORTED
+        if name in found
+    ]

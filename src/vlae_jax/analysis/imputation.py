@@ -1,0 +1,229 @@
+"""Missing pixels, filled in by the posterior given the others."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from vlae_jax.analysis.uses import Arrays, map_with_progress
+from vlae_jax.inference import infer_posterior
+from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
+from vlae_jax.models.systems import find_system
+from vlae_jax.models.trained import Pixels, Trained
+from vlae_jax.posterior import DiagonalPosterior, Posterior
+
+Missing = Bool[Array, "height width channel"]
+
+COVERAGES = (0.5, 0.9)
+"""Probabilities of the predictive intervals whose coverage `impute` measures."""
+
+
+def missing_at_random(shape: tuple[int, ...], share: float, *, seed: int) -> np.ndarray:
+    """Choose pixels to hide, as many in each image, all channels of a pixel together.
+
+    Args:
+        shape: (n, height, width, channel).
+        share: Of the pixels of an image, above 0 and below 1; rounded to at least one pixel, hidden
+            and left.
+        seed: Seeds the choice, which is another one for each image.
+
+    Returns:
+        Booleans of that shape.
+    """
+    n, height, width, _ = shape
+    size = height * width
+    hidden = min(max(round(share * size), 1), size - 1)
+    order = np.random.default_rng(seed).random((n, size)).argsort(axis=1)
+    return np.broadcast_to((order < hidden).reshape(n, height, width, 1), shape)
+
+
+def missing_box(shape: tuple[int, ...], box: tuple[int, int, int, int]) -> np.ndarray:
+    """Hide one rectangle in every image.
+
+    Args:
+        shape: (n, height, width, channel).
+        box: (top, left, height, width) in pixels, from 0; cut off at the edge of the image.
+
+    Returns:
+        Booleans of that shape.
+    """
+    top, left, height, width = box
+    missing = np.zeros(shape, bool)
+    missing[:, top : top + height, left : left + width] = True
+    return missing
+
+
+class Imputation(NamedTuple):
+    """Images with their missing pixels filled in."""
+
+    arrays: Arrays
+    """images (n, height, width, channel), in [0, 1]: expected pixels where they are missing and
+    what the model saw elsewhere; std, of the same shape, the predictive standard deviation, 0
+    where nothing is missing; the moments of the posterior given the pixels that are there, mean
+    (n, latent) and covariance (n, latent, latent); converged, is_pd, newton_decrement (n,)."""
+    errors: Arrays
+    """Against the pixels under the mask, for where they are known, (n,) each, by NAME for the
+    posterior and encoder_NAME for the encoder alone: squared_error and squared_error_x, the means
+    over missing pixels in pixel and in model space; for a Gaussian output coverage_50 and
+    coverage_90, the share of missing pixels inside the central predictive interval. And
+    num_missing, what the means are over."""
+
+
+def impute(
+    trained: Trained,
+    images: np.ndarray,
+    missing: np.ndarray,
+    *,
+    num_steps: int = 20,
+    num_samples: int = 200,
+) -> Imputation:
+    """Fill in missing pixels by the Laplace posterior given the others, for any trained model.
+
+    The likelihood sums over observed pixels only, which integrates the others out. Its mode is
+    searched from where the encoder puts the image with the training mean in the holes. Beside it
+    stands the encoder alone: its own posterior of that image, or the point it gives where only its
+    mean was trained (vlae).
+
+    Args:
+        trained: The model.
+        images: uint8, (n, height, width, channel); what they hold where pixels are missing counts
+            for the errors alone.
+        missing: Booleans of the same shape.
+        num_steps: Newton steps of the search.
+        num_samples: Samples of the predictive distribution per image, at least 2.
+
+    Raises:
+        ValueError: If `missing` has another shape, or there are too few samples.
+    """
+    if missing.shape != images.shape:
+        raise ValueError(f"missing must have shape {images.shape}, got {missing.shape}")
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+
+    def one(
+        trained: Trained, pixels: Pixels, key: PRNGKeyArray, missing: Missing
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        return _impute_image(trained, pixels, missing, key, num_steps, num_samples)
+
+    return Imputation(*map_with_progress("imputing", trained, one, images, missing))
+
+
+def _impute_image(
+    trained: Trained,
+    pixels: Pixels,
+    missing: Missing,
+    key: PRNGKeyArray,
+    num_steps: int,
+    num_samples: int,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """`impute` of one image: what is filled in, and how wrong it is."""
+    keys, _, at = trained.observe(key, pixels, missing=missing)
+    start, amortized = _encoder_alone(trained, at, keys.inference)
+    expand, repair = at.expansions()
+    posterior, info = infer_posterior(
+        expand, start, num_steps=num_steps, gradient="stop", repair=repair
+    )
+    predicted = _predict(trained, at.model, posterior, keys.use, num_samples)
+    beside = _predict(trained, at.model, amortized, keys.use, num_samples)
+    filled = {
+        "images": jnp.where(missing, predicted.pixels, trained.preprocessor.to_pixels(at.x)),
+        "std": jnp.where(missing, predicted.std, 0.0),
+        "mean": posterior.mean,
+        "covariance": posterior.covariance(),
+        "converged": info.converged,
+        "is_pd": info.is_pd,
+        "newton_decrement": info.newton_decrement,
+    }
+    errors = {
+        "num_missing": jnp.sum(missing),
+        **_errors(trained, at, predicted, missing, ""),
+        **_errors(trained, at, beside, missing, "encoder_"),
+    }
+    return filled, errors
+
+
+def _encoder_alone(
+    trained: Trained, at: Observation, key: PRNGKeyArray
+) -> tuple[Float[Array, " latent"], Posterior]:
+    """Where the encoder puts x, and the posterior that it was trained to give."""
+    method = trained.config.inference.method
+    if at.model.posterior_head is not None:
+        inference = find_system(method)(at, key, trained.config.inference)
+        return inference.iterates[-1], inference.posterior
+    if method == "vlae":  # its log_std is never trained: the mean is all that the encoder gives
+        return at.mean, DiagonalPosterior(at.mean, jnp.full_like(at.log_std, -jnp.inf))
+    return at.mean, at.guess
+
+
+class _Prediction(NamedTuple):
+    """The distribution of an image given a posterior over z."""
+
+    pixels: Float[Array, "height width channel"]
+    """Expected, in [0, 1]."""
+    std: Float[Array, "height width channel"]
+    mean: Float[Array, " dim"]
+    """Expected in model space."""
+    draws: Float[Array, "sample dim"]
+    """In model space, with the output's noise."""
+
+
+def _predict(
+    trained: Trained,
+    model: VariationalAutoencoder,
+    posterior: Posterior,
+    key: PRNGKeyArray,
+    num_samples: int,
+) -> _Prediction:
+    to_pixels = trained.preprocessor.to_pixels
+
+    def draw(key: PRNGKeyArray) -> tuple[Array, Array]:
+        sample_key, noise_key = jax.random.split(key)
+        z, _ = posterior.sample_and_log_prob(sample_key)
+        return model.reconstruct(z), model.draw(noise_key, z)
+
+    means, draws = jax.vmap(draw)(jax.random.split(key, num_samples))
+    mean = jnp.mean(means, axis=0)
+    if model.likelihood == "bernoulli":
+        probability = to_pixels(mean)
+        return _Prediction(probability, jnp.sqrt(probability * (1 - probability)), mean, draws)
+    pictures = jax.vmap(to_pixels)(draws)
+    return _Prediction(jnp.mean(pictures, axis=0), jnp.std(pictures, axis=0, ddof=1), mean, draws)
+
+
+def _errors(
+    trained: Trained, at: Observation, predicted: _Prediction, missing: Missing, prefix: str
+) -> dict[str, Array]:
+    """How far a prediction is from x on the missing pixels, and how often its intervals hold x."""
+    hidden = missing.reshape(-1)
+
+    def average(values: Array) -> Array:
+        return jnp.sum(values, where=hidden) / jnp.maximum(jnp.sum(hidden), 1)
+
+    truth = trained.preprocessor.to_pixels(at.x)
+    found = {
+        "squared_error": average(((predicted.pixels - truth) ** 2).reshape(-1)),
+        "squared_error_x": average((predicted.mean - at.x) ** 2),
+    }
+    # Of a binary pixel an interval says nothing.
+    if at.model.likelihood == "gaussian":
+        for probability in COVERAGES:
+            inside = _inside(predicted.draws, at.x, probability)
+            found[f"coverage_{100 * probability:.0f}"] = average(inside)
+    return {prefix + name: value for name, value in found.items()}
+
+
+def _inside(
+    draws: Float[Array, "sample dim"], x: Float[Array, " dim"], probability: float
+) -> Float[Array, " dim"]:
+    """Whether x lies in the central interval of its draws, by its rank among them.
+
+    One more draw has each of the sample + 1 ranks equally often. A rank that an end of the interval
+    cuts counts by its part inside, so that on average the probability comes out exactly.
+    """
+    ranks = len(draws) + 1
+    low = jnp.sum(draws < x, axis=0) / ranks
+    start, stop = (1 - probability) / 2, (1 + probability) / 2
+    overlap = jnp.minimum(low + 1 / ranks, stop) - jnp.maximum(low, start)
+    return ranks * jnp.maximum(overlap, 0.0)

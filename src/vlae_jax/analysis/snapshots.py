@@ -1,0 +1,83 @@
+"""Looks into a trained model, as arrays for the report to draw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from vlae_jax.data.preprocessing import fixed_keys
+from vlae_jax.models.trained import Trained
+from vlae_jax.parallel.mapping import map_images
+from vlae_jax.posterior import mean_and_covariance
+
+_SHOWN_IMAGES = 10
+_SEARCHED_IMAGES = 250
+_PRIOR_SAMPLES = 64
+_MOMENT_SAMPLES = 2000
+_INTERPOLATIONS, _INTERPOLATION_STEPS = 6, 9
+
+
+def take_snapshots(trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the report's pictures show of a model, for the first of the images.
+
+    Args:
+        trained: The model.
+        images: uint8, (n, height, width, channel): the test images, say.
+
+    Returns:
+        Of the first few images, in [0, 1]: data (n, h, w, c), and reconstructions
+        (n, steps + 1, h, w, c) from each point of the mode search; covariances
+        (n, latent, latent) of their posteriors. Of more of them: step_log_joint (m, steps + 1),
+        nats, and step_error (m, steps + 1), the root mean squared error of the reconstruction in
+        model space. Expected images: prior_samples (k, h, w, c), and interpolations
+        (pairs, points, h, w, c) on the line between two images' posterior means.
+    """
+    images = images[:_SEARCHED_IMAGES]
+    to_pixels = trained.preprocessor.to_pixels
+
+    def search(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        inferred = trained.infer(key, pixels)
+        iterates = inferred.inference.iterates
+        residuals = jax.vmap(inferred.at.model.reconstruct)(iterates) - inferred.x
+        return {
+            "step_log_joint": jax.vmap(inferred.log_joint)(iterates),
+            "step_error": jnp.sqrt(jnp.mean(residuals**2, axis=1)),
+        }
+
+    def look(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        inferred = trained.infer(key, pixels)
+        mean, covariance = mean_and_covariance(
+            inferred.keys.divergence, inferred.posterior, num_samples=_MOMENT_SAMPLES
+        )
+        model = inferred.at.model
+        decoded = jax.vmap(lambda z: to_pixels(model.reconstruct(z)))(inferred.inference.iterates)
+        return {
+            "data": to_pixels(inferred.x),
+            "reconstructions": decoded,
+            "covariances": covariance,
+            "means": mean,
+        }
+
+    keys = fixed_keys(len(images))
+    searched = map_images(search, images, keys, batch_size=_SHOWN_IMAGES)(trained)
+    shown = images[: max(_SHOWN_IMAGES, 2 * _INTERPOLATIONS)]
+    looks = map_images(look, shown, keys[: len(shown)], batch_size=_SHOWN_IMAGES)(trained)
+    means = looks.pop("means")
+
+    @jax.jit
+    def decode_all(trained: Trained, zs: Array) -> Array:
+        model = trained.model
+        return jax.vmap(lambda z: to_pixels(model.reconstruct(z)))(zs)
+
+    key = jax.random.key(trained.config.training.seed)
+    prior = jax.random.normal(key, (_PRIOR_SAMPLES, means.shape[1]))
+    pairs = len(means) // 2
+    weights = np.linspace(0, 1, _INTERPOLATION_STEPS)[:, None]
+    lines = (1 - weights) * means[:pairs, None] + weights * means[pairs : 2 * pairs, None]
+    between = decode_all(trained, lines.reshape(-1, means.shape[1]))
+    return {
+        **searched,
+        **{name: values[:_SHOWN_IMAGES] for name, values in looks.items()},
+        "prior_samples": np.asarray(decode_all(trained, prior)),
+        "interpolations": np.asarray(between).reshape(*lines.shape[:2], *between.shape[1:]),
+    }

@@ -1,0 +1,137 @@
+"""The command line: arguments → a command → its run. No mathematics."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vlae_jax.commands.arguments import Folder
+from vlae_jax.commands.train import Evaluate, Train
+from vlae_jax.commands.uses import (
+    Encode,
+    Gap,
+    Impute,
+    Reconstruct,
+    Sample,
+    Score,
+)
+from vlae_jax.errors import RunFailure, Stopped, Unreadable, UserError
+from vlae_jax.runs.presets import default_config
+from vlae_jax.runs.storage import resolved
+
+_CHOICES = ("dataset", "method", "preset")
+"""Options whose values change the defaults of others, which --help shows and training takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Print the results of runs side by side and draw their pictures and report.html again."""
+
+    run_dirs: tyro.conf.Positional[tuple[Folder, ...]]
+    """Run folders."""
+    output: Folder = Path("comparison")
+    """Folder for the pictures that compare several runs, and the page with all of them."""
+
+    def run(self) -> None:
+        """Print the table and draw the pictures and pages."""
+        from vlae_jax.report import write_comparison, write_report
+
+        if not self.run_dirs:
+            raise UserError("name at least one run folder")
+        write_report(self.run_dirs)
+        if len({resolved(path) for path in self.run_dirs}) > 1:
+            page, *_ = write_comparison(self.run_dirs, self.output)
+            print(f"comparison: {page}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Download a data set by tensorflow-datasets and keep it as a small uint8 file."""
+
+    dataset: tyro.conf.Positional[str]
+    """Name of the data set."""
+    data_dir: str | None = None
+    """With --check: look here, as training would."""
+    check: bool = False
+    """Download nothing; the exit code tells whether the data can be read:
+    0 yes, 3 with the tfds extra, 4 after a download."""
+    stream: bool = False
+    """Keep, or with --check look for, the files that train --stream reads, in place of that one."""
+
+    def run(self) -> None:
+        """Prepare the data set, or say what it takes."""
+        from vlae_jax.data import sets
+
+        if self.check:
+            sys.exit(int(sets.availability(self.dataset, self.data_dir, stream=self.stream)))
+        ready = sets.prepare_dataset(self.dataset, stream=self.stream)
+        print(f"{self.dataset} is ready: {ready}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Exits with 0, 1 (failed run), 2 (wrong use), 75 (worth trying again: another process died, or a
+    checkpoint could not be read for now) or 128 + signal.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _parse(arguments).run()
+        sys.stdout.flush()
+    except UserError as error:
+        _leave(error, 2)
+    except RunFailure as error:
+        _leave(error, 1)
+    except Unreadable as error:
+        _leave(error, os.EX_TEMPFAIL)
+    except Stopped as stopped:
+        print(f"vlae_jax: {stopped}; --resume continues", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parse(arguments: list[str]) -> Any:
+    dataset, method, preset = (_asked(arguments, f"--{name}") for name in _CHOICES)
+    train = Train(default_config(dataset, method, preset), preset)
+    command: Any = (
+        Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        | Annotated[Encode, tyro.conf.subcommand("encode")]
+        | Annotated[Reconstruct, tyro.conf.subcommand("reconstruct")]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Impute, tyro.conf.subcommand("impute")]
+        | Annotated[Score, tyro.conf.subcommand("score")]
+        | Annotated[Gap, tyro.conf.subcommand("gap")]
+    )
+    return tyro.cli(
+        command,
+        args=arguments,
+        prog="vlae_jax",
+        description="Variational Laplace Autoencoders: train, evaluate, report, and use.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+
+
+def _asked(arguments: list[str], option: str) -> str | None:
+    """What the command line gives for an option that the defaults of others depend on."""
+    value = None
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _leave(error: Exception, code: int) -> None:
+    print(f"vlae_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,172 @@
+"""Commands that train and evaluate a run."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from vlae_jax.commands.arguments import Folder
+from vlae_jax.errors import UserError
+from vlae_jax.parallel.options import DistributedConfig
+from vlae_jax.runs.config import Config, EvaluationConfig, Proposal
+from vlae_jax.runs.folder import RunFolder
+from vlae_jax.runs.storage import in_bucket
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vlae_jax.models.trained import Trained
+    from vlae_jax.parallel.placement import Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model, evaluate its best checkpoint on the test images, and draw the report."""
+
+    config: Annotated[Config, tyro.conf.OmitArgPrefixes]
+    preset: str | None = None
+    """Published settings as defaults: paper-screenshot is the picture in the authors' README."""
+    run_dir: Folder | None = None
+    """Folder of this run, local or gs://BUCKET/FOLDER (needs the gcs extra); by default
+    RUNS_DIR/DATASET-METHOD-T-SEED."""
+    runs_dir: Folder = Path("runs")
+    """Folder that holds the runs, likewise."""
+    resume: bool = False
+    """Continue the run from its last checkpoint."""
+    resume_if_there: bool = False
+    """Continue the run if there is one, else start it: for a command that is repeated until the
+    run is finished."""
+    overwrite: bool = False
+    """Delete the run that is there and start anew."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints, besides one after each epoch that is the best so far."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder (needs the tensorboard extra)."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def run(self) -> None:
+        """Train, evaluate and report."""
+        writer_class = _event_writer_class() if self.tensorboard else None
+        config = _with_absolute_data_dir(self.config)
+        run = RunFolder(self.run_dir or self.runs_dir / config.run_name)
+        if self.tensorboard and in_bucket(run.path):
+            raise UserError(
+                "--tensorboard writes to local folders alone; metrics.jsonl holds the same scalars"
+            )
+        resume = self.resume or (self.resume_if_there and run.exists())
+        if resume:
+            run.require_continuable(config)
+        from vlae_jax.data.supplied import as_dataset
+        from vlae_jax.parallel import processes
+        from vlae_jax.training.loop import FitOptions, fit
+
+        with processes.running(self.distributed) as placement:
+            dataset = processes.together(lambda: as_dataset(None, config.data))
+            if processes.is_first():
+                print(f"run folder: {run.path}", flush=True)
+            with contextlib.ExitStack() as open_files:
+                writer = None
+                if writer_class and processes.is_first():
+                    writer = open_files.enter_context(writer_class(str(run.path / "tensorboard")))
+                trained = fit(
+                    config,
+                    dataset,
+                    run_dir=run.path,
+                    resume=resume,
+                    overwrite=self.overwrite,
+                    options=FitOptions(self.log_every, self.checkpoint_every, writer),
+                    placement=placement,
+                )
+            images = dataset.first_test_images(config.evaluation.test_images)
+            _evaluate_and_report(trained, images, run, placement)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate the best checkpoint of a trained run again, and draw its report."""
+
+    run_dir: tyro.conf.Positional[Folder]
+    """The run folder."""
+    data_dir: str | None = None
+    """Where the images are now, if they have moved."""
+    importance_samples: int | None = None
+    """K of the importance-weighted log-likelihood; by default the run's."""
+    proposal: Proposal | None = None
+    """What importance samples are drawn from; by default as in the run."""
+    proposal_scale: float | None = None
+    """widened: the factor on standard deviations; by default the run's."""
+    proposal_df: float | None = None
+    """student_t: degrees of freedom; by default the run's."""
+    chunk_size: int | None = None
+    """Importance samples held in memory at once, per image; by default the run's."""
+    test_images: int | None = None
+    """Evaluate only the first so many test images; by default as in the run."""
+    evaluation_batch: int | None = None
+    """Test images evaluated at once; by default the run's."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+    def run(self) -> None:
+        """Evaluate and report."""
+        run = RunFolder(self.run_dir)
+        run.read_config()
+        asked = {
+            field.name: value
+            for field in dataclasses.fields(EvaluationConfig)
+            if (value := getattr(self, field.name)) is not None
+        }
+        from vlae_jax.commands.uses import dataset_of
+        from vlae_jax.models.trained import load
+        from vlae_jax.parallel import processes
+
+        with processes.running(self.distributed) as placement:
+            trained = load(run.path, placement).with_config("evaluation", **asked)
+            dataset = processes.together(lambda: dataset_of(trained, self.data_dir))
+            images = dataset.first_test_images(trained.config.evaluation.test_images)
+            _evaluate_and_report(trained, images, run, placement)
+
+
+def _with_absolute_data_dir(config: Config) -> Config:
+    """The same, with a data_dir that is still right when read from elsewhere."""
+    if config.data.data_dir is None:
+        return config
+    path = str(Path(config.data.data_dir).expanduser().absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=path))
+
+
+def _evaluate_and_report(
+    trained: "Trained", images: "np.ndarray", run: RunFolder, placement: "Placement"
+) -> None:
+    from vlae_jax.analysis.evaluation import describe, evaluate
+    from vlae_jax.analysis.snapshots import take_snapshots
+    from vlae_jax.parallel import processes
+    from vlae_jax.report import write_report
+
+    trained = trained.with_params(placement.whole(trained.params))
+    metrics, per_image = evaluate(trained, images, placement=placement)
+
+    def write() -> None:
+        run.write_results(describe(trained, metrics))
+        run.write_per_image(per_image)
+        run.write_snapshots(take_snapshots(trained, images))
+        write_report([run.path])
+
+    processes.on_first(write)
+
+
+def _event_writer_class() -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs tensorboardX: pip install 'vlae-jax[tensorboard]'"
+        ) from None
+    return SummaryWriter

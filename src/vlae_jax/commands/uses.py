@@ -1,0 +1,366 @@
+"""Commands that use a trained run: encode, reconstruct, sample, impute, score, gap."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+import tyro
+
+from vlae_jax.commands.arguments import Folder
+from vlae_jax.commands.tables import (
+    print_errors,
+    print_means,
+    print_metrics,
+    print_scores,
+    shape,
+    shares,
+)
+from vlae_jax.data.supplied import Images, checked, read_images, read_missing
+from vlae_jax.errors import UserError
+from vlae_jax.runs.config import GapConfig
+from vlae_jax.runs.folder import RunFolder, write_atomically
+from vlae_jax.runs.storage import in_bucket
+
+if TYPE_CHECKING:
+    from vlae_jax.data.sets import Dataset
+    from vlae_jax.models.trained import Trained
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """A run, and the file that is made with it."""
+
+    run_dir: tyro.conf.Positional[Folder]
+    """The run folder; its best checkpoint is used."""
+    output: Folder | None = None
+    """The .npz file to write; by default one of a fixed name in the run folder."""
+    overwrite: bool = False
+    """Replace the output file if there is one."""
+
+    default_name: ClassVar[str]
+
+    def target(self) -> Path:
+        """The file to write, before anything long is done.
+
+        Raises:
+            UserError: If it is there already, is no .npz file, or has no folder.
+        """
+        target = self.output or self.run_dir / self.default_name
+        if target.suffix != ".npz":
+            raise UserError(f"output must be an .npz file, got {target}")
+        if not in_bucket(target) and not target.parent.is_dir():
+            raise UserError(f"output folder {target.parent} does not exist; make it first")
+        if target.exists() and not self.overwrite:
+            raise UserError(
+                f"{target} already exists: --overwrite replaces it, --output FILE.npz names another"
+            )
+        return target
+
+    def load(self) -> "Trained":
+        """The model of the run; nothing but the run folder is read."""
+        from vlae_jax.models.trained import load
+
+        return load(self.run_dir)
+
+    def write(self, target: Path, arrays: Mapping[str, Any]) -> None:
+        """Write the file, and say so."""
+        write_atomically(target, lambda file: np.savez_compressed(file, **arrays))
+        shapes = ", ".join(f"{name} {shape(array)}" for name, array in arrays.items())
+        print(f"{target}: {shapes}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _UseOnImages(_Use):
+    """A run, images to use it on, and the file that is made."""
+
+    input: tyro.conf.Positional[Path | None] = None
+    """Images: an .npz (key x or x_test) or .npy file of uint8, a picture, or a folder of pictures;
+    by default the run's test images."""
+    images: int | None = None
+    """Only the first so many."""
+    data_dir: str | None = None
+    """Where the images of the run are now, if they have moved; not needed with INPUT."""
+
+    def read(self, trained: "Trained") -> Images:
+        """The images, checked to be such as the run's."""
+        if self.input is None:
+            return Images(dataset_of(trained, self.data_dir).test).first(self.images)
+        made_from = trained.provenance
+        return read_images(self.input, made_from.image_shape, made_from.levels).first(self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode(_UseOnImages):
+    """Write the mean and covariance of each image's posterior."""
+
+    default_name: ClassVar[str] = "encoded.npz"
+
+    def run(self) -> None:
+        """Encode the images and write the file."""
+        from vlae_jax.analysis.uses import encode
+
+        target = self.target()
+        trained = self.load()
+        images = self.read(trained)
+        arrays = encode(trained, images.pixels)
+        self.write(target, {**arrays, **_named(images)})
+        deviations = np.sqrt(np.diagonal(arrays["covariance"], axis1=1, axis2=2))
+        print_means(
+            {
+                "|mean|": np.linalg.norm(arrays["mean"], axis=1),
+                "standard deviation": deviations.mean(axis=1),
+                **shares(arrays),
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruct(_UseOnImages):
+    """Write the expected image where each image's posterior is centred."""
+
+    every_step: bool = False
+    """Also write the images at each step of the search."""
+
+    default_name: ClassVar[str] = "reconstructed.npz"
+
+    def run(self) -> None:
+        """Reconstruct the images and write the file."""
+        from vlae_jax.analysis.uses import reconstruct
+
+        target = self.target()
+        trained = self.load()
+        images = self.read(trained)
+        arrays = reconstruct(trained, images.pixels, every_step=self.every_step)
+        self.write(target, {**arrays, **_named(images)})
+        print_means({"squared error a pixel, of [0, 1]": arrays["squared_error"]})
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(_Use):
+    """Decode samples of the prior into images."""
+
+    count: int = 64
+    """How many."""
+    seed: int = 0
+    """Seeds them."""
+    temperature: float = 1.0
+    """Standard deviation of the latent; below 1 the images are closer to the mean."""
+    draws: bool = False
+    """Also draw images from p(x | z), with the output's noise."""
+
+    default_name: ClassVar[str] = "samples.npz"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count must be at least 1, got {self.count}")
+        if self.seed < 0:
+            raise UserError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.temperature < np.inf:
+            raise UserError(f"temperature must be at least 0, got {self.temperature}")
+
+    def run(self) -> None:
+        """Sample and write the file."""
+        from vlae_jax.analysis.uses import sample
+
+        target = self.target()
+        trained = self.load()
+        arrays = sample(
+            trained,
+            self.count,
+            seed=self.seed,
+            temperature=self.temperature,
+            draws=self.draws,
+        )
+        self.write(target, arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Impute(_UseOnImages):
+    """Fill in missing pixels by the posterior given the others; for any run, as it was trained.
+
+    Say what is missing by one of --mask, --missing and --missing-box. Where the pixels under it are
+    known, as they are unless --mask comes with images of your own, the errors are printed.
+    """
+
+    mask: Path | None = None
+    """Pixels that are missing: not 0 in this .npz, .npy or picture file, one mask or one each."""
+    missing: float | None = None
+    """Hide this share of the pixels, at random."""
+    missing_box: tuple[int, int, int, int] | None = None
+    """Hide a rectangle: top, left, height and width in pixels."""
+    steps: int = 20
+    """Newton steps of the search."""
+    samples: int = 200
+    """Samples of the predictive distribution per image."""
+    seed: int = 0
+    """Seeds what --missing hides."""
+
+    default_name: ClassVar[str] = "imputed.npz"
+
+    def __post_init__(self) -> None:
+        ways = (self.mask, self.missing, self.missing_box)
+        if sum(way is not None for way in ways) != 1:
+            raise UserError(
+                "say what is missing by one of --mask FILE, --missing SHARE and "
+                "--missing-box TOP LEFT HEIGHT WIDTH"
+            )
+        if self.missing is not None and not 0 < self.missing < 1:
+            raise UserError(f"missing must lie between 0 and 1, got {self.missing}")
+        for name, least in (("steps", 0), ("samples", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def run(self) -> None:
+        """Fill in what is missing, write the file and print the errors."""
+        from vlae_jax.analysis.imputation import impute
+
+        target = self.target()
+        trained = self.load()
+        images = self.read(trained)
+        missing = self._missing(images.pixels.shape)
+        arrays, errors = impute(
+            trained,
+            images.pixels,
+            missing,
+            num_steps=self.steps,
+            num_samples=self.samples,
+        )
+        is_known = self.mask is None or self.input is None
+        arrays = {**arrays, "missing": missing, **(errors if is_known else {})}
+        self.write(target, {**arrays, **_named(images)})
+        print_means(shares(arrays))
+        if is_known:
+            print_errors(errors)
+
+    def _missing(self, shape: tuple[int, ...]) -> np.ndarray:
+        from vlae_jax.analysis.imputation import missing_at_random, missing_box
+
+        if self.mask is not None:
+            return read_missing(self.mask, shape[1:], shape[0])
+        if self.missing is not None:
+            return missing_at_random(shape, self.missing, seed=self.seed)
+        assert self.missing_box is not None
+        top, left, height, width = self.missing_box
+        if not (0 <= top < shape[1] and 0 <= left < shape[2] and height >= 1 and width >= 1):
+            raise UserError(
+                f"missing_box {self.missing_box} (top, left, height, width) hides nothing of "
+                f"images of {shape[1]} x {shape[2]}"
+            )
+        return missing_box(shape, self.missing_box)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(_UseOnImages):
+    """Score how outlying images are, and how well the scores tell them from another set's."""
+
+    against: str | None = None
+    """Images to tell from those of INPUT: a file as for INPUT, or the test images of a data set by
+    name (looked for where the run's images are)."""
+    importance_samples: int = 500
+    """K of the importance-weighted log-likelihood."""
+
+    default_name: ClassVar[str] = "scores.npz"
+
+    def run(self) -> None:
+        """Score the images, write the file and print the means."""
+        from vlae_jax.analysis.uses import auroc, score
+
+        target = self.target()
+        trained = self.load().with_config("evaluation", importance_samples=self.importance_samples)
+        images = self.read(trained)
+        others = None if self.against is None else self._others(trained)
+        scores = score(trained, images.pixels)
+        arrays = {**scores, **_named(images)}
+        if others is None:
+            self.write(target, arrays)
+            print_scores(scores)
+            return
+        against = score(trained, others.pixels, what=f"scoring {self.against}")
+        beside = {**against, **_named(others)}
+        areas = auroc(scores, against)
+        arrays |= {f"against_{name}": values for name, values in beside.items()}
+        arrays |= {f"auroc_{name}": np.asarray(area) for name, area in areas.items()}
+        self.write(target, arrays)
+        print_scores(scores, against, areas)
+
+    def _others(self, trained: "Trained") -> Images:
+        from vlae_jax.data.prepared import KNOWN_DATASETS
+        from vlae_jax.data.sets import load_dataset
+
+        assert self.against is not None
+        shape, levels = trained.provenance.image_shape, trained.provenance.levels
+        if self.against not in KNOWN_DATASETS:
+            others = read_images(Path(self.against).expanduser(), shape, levels)
+        else:
+            folder = self.data_dir or trained.config.data.data_dir
+            folder = folder if folder and Path(folder).expanduser().is_dir() else None
+            test = load_dataset(self.against, folder).test
+            others = Images(checked(test, shape, levels, self.against))
+        count = self.images and min(self.images, len(others.pixels))
+        return others.first(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Measure where the bound loses its nats: approximation, amortisation, non-convergence."""
+
+    run_dir: tyro.conf.Positional[Folder]
+    """The run folder; its best checkpoint is used."""
+    effort: Annotated[GapConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=GapConfig
+    )
+    data_dir: str | None = None
+    """Where the images of the run are now, if they have moved."""
+
+    def run(self) -> None:
+        """Measure the gaps, keep them in the run folder and print them."""
+        from vlae_jax.analysis.evaluation import describe
+        from vlae_jax.analysis.gap_measurement import measure_gaps
+        from vlae_jax.models.trained import load
+        from vlae_jax.report import write_report
+
+        run, began = RunFolder(self.run_dir), time.monotonic()
+        trained = load(run.path)
+        metrics, _ = measure_gaps(trained, dataset_of(trained, self.data_dir).test, self.effort)
+        run.write_gaps(
+            describe(
+                trained,
+                metrics,
+                seconds={"gaps": time.monotonic() - began},
+                settings=dataclasses.asdict(self.effort),
+            )
+        )
+        print_metrics(metrics)
+        write_report([run.path])
+
+
+def dataset_of(trained: "Trained", data_dir: str | None = None) -> "Dataset":
+    """The images that a model was trained on, and their test images.
+
+    Args:
+        trained: The model.
+        data_dir: Where they are now, if they have moved.
+
+    Raises:
+        UserError: If they cannot be had, or are others.
+    """
+    from vlae_jax.data.sets import ARRAYS
+    from vlae_jax.data.supplied import as_dataset
+    from vlae_jax.training.loop import require_same_images
+
+    if trained.provenance.dataset == ARRAYS:
+        raise UserError(
+            "the run was trained on arrays given in Python, which it does not keep: name the "
+            "images to use it on as INPUT"
+        )
+    data = trained.config.data
+    dataset = as_dataset(None, dataclasses.replace(data, data_dir=data_dir or data.data_dir))
+    require_same_images(trained.provenance.fingerprint, dataset)
+    return dataset
+
+
+def _named(images: Images) -> dict[str, np.ndarray]:
+    return {} if images.names is None else {"names": np.array(images.names)}

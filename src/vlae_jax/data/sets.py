@@ -1,0 +1,469 @@
+"""Named image sets: from the cache, a given folder or a download; never replaced by another.
+
+Only `prepare_dataset` needs TensorFlow, and only while tensorflow-datasets prepares a download;
+what it leaves is a plain .npz file, or a directory of array_record files to stream from.
+"""
+
+import enum
+import functools
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlae_jax.data.formats import (
+    Parts,
+    Source,
+    checked_parts,
+    installed,
+    npz_source,
+    one_line_error,
+    read_idx_pair,
+    require_one_shape,
+    write_npz,
+)
+from vlae_jax.data.prepared import (
+    KNOWN_DATASETS,
+    TFDS_NAMES,
+    PreparedPart,
+    cache_dir,
+    cannot_download,
+    download,
+    may_be_idx,
+    open_builder,
+    read_builder,
+    read_prepared,
+)
+from vlae_jax.data.stored import BATCH, StoredImages, add_value_counts
+from vlae_jax.errors import UserError, nearest
+
+# The same split in every run, whatever its seed, so that runs can be compared.
+_SPLIT_SEED = 0
+ARRAYS = "arrays"
+"""Name of a data set that was given as arrays."""
+
+
+class Dataset(NamedTuple):
+    """Images in three parts, each uint8 of shape (n, height, width, channel)."""
+
+    name: str
+    train: np.ndarray | StoredImages
+    """On disk still if they were asked to be streamed."""
+    validation: np.ndarray
+    """Set aside from the training images by a permutation that is the same in every run."""
+    test: np.ndarray
+    levels: int
+    """How many values a pixel may take, from 0: 256, or 17 for digits."""
+    source: str
+    """Where the images came from, for people."""
+    fingerprint: str
+    """First 16 hex digits of the SHA-256 of shapes and pixels, before validation is set aside."""
+
+    def first_test_images(self, count: int | None) -> np.ndarray:
+        """The first so many test images; all by default.
+
+        Raises:
+            UserError: If there are fewer.
+        """
+        if count is not None and count > len(self.test):
+            raise UserError(
+                f"test_images is {count}, but {self.name} has only {len(self.test)} test images"
+            )
+        return self.test[:count]
+
+
+class Availability(enum.IntEnum):
+    """What it takes to read a data set. The numbers are exit codes of `prepare --check`."""
+
+    READABLE = 0
+    NEEDS_TFDS = 3
+    NEEDS_DOWNLOAD = 4
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    validation_fraction: float = 0.1,
+    stream: bool = False,
+) -> Dataset:
+    """Load an image set by name.
+
+    digits comes with scikit-learn; it has no official split and is split at random, one fifth to
+    test. Any other name is looked for in `data_dir` alone if that is given: in a single .npz file,
+    or in a folder as NAME.npz, as idx files (mnist, fashion_mnist and your own names) or as a
+    directory that tensorflow-datasets prepared in the array_record format. Without `data_dir` it
+    is read from the cache, and downloaded into it when missing. An .npz file holds x_train and
+    x_test, uint8, (n, height, width) or (n, height, width, channel).
+
+    With `stream` the training images stay on disk. It takes a directory that tensorflow-datasets
+    prepared in the array_record format, in `data_dir` or the cache. All of it is read once, for the
+    fingerprint and the statistics; the images, their order and the fingerprint are the same as
+    without. Validation and test images are held in memory.
+
+    Args:
+        name: One of `KNOWN_DATASETS`, or a name of your own for what `data_dir` holds.
+        data_dir: Where to look, or None for the cache and then a download.
+        validation_fraction: Share of the training images set aside for validation, between 0 and 1.
+        stream: Leave the training images on disk.
+
+    Raises:
+        UserError: If the name is not known, nothing fits in `data_dir`, the images are not as
+            described above, a part is empty, or a download is needed and cannot be done.
+    """
+    if stream:
+        return _stream(name, data_dir, validation_fraction)
+    if name == "digits":
+        _refuse_file_for_digits(data_dir)
+        described = "scikit-learn load_digits, split at random"
+        return _split(name, _digits(), 17, described, validation_fraction)
+    source = _find(name, data_dir)
+    if source is None and data_dir is not None:
+        raise UserError(_nothing_fits(name, _path(data_dir)))
+    if source is None:
+        source = npz_source(prepare_dataset(name))
+    return _split(name, source.read(), 256, source.description, validation_fraction)
+
+
+def dataset_from_arrays(
+    train: np.ndarray,
+    test: np.ndarray | None = None,
+    *,
+    levels: int = 256,
+    validation_fraction: float = 0.1,
+) -> Dataset:
+    """A data set of images in memory, which has no name of its own: `ARRAYS`.
+
+    Args:
+        train: uint8, (n, height, width) or (n, height, width, channel).
+        test: Likewise. Without them the validation images stand in for test images.
+        levels: How many values a pixel may take, from 0.
+        validation_fraction: Share of the training images set aside for validation, between 0 and 1.
+
+    Raises:
+        UserError: If the images are not as described.
+    """
+    where = "data"
+    parts = checked_parts((train, train[:1] if test is None else test), where)
+    for key, part in zip(("x_train", "x_test"), parts, strict=True):
+        if (highest := int(part.max())) >= levels:
+            raise UserError(
+                f"{where}: pixels of {key} must lie below levels={levels}, got {highest}"
+            )
+    dataset = _split(ARRAYS, parts, levels, "arrays in memory", validation_fraction)
+    return dataset if test is not None else dataset._replace(test=dataset.validation)
+
+
+def is_available(name: str, data_dir: str | Path | None = None, *, stream: bool = False) -> bool:
+    """Whether `load_dataset` would find the data here, without a download.
+
+    Looks at names of files only, so a broken file still counts. Imports neither TensorFlow nor
+    tensorflow-datasets.
+    """
+    if stream:
+        return _stored(name, data_dir) is not None and not _lacking_to_stream()
+    if name == "digits":
+        return installed("sklearn") and not (data_dir and _path(data_dir).is_file())
+    return _find(name, data_dir) is not None
+
+
+def availability(
+    name: str, data_dir: str | Path | None = None, *, stream: bool = False
+) -> Availability:
+    """What it takes to read the data here. Imports neither TensorFlow nor tensorflow-datasets.
+
+    Raises:
+        UserError: If nothing will do: the name is not known, or `data_dir` does not hold the set.
+    """
+    if stream:
+        _refuse_to_stream_digits(name)
+    if is_available(name, data_dir, stream=stream):
+        return Availability.READABLE
+    if name == "digits":
+        _refuse_file_for_digits(data_dir)
+    if _stored(name, data_dir) is not None and (stream or data_dir is not None):
+        return Availability.NEEDS_TFDS
+    if data_dir is None:
+        _require_preparable(name)
+        return Availability.NEEDS_DOWNLOAD
+    lacking = _nothing_to_stream if stream else _nothing_fits
+    raise UserError(lacking(name, _path(data_dir)))
+
+
+def prepare_dataset(name: str, *, stream: bool = False) -> Path:
+    """Download a known set with tensorflow-datasets and keep it in the cache as NAME.npz.
+
+    Needs a network and TensorFlow. A set that is in the cache already is left as it is. Omniglot
+    is inverted (bright ink on black) and reduced to 28 x 28; its split is the official one, by
+    alphabet.
+
+    Args:
+        name: One of `KNOWN_DATASETS`, but digits.
+        stream: Keep the directory of array_record files, which can be streamed, instead.
+
+    Returns:
+        The .npz file, with keys x_train and x_test; or the directory.
+
+    Raises:
+        UserError: If the name is not known, TensorFlow is missing, or downloading or writing fails.
+    """
+    _require_preparable(name)
+    there = _stored(name, None) if stream else _cached_file(name)
+    if there is not None and there.exists():
+        return there
+    for module in ("tensorflow_datasets", "tensorflow"):
+        if not installed(module):
+            raise UserError(cannot_download(name, f"{module} is not installed"))
+    cache = cache_dir()
+    scratch = cache / f"{name}.tfds"
+    unwritable = f"cannot write to the cache (VLAE_JAX_CACHE names another folder) {cache}"
+    with one_line_error(unwritable, OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    builder = download(name, scratch)
+    if stream:
+        # Its own folder holds nothing but finished versions: what was downloaded stays behind.
+        target = cache / TFDS_NAMES[name] / Path(builder.data_dir).name
+        with one_line_error(unwritable, OSError):
+            target.parent.mkdir(exist_ok=True)
+            os.replace(builder.data_dir, target)
+    else:
+        target = _cached_file(name)
+        parts = read_builder(name, builder, scratch)
+        with one_line_error(unwritable, OSError):
+            write_npz(target, parts)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _find(name: str, data_dir: str | Path | None) -> Source | None:
+    if data_dir is None:
+        cached = _cached_file(name)
+        return npz_source(cached) if name in KNOWN_DATASETS and cached.is_file() else None
+    root = _path(data_dir)
+    if root.is_file():
+        fits = root.suffix == ".npz" and not _named_for_another(name, root)
+        return npz_source(root) if fits else None
+    if (root / f"{name}.npz").is_file():
+        return npz_source(root / f"{name}.npz")
+    return _find_idx(name, root) or _find_prepared(name, root)
+
+
+def _find_idx(name: str, root: Path) -> Source | None:
+    if not may_be_idx(name):
+        return None
+    folders = [root / name] + ([] if _named_for_another(name, root) else [root])
+    for folder in folders:
+        train, test = (_idx_file(folder, part) for part in ("train", "t10k"))
+        if train and test:
+            return Source(functools.partial(read_idx_pair, train, test), f"idx files in {folder}")
+    return None
+
+
+def _idx_file(folder: Path, part: str) -> Path | None:
+    names = (f"{part}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _find_prepared(name: str, root: Path) -> Source | None:
+    folder = _prepared_folder(name, root)
+    if folder is None or not installed("tensorflow_datasets"):
+        return None
+    return Source(lambda: read_prepared(name, folder), f"tensorflow-datasets directory {folder}")
+
+
+def _stored(name: str, data_dir: str | Path | None) -> Path | None:
+    """The prepared directory that can be streamed."""
+    return _prepared_folder(name, cache_dir() if data_dir is None else _path(data_dir))
+
+
+def _prepared_folder(name: str, root: Path) -> Path | None:
+    wanted = TFDS_NAMES.get(name, name)
+    found = []
+    for pattern in ("", "*/", f"{glob.escape(wanted)}/*/"):
+        for file in root.glob(f"{pattern}dataset_info.json"):
+            about = _read_json(file)
+            if about.get("name") == wanted:
+                version = [int(part) for part in re.findall(r"\d+", str(about.get("version")))]
+                found.append((version, file.parent))
+    return max(found)[1] if found else None
+
+
+def _named_for_another(name: str, path: Path) -> bool:
+    # The pixels do not say what they are: a file's or folder's name is the only sign of a mix-up.
+    return path.stem.replace("-", "_") in set(KNOWN_DATASETS) - {name}
+
+
+def _path(data_dir: str | Path) -> Path:
+    return Path(data_dir).expanduser()
+
+
+def _cached_file(name: str) -> Path:
+    return cache_dir() / f"{name}.npz"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _nothing_fits(name: str, root: Path) -> str:
+    if not root.exists():
+        return f"data_dir {root} does not exist; give a folder or an .npz file that holds {name}"
+    if root.is_file():
+        return f"data_dir {root} is not an .npz file of {name}; give a folder or an .npz file"
+    wanted = [f"{name}.npz"]
+    if may_be_idx(name):
+        wanted.append(
+            "idx files (train-images-idx3-ubyte and t10k-images-idx3-ubyte, .gz or not, "
+            f"directly or in {name}/)"
+        )
+    wanted.append(f"a prepared tensorflow-datasets directory {TFDS_NAMES.get(name, name)}/")
+    if not installed("tensorflow_datasets"):
+        wanted[-1] += " (readable once you pip install 'vlae-jax[tfds]')"
+    held = ", ".join(sorted(file.name for file in root.glob("*.npz"))) or "none"
+    unknown = "" if name in KNOWN_DATASETS else f"; not a known name{nearest(name, KNOWN_DATASETS)}"
+    return (
+        f"no {name} in data_dir {root}: looked for {', '.join(wanted)}; "
+        f".npz files there: {held}{unknown}"
+    )
+
+
+def _nothing_to_stream(name: str, root: Path) -> str:
+    tfds_name = TFDS_NAMES.get(name, name)
+    return (
+        f"no {name} that can be streamed in {root}: that takes a directory {tfds_name}/ which "
+        f"tensorflow-datasets has prepared; make one with tfds.builder({tfds_name!r}, data_dir=...)"
+        ".download_and_prepare(file_format='array_record'), or leave --stream out"
+    )
+
+
+def _lacking_to_stream() -> list[str]:
+    modules = ("tensorflow_datasets", "array_record", "grain")
+    return [module for module in modules if not installed(module)]
+
+
+def _refuse_to_stream_digits(name: str) -> None:
+    if name == "digits":
+        raise UserError(
+            "digits comes with scikit-learn and is always in memory; leave --stream out"
+        )
+
+
+def _refuse_file_for_digits(data_dir: str | Path | None) -> None:
+    if data_dir is not None and _path(data_dir).is_file():
+        raise UserError(
+            f"digits comes with scikit-learn and is not read from {data_dir}; "
+            "leave data_dir out, or name the data set that the file holds"
+        )
+
+
+def _require_preparable(name: str) -> None:
+    if name == "digits":
+        raise UserError("digits comes with scikit-learn: there is nothing to prepare")
+    if name not in KNOWN_DATASETS:
+        raise UserError(
+            f"unknown data set {name!r}{nearest(name, KNOWN_DATASETS)}; "
+            f"for your own images put {name}.npz in a folder and give it as data_dir (--data-dir)"
+        )
+
+
+def _digits() -> Parts:
+    if not installed("sklearn"):
+        raise UserError("digits comes with scikit-learn: pip install scikit-learn")
+    from sklearn.datasets import load_digits
+
+    images = load_digits().images.astype(np.uint8)[..., None]
+    order = _fixed_permutation(len(images))
+    num_test = len(images) // 5
+    return images[order[num_test:]], images[order[:num_test]]
+
+
+def _count_validation(num_train: int, validation_fraction: float) -> int:
+    count = round(validation_fraction * num_train)
+    if not 0 < count < num_train:
+        raise UserError(
+            f"validation_fraction {validation_fraction} of {num_train} training images leaves "
+            f"{count} for validation and {num_train - count} for training; both need one or more"
+        )
+    return count
+
+
+def _split(
+    name: str, parts: Parts, levels: int, source: str, validation_fraction: float
+) -> Dataset:
+    train, test = parts
+    num_validation = _count_validation(len(train), validation_fraction)
+    order = _fixed_permutation(len(train))
+    digest = hashlib.sha256()
+    for images in parts:
+        digest.update(repr(images.shape).encode())
+        digest.update(np.ascontiguousarray(images).data)
+    return Dataset(
+        name=name,
+        train=train[order[num_validation:]],
+        validation=train[order[:num_validation]],
+        test=test,
+        levels=levels,
+        source=source,
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _stream(name: str, data_dir: str | Path | None, validation_fraction: float) -> Dataset:
+    """What `_split` makes of the same images, in one pass that keeps only the others."""
+    _refuse_to_stream_digits(name)
+    if lacking := _lacking_to_stream():
+        raise UserError(f"--stream needs {' and '.join(lacking)}: pip install 'vlae-jax[stream]'")
+    folder = _stored(name, data_dir)
+    if folder is None and data_dir is not None:
+        raise UserError(_nothing_to_stream(name, _path(data_dir)))
+    folder = folder or prepare_dataset(name, stream=True)
+    builder = open_builder(folder)
+    stored, test = (PreparedPart(name, builder, part, folder) for part in ("train", "test"))
+    count = len(stored)
+    num_validation = _count_validation(count, validation_fraction)
+    order = _fixed_permutation(count).astype(np.int32 if count < 2**31 else np.int64)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(count, dtype=order.dtype)
+    digest = hashlib.sha256()
+    for start in range(0, count, BATCH):
+        images = stored.read(np.arange(start, min(start + BATCH, count)))
+        if start == 0:
+            shape = images.shape[1:]
+            digest.update(repr((count, *shape)).encode())
+            validation = np.empty((num_validation, *shape), np.uint8)
+            counts = np.zeros((math.prod(shape), 256), np.int64)
+        require_one_shape(shape, images.shape[1:], folder)
+        digest.update(np.ascontiguousarray(images).data)
+        ranks = rank[start : start + len(images)]
+        is_set_aside = ranks < num_validation
+        validation[ranks[is_set_aside]] = images[is_set_aside]
+        add_value_counts(counts, images[~is_set_aside])
+    tests = test.read_all()
+    require_one_shape(shape, tests.shape[1:], folder)
+    digest.update(repr(tests.shape).encode())
+    digest.update(np.ascontiguousarray(tests).data)
+    return Dataset(
+        name=name,
+        train=StoredImages(stored.read, order[num_validation:].copy(), shape, counts),
+        validation=validation,
+        test=tests,
+        levels=256,
+        source=f"tensorflow-datasets directory {folder}, streamed",
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _fixed_permutation(n: int) -> np.ndarray:
+    # RandomState: numpy promises that its stream never changes; a Generator's may.
+    return np.random.RandomState(_SPLIT_SEED).permutation(n)

@@ -1,0 +1,12 @@
+"""The shipped model, the systems that infer its latent, and the trained model as a value.
+
+| module | what is in it |
+|---|---|
+| `arithmetic` | products in float32 or bfloat16 |
+| `networks` | feature extractors |
+| `autoencoder` | encoder, decoder and output density; the model at one example |
+| `flows` | normalizing flows |
+| `ppca` | probabilistic PCA in closed form |
+| `systems` | inference systems, one function each |
+| `trained` | `Trained`: a model as a value; `load`, `save`, `initialize` |
+"""

@@ -1,0 +1,79 @@
+"""The inference systems by name: one entry each, with all that the rest of the package asks of it.
+
+A new system is one function, whose place is named here, and one entry. Functions are named by
+their place, `package.module:function`, so that this table is read where nothing of Flax or JAX is
+needed: by the report, by `--help`. A system of your own may be added to `METHODS` at run time.
+"""
+
+from typing import NamedTuple
+
+from vlae_jax.errors import UserError, nearest
+
+_SYSTEMS = "vlae_jax.models.systems"
+
+
+class Method(NamedTuple):
+    """What is to be known of a system."""
+
+    label: str
+    """Its name in tables and pictures."""
+    system: str
+    """Place of the function that infers: (observation, key, inference configuration) →
+    `vlae_jax.models.systems.Inference`."""
+    color: str
+    """Its color in every picture; steps T are shades of it. From Okabe and Ito's palette, which is
+    told apart with every common color vision."""
+    has_steps: bool = True
+    """Whether it takes steps T."""
+    is_flow: bool = False
+    """Whether its posterior has a density at its own samples alone."""
+    head: str | None = None
+    """Place of the function that makes the part of the network that only this system has:
+    (configuration, number of the encoder's features, random streams) → module."""
+
+
+METHODS: dict[str, Method] = {
+    "vae": Method("VAE", f"{_SYSTEMS}:vae", "#000000", has_steps=False),
+    "vae_full": Method(
+        "VAE+full",
+        f"{_SYSTEMS}:full_covariance_vae",
+        "#56B4E9",
+        has_steps=False,
+        head=f"{_SYSTEMS}:full_covariance_head",
+    ),
+    "vae_hf": Method(
+        "VAE+HF",
+        f"{_SYSTEMS}:flow_vae",
+        "#009E73",
+        is_flow=True,
+        head=f"{_SYSTEMS}:householder_head",
+    ),
+    "vae_iaf": Method(
+        "VAE+IAF",
+        f"{_SYSTEMS}:flow_vae",
+        "#CC79A7",
+        is_flow=True,
+        head=f"{_SYSTEMS}:inverse_autoregressive_head",
+    ),
+    "vae_planar": Method(
+        "VAE+planar",
+        f"{_SYSTEMS}:flow_vae",
+        "#D55E00",
+        is_flow=True,
+        head=f"{_SYSTEMS}:planar_head",
+    ),
+    "sa_vae": Method("SA-VAE", f"{_SYSTEMS}:semi_amortized_vae", "#E69F00"),
+    "vlae": Method("VLAE", f"{_SYSTEMS}:vlae", "#0072B2"),
+    "ppca": Method("pPCA", f"{_SYSTEMS}:probabilistic_pca", "#999999", has_steps=False),
+}
+
+
+def find_method(name: str) -> Method:
+    """The entry of that name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    return METHODS[name]

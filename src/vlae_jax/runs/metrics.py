@@ -1,0 +1,100 @@
+"""Metrics: what is measured, by name, with all that is needed to read the numbers.
+
+`QUANTITIES` is the one place for the name, unit and threshold of what training, evaluation and
+uses measure; results files, tables, reports and studies take them from here.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Quantity(NamedTuple):
+    """What is to be known of something that is measured."""
+
+    label: str
+    """Its name in tables and pictures."""
+    unit: str = "nats"
+    """"nats" (an image), "bits/dim", "share" (of images), "samples", "number"."""
+    outlying: int = 0
+    """For scores of images: 1 where high values are outlying, -1 where low ones are."""
+    threshold: float | None = None
+    """Above it a value is a warning."""
+
+
+UNRELIABLE_K = 0.7
+"""Pareto k̂ above which an importance-weighted estimate is not to be relied on (Vehtari et al.,
+2024)."""
+
+QUANTITIES: dict[str, Quantity] = {
+    "log_prob": Quantity("log p(x)", outlying=-1),
+    "elbo": Quantity("ELBO", outlying=-1),
+    "inference_gap": Quantity("gap"),
+    "kl": Quantity("KL"),
+    "reconstruction": Quantity("reconstruction"),
+    "bits_per_dim": Quantity("bits/dim", "bits/dim", outlying=1),
+    "ess": Quantity("effective samples", "samples"),
+    "log_prob_sampling_error": Quantity("sampling error of log p(x)"),
+    "pareto_k": Quantity("Pareto k", "number", outlying=1, threshold=UNRELIABLE_K),
+    "unreliable": Quantity("k̂ > 0.7", "share"),
+    "not_finite": Quantity("not finite", "share"),
+    "unconverged": Quantity("unconverged", "share"),
+    "not_positive_definite": Quantity("not PD", "share"),
+    "newton_decrement": Quantity("Newton decrement", outlying=1),
+    "objective": Quantity("objective"),
+    "amortization_loss": Quantity("amortization loss"),
+    "log_prob_ais": Quantity("log p(x), AIS"),
+    "best_in_family_elbo": Quantity("best ELBO of the family"),
+    "converged_elbo": Quantity("ELBO at the converged mode"),
+    "amortized_elbo": Quantity("ELBO"),
+    "approximation_gap": Quantity("approximation gap"),
+    "amortization_gap": Quantity("amortization gap"),
+    "non_convergence_gap": Quantity("of it non-convergence"),
+    "ais_sampling_error": Quantity("sampling error of AIS"),
+    "ais_acceptance": Quantity("acceptance of AIS", "share"),
+    "bdmc_lower": Quantity("AIS lower bound, simulated"),
+    "bdmc_upper": Quantity("AIS upper bound, simulated"),
+    "bdmc_gap": Quantity("AIS sandwich, simulated"),
+}
+
+
+def titled(name: str) -> str:
+    """The label of a quantity with its unit, for a table of several units: ``ELBO, nats``."""
+    quantity = QUANTITIES[name]
+    has_unit = quantity.unit in ("nats", "samples")
+    return f"{quantity.label}, {quantity.unit}" if has_unit else quantity.label
+
+
+class Metric(NamedTuple):
+    """One number of a results file."""
+
+    name: str
+    """A key of `QUANTITIES`."""
+    value: float
+    standard_error: float | None
+    """Over images."""
+    unit: str
+    images: int
+    """Images the value is a mean over; those without a finite value are left out."""
+    samples: int | None = None
+    """Posterior samples an image, where they matter."""
+    split: str = "test"
+
+
+def mean_metric(
+    name: str, values: np.ndarray, samples: int | None = None, *, split: str = "test"
+) -> Metric:
+    """The mean over the images whose value is finite, with its standard error.
+
+    Args:
+        name: A key of `QUANTITIES`.
+        values: One number an image, (n,).
+        samples: Posterior samples an image, where they matter.
+        split: The images.
+    """
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    n = len(values)
+    error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
+    value = float(np.mean(values)) if n else float("nan")
+    return Metric(name, value, error, QUANTITIES[name].unit, n, samples, split)

@@ -1,0 +1,84 @@
+"""What training maximizes for one example, and the loss of a batch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from vlae_jax.bounds import elbo, iwae_bound
+from vlae_jax.models.trained import Inferred, Trained
+from vlae_jax.posterior import kl_to_standard_normal
+
+
+def objective(
+    inferred: Inferred, *, kind: str = "elbo", num_samples: int = 1
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """What training maximizes for one example, and the metrics beside it, all in nats.
+
+    The objective is a bound, or an estimate, of log p(x) less the system's amortization loss. The
+    metrics hold the ELBO itself, KL(q ‖ p), and their sum, the expected reconstruction
+    log-likelihood, besides the system's flags as numbers; with another objective than the ELBO
+    that too.
+
+    Args:
+        inferred: From `Trained.infer`.
+        kind: "elbo", "iwae", "dreg" or "evidence".
+        num_samples: Posterior samples.
+    """
+    keys, inference = inferred.keys, inferred.inference
+    log_joint, posterior = inferred.log_joint, inferred.posterior
+    constant = jax.lax.stop_gradient(posterior)
+    if kind == "elbo":
+        value = bound = elbo(keys.bound, log_joint, posterior, num_samples=num_samples)
+    else:
+        if kind == "evidence":
+            # At a mode the Laplace evidence is log p(x, z) - log q(z).
+            mode = posterior.mean  # type: ignore[attr-defined]
+            value = log_joint(mode) - posterior.log_prob(mode)  # type: ignore[attr-defined]
+        else:
+            value = iwae_bound(
+                keys.bound,
+                log_joint,
+                posterior,
+                num_samples=num_samples,
+                doubly_reparameterized=kind == "dreg",
+            )
+        bound = jax.lax.stop_gradient(
+            elbo(keys.bound, log_joint, constant, num_samples=num_samples)
+        )
+    kl = kl_to_standard_normal(keys.divergence, constant, num_samples=num_samples)
+    metrics = {
+        "elbo": bound,
+        "kl": kl,
+        "reconstruction": bound + kl,
+        "amortization_loss": inference.amortization_loss,
+        **({} if kind == "elbo" else {"objective": value}),
+        **{name: flag.astype(bound.dtype) for name, flag in inference.flags.items()},
+    }
+    return value - inference.amortization_loss, metrics
+
+
+def loss_fn(
+    params: Any,
+    model: Trained,
+    pixels: UInt8[Array, "batch height width channel"],
+    keys: PRNGKeyArray,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The batch mean to be minimized, nats per image: the only minus sign in the project.
+
+    Args:
+        params: Parameters to differentiate with respect to; those of `model` are not looked at.
+        model: What they belong to.
+        pixels: The images of a batch.
+        keys: One for each.
+    """
+    training = model.config.training
+    current = model.with_params(params)
+
+    def one(key: PRNGKeyArray, image: Array) -> tuple[Array, dict[str, Array]]:
+        inferred = current.infer(key, image, training=True)
+        return objective(inferred, kind=training.objective, num_samples=training.train_samples)
+
+    values, metrics = jax.vmap(one)(keys, pixels)
+    return -jnp.mean(values), jax.tree.map(jnp.mean, metrics)

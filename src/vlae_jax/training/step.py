@@ -1,0 +1,160 @@
+"""The compiled pieces of training: state, optimizer, step, validation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vlae_jax.data.preprocessing import fixed_keys
+from vlae_jax.data.sets import Dataset
+from vlae_jax.models.trained import Trained
+from vlae_jax.parallel.mapping import map_images
+from vlae_jax.parallel.placement import Placement
+from vlae_jax.runs.config import TrainingConfig
+from vlae_jax.training.batches import binarized_once, make_feed
+from vlae_jax.training.objective import loss_fn, objective
+
+_VALIDATION_BATCH = 256
+
+
+class TrainState(NamedTuple):
+    """All that changes while training. A checkpoint of it continues bit for bit."""
+
+    params: Any
+    opt_state: Any
+    step: Int[Array, ""]
+    """Steps done."""
+    sums: dict[str, Float[Array, ""]]
+    """Batch means of the metrics, added up since they were last logged."""
+    summed: Int[Array, ""]
+    """Steps in `sums`."""
+    bad_step: Int[Array, ""]
+    """First step whose loss or gradient was not finite, else -1. From there on nothing changes."""
+
+
+def make_optimizer(
+    config: TrainingConfig, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Adam, with the configured schedule, warm-up and clipping."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total_steps, warmup + 1))
+    elif warmup:
+        rate = optax.linear_schedule(0.0, peak, warmup)
+    else:
+        rate = optax.constant_schedule(peak)
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.with_extra_args_support(optax.chain(*clip, optax.adam(rate)))
+
+
+def initial_state(trained: Trained, total_steps: int, placement: Placement) -> TrainState:
+    """The state before the first step, placed; also what a checkpoint is restored into."""
+    state = _first_state(trained, total_steps)
+    return placement.put(state, placement.of_parameters(state))
+
+
+def _first_state(trained: Trained, total_steps: int) -> TrainState:
+    config = trained.config.training
+    params = trained.params
+    batch = jnp.zeros((1, *trained.preprocessor.image_shape), jnp.uint8)
+    keys = jax.random.split(jax.random.key(config.seed), 1)
+    shapes = jax.eval_shape(lambda: loss_fn(params, trained, batch, keys)[1])
+    return TrainState(
+        params=jax.tree.map(jnp.copy, params),  # the step gives its arguments away
+        opt_state=make_optimizer(config, total_steps).init(params),
+        step=jnp.zeros((), jnp.int32),
+        sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+        summed=jnp.zeros((), jnp.int32),
+        bad_step=jnp.full((), -1, jnp.int32),
+    )
+
+
+class Trainer:
+    """The compiled pieces of one training: first state, step, validation.
+
+    Args:
+        trained: What to train, from its first parameters on.
+        dataset: The images.
+        placement: The devices; by default all there are.
+
+    Raises:
+        UserError: If the devices cannot share a batch evenly.
+    """
+
+    def __init__(
+        self, trained: Trained, dataset: Dataset, placement: Placement | None = None
+    ) -> None:
+        config = trained.config.training
+        self.trained, self.dataset = trained, dataset
+        self.placement = placement = placement or Placement.of()
+        placement.require_even(config.batch_size, config.microbatches)
+        self.steps_per_epoch = len(dataset.train) // config.batch_size
+        """Whole batches in the training set; the rest of an epoch's images wait for the next."""
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self._optimizer = make_optimizer(config, self.total_steps)
+        self._root = jax.random.key(config.seed)
+        images = binarized_once(trained.preprocessor, dataset.train)
+        self.feed = make_feed(images, config, placement)
+        shardings = placement.of_parameters(_first_state(trained, self.total_steps))
+        self.step = jax.jit(
+            self._step, donate_argnums=0, out_shardings=(shardings, placement.replicated)
+        )
+        self._validate = map_images(
+            self._validate_one,
+            dataset.validation,
+            fixed_keys(len(dataset.validation)),
+            batch_size=_VALIDATION_BATCH,
+            placement=placement,
+        )
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        return initial_state(self.trained, self.total_steps, self.placement)
+
+    def without_sums(self, state: TrainState) -> TrainState:
+        """The same state, about to add up its metrics afresh."""
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.sums)
+        sums, summed = self.placement.put((zeros, np.zeros((), np.int32)))
+        return state._replace(sums=sums, summed=summed)
+
+    def _step(self, state: TrainState, *arguments: Array) -> tuple[TrainState, Float[Array, ""]]:
+        pixels = self.feed.pixels(state.step, *arguments)
+        keys = jax.random.split(jax.random.fold_in(self._root, state.step), pixels.shape[0])
+
+        def loss_and_grads(params: Any, pixels: Array, keys: PRNGKeyArray) -> Any:
+            return jax.value_and_grad(loss_fn, has_aux=True)(params, self.trained, pixels, keys)
+
+        (loss, metrics), grads = self.placement.mean_of_shards(
+            loss_and_grads,
+            self.placement.gathered(state.params),
+            *(pixels, keys),
+            microbatches=self.trained.config.training.microbatches,
+        )
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
+        new = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            step=state.step + 1,
+            sums=jax.tree.map(jnp.add, state.sums, metrics),
+            summed=state.summed + 1,
+            bad_step=bad_step,
+        )
+        new = jax.tree.map(lambda new, old: jnp.where(bad_step < 0, new, old), new, state)
+        return new._replace(bad_step=bad_step), loss
+
+    def _validate_one(self, params: Any, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        training = self.trained.config.training
+        kind = "iwae" if training.objective in ("iwae", "dreg") else "elbo"
+        samples = training.train_samples if kind == "iwae" else 1
+        trained = self.trained.with_params(self.placement.gathered(params))
+        _, metrics = objective(trained.infer(key, pixels), kind=kind, num_samples=samples)
+        return metrics
+
+    def validate(self, params: Any) -> dict[str, float]:
+        """Mean metrics on the validation images; the noise is the same each time."""
+        return jax.tree.map(lambda values: float(np.mean(values)), self._validate(params))
