@@ -12,7 +12,7 @@ import pytest
 
 import vlae_jax
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 CORE = (DOCS / "api" / "core.md").read_text()
 ROOMS = ["annealing", "applications", "flows", "gaps", "interop"]

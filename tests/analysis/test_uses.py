@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands.test_commands import refused
 from PIL import Image
 from problems import assert_close
 from scipy.stats import multivariate_normal, norm
-from test_cli import refused
 
 from vlae_jax.data.supplied import read_images
 from vlae_jax.models.trained import build_experiment

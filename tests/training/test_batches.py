@@ -312,7 +312,7 @@ def test_two_processes_of_two_devices_make_one_batch():
     both = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, address, str(index)],
-            cwd=Path(__file__).parent,
+            cwd=Path(__file__).parents[1],
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,
             text=True,

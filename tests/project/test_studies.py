@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     not (ROOT / "experiments").is_dir(), reason="the studies come with the repository only"
 )

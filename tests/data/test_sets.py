@@ -25,7 +25,7 @@ from vlae_jax.data.sets import (
 )
 from vlae_jax.errors import UserError
 
-TFDS_ROOT = Path(__file__).parent / "fixtures" / "tfds"
+TFDS_ROOT = Path(__file__).parents[1] / "fixtures" / "tfds"
 TFDS_FOLDER = TFDS_ROOT / "mnist" / "3.0.1"
 needs_tfds = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_datasets") is None, reason="needs tensorflow-datasets"

@@ -107,7 +107,7 @@ def same_run():
 
 def in_eight_devices(call, timeout=300):
     output = run_in_subprocess(
-        f"import test_distributed as t; t.{call}()",
+        f"import parallel.test_processes as t; t.{call}()",
         timeout=timeout,
         XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         NPROC="32",

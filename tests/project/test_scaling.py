@@ -14,7 +14,7 @@ from vlae_jax.expansions import MatrixFreeExpansion, Products
 from vlae_jax.models.systems import SYSTEMS
 from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +211,7 @@ COUNT = """
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from test_scaling import small_experiment
+from project.test_scaling import small_experiment
 from benchmarks import hlo
 from benchmarks.scaling import OnPaper
 from vlae_jax.training import Trainer

@@ -12,7 +12,7 @@ import scipy.stats
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-FOLDER = Path(__file__).parent.parent / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLOUD = ROOT / "cloud"
 TPU = CLOUD / "tpu.sh"
 SCRIPTS = [TPU, CLOUD / "worker.sh", ROOT / ".ci" / "run"]
@@ -606,7 +606,9 @@ def test_a_dry_supervise_shows_one_attempt_from_nothing(cloud):
 # ------------------------------------------------------------------------- files for clusters
 
 JOBSET = yaml.safe_load((CLOUD / "gke-jobset.yaml").read_text())
-SCHEMA = json.loads((Path(__file__).parent / "fixtures/jobset_v1alpha2.schema.json").read_text())
+SCHEMA = json.loads(
+    (Path(__file__).parents[1] / "fixtures/jobset_v1alpha2.schema.json").read_text()
+)
 
 
 def _replicated() -> tuple[dict, dict, dict]:

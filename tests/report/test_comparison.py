@@ -4,7 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from test_report import Page, make_config, make_metrics, make_results, make_snapshots, write_run
+from report.test_report import (
+    Page,
+    make_config,
+    make_metrics,
+    make_results,
+    make_snapshots,
+    write_run,
+)
 
 from vlae_jax.errors import UserError
 from vlae_jax.report import write_comparison
