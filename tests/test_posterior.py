@@ -143,9 +143,9 @@ def test_sample_gradients_are_reparametrised(x64, kind):
 
 
 @jax.jit
-def weigh_tails(keys, posterior, points, freedom):
+def weigh_tails(keys, posterior, points, df):
     """The Student-t in a Gaussian's place: densities at points, and samples with theirs."""
-    proposal = heavy_tailed(posterior, freedom)
+    proposal = heavy_tailed(posterior, df)
     z, log_q = jax.vmap(proposal.sample_and_log_prob)(keys)
     return jax.vmap(proposal.log_prob)(points), z, log_q, jax.vmap(proposal.log_prob)(z)
 
@@ -157,9 +157,9 @@ def test_the_heavy_tailed_proposal_is_scipys_student_t(dtype, kind):
     mean = np.float64(posterior.mean)
     points = jnp.stack([100.0**far * random_vector(far, LATENT, dtype) for far in range(3)])
     keys = jax.random.split(jax.random.key(3), 100)
-    for freedom in (1.0, 5.0):
-        truth = scipy.stats.multivariate_t(mean, scale, df=freedom)
-        log_prob, z, log_q, log_prob_z = weigh_tails(keys, posterior, points, freedom)
+    for df in (1.0, 5.0):
+        truth = scipy.stats.multivariate_t(mean, scale, df=df)
+        log_prob, z, log_q, log_prob_z = weigh_tails(keys, posterior, points, df)
         assert {a.dtype for a in (log_prob, z, log_q)} == {jnp.dtype(dtype)}
         assert_close(log_prob, truth.logpdf(np.float64(points)))
         assert_close(log_q, truth.logpdf(np.float64(z)))
@@ -168,11 +168,11 @@ def test_the_heavy_tailed_proposal_is_scipys_student_t(dtype, kind):
 
 def test_heavy_tailed_samples_have_the_moments_of_a_student_t(x64):
     """Mean, and covariance ν / (ν - 2) times the scale; and q's mean ratio to it is 1."""
-    num_samples, freedom = 40_000, 10.0
+    num_samples, df = 40_000, 10.0
     posterior, scale = make("gaussian")
     keys = jax.random.split(jax.random.key(0), num_samples)
-    _, z, log_t, _ = weigh_tails(keys, posterior, jnp.zeros((3, LATENT)), freedom)
-    expected = freedom / (freedom - 2) * scale
+    _, z, log_t, _ = weigh_tails(keys, posterior, jnp.zeros((3, LATENT)), df)
+    expected = df / (df - 2) * scale
     error = np.sqrt(np.diag(expected) / num_samples)
     assert_close(np.mean(z, axis=0), np.asarray(posterior.mean), standard_error=error)
     centred = np.asarray(z) - np.asarray(posterior.mean)

@@ -46,13 +46,16 @@ from vlae_jax.inference import infer_posterior
 from vlae_jax.posterior import (
     DiagonalPosterior,
     GaussianPosterior,
+    MixturePosterior,
     Posterior,
+    SkewedPosterior,
     StudentTPosterior,
     heavy_tailed,
     laplace_posterior,
     widened,
 )
 from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine
+from vlae_jax.variational import VariationalInfo, variational_refine
 
 if TYPE_CHECKING:
     from vlae_jax.models.trained import Trained, load, save
@@ -80,12 +83,15 @@ __all__ = [
     "ImportanceInfo",
     "LogDensity",
     "MatrixFreeExpansion",
+    "MixturePosterior",
     "Posterior",
     "Products",
     "Quadratic",
     "RefinementInfo",
+    "SkewedPosterior",
     "StudentTPosterior",
     "Trained",
+    "VariationalInfo",
     "affine_head_expansion",
     "bernoulli",
     "categorical",
@@ -114,6 +120,7 @@ __all__ = [
     "standard_normal",
     "student_t",
     "student_t_fisher",
+    "variational_refine",
     "widened",
 ]
 
