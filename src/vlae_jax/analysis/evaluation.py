@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -12,7 +12,16 @@ import numpy as np
 from arviz_stats.base import array_stats
 from jaxtyping import Array, PRNGKeyArray
 
-from vlae_jax.bounds import importance_weighted_log_prob
+from vlae_jax.analysis.estimation import (
+    Effort,
+    anneal_log_prob,
+    annealing_cost,
+    estimate_log_prob,
+    first_effort,
+    second_effort,
+    within_budget,
+)
+from vlae_jax.bounds import ImportanceInfo, importance_weighted_log_prob
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.models.flows import FlowPosterior
 from vlae_jax.models.trained import Trained
@@ -33,6 +42,8 @@ from vlae_jax.runs.methods import find_method
 from vlae_jax.runs.metrics import UNRELIABLE_K, Metric, mean_metric
 
 _SMALLEST_TAIL = 5
+_ELBO_SHARE = 5
+"""The ELBO, whose samples vary less than weights do, takes this part of the samples of log p(x)."""
 _SAMPLED = frozenset(
     {
         *("log_prob", "elbo", "inference_gap", "reconstruction", "bits_per_dim", "ess"),
@@ -42,7 +53,7 @@ _SAMPLED = frozenset(
 """Metrics that depend on the number of importance samples."""
 _REPORTED = (
     *("log_prob", "elbo", "inference_gap", "kl", "reconstruction", "bits_per_dim", "ess"),
-    *("log_prob_sampling_error", "unreliable", "not_finite", "unconverged"),
+    *("log_prob_sampling_error", "unreliable", "annealed", "not_finite", "unconverged"),
     *("not_positive_definite", "newton_decrement"),
 )
 """Metrics of a results file, in its order."""
@@ -100,60 +111,150 @@ def measure(
     Returns:
         (n,) each, nats where nothing else is said: log_prob, elbo, inference_gap, kl,
         reconstruction, log_det (of the preprocessing), ess (samples), log_prob_sampling_error,
-        pareto_k; bits_per_dim where the preprocessing has one; the system's flags.
+        pareto_k; bits_per_dim where the preprocessing has one; the system's flags; with proposal
+        auto also annealed, whether log_prob comes from annealing.
     """
     config = trained.config.evaluation
     spread = placement and placement.for_batch(min(config.evaluation_batch, len(images)))
-    chunk_size, place = config.chunk_size, None
-    if spread and (splits := spread.mesh.shape[SAMPLES]) > 1:
-        chunk_size = max(splits, chunk_size - chunk_size % splits)
-        place = spread.split_samples
-
-    weigh = functools.partial(
-        importance_weighted_log_prob,
-        num_samples=config.importance_samples,
-        chunk_size=chunk_size,
-        place=place,
-    )
-
-    def one(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
-        inferred = trained.infer(key, pixels)
-        keys, log_joint, posterior = inferred.keys, inferred.log_joint, inferred.posterior
-        proposal = _proposal(config, posterior)
-        log_prob, info = weigh(keys.bound, log_joint, proposal)
-        bound = info.elbo
-        if proposal is not posterior:
-            bound = weigh(keys.bound, log_joint, posterior)[1].elbo
-        kl = kl_to_standard_normal(keys.divergence, posterior, num_samples=config.chunk_size)
-        return {
-            "log_det": inferred.log_det,
-            "log_prob": log_prob,
-            "elbo": bound,
-            "kl": kl,
-            "reconstruction": bound + kl,
-            "ess": info.ess,
-            "largest_weights": info.largest,
-            "log_prob_sampling_error": info.standard_error,
-            **inferred.inference.flags,
-        }
-
-    run = map_images(
-        one,
-        images,
-        fixed_keys(len(images)),
-        batch_size=config.evaluation_batch,
-        placement=spread,
-    )
-    with counting(what, len(images), quiet=not is_first()) as show:
-        given = trained.factored()
-        measured = run(spread.put(jax.device_get(given)) if spread else given, show)
-    largest = measured.pop("largest_weights")
-    measured["pareto_k"] = pareto_k(largest, config.importance_samples)
+    measured = _first_pass(trained, images, what, spread)
+    if config.proposal == "auto":
+        _estimate_again(trained, images, measured, spread)
     bits = trained.preprocessor.bits_per_dim(measured["log_prob"], measured["log_det"])
     if bits is not None:
         measured["bits_per_dim"] = np.asarray(bits)
     measured["inference_gap"] = measured["log_prob"] - measured["elbo"]
     return measured
+
+
+def _first_pass(
+    trained: Trained, images: np.ndarray, what: str, spread: Placement | None
+) -> dict[str, np.ndarray]:
+    """All that is measured of every image, with as many samples for each."""
+    config = trained.config.evaluation
+    chunk_size, place = _chunks(config, spread)
+    weigh = functools.partial(importance_weighted_log_prob, chunk_size=chunk_size, place=place)
+    effort = first_effort(config.importance_samples)
+
+    def one(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        inferred = trained.infer(key, pixels)
+        keys, log_joint, posterior = inferred.keys, inferred.log_joint, inferred.posterior
+        samples = config.importance_samples
+        if config.proposal == "auto":
+            log_prob, info = estimate_log_prob(
+                inferred, effort, attempt=0, chunk_size=chunk_size, place=place
+            )
+            few = -(-samples // _ELBO_SHARE)
+            bound = weigh(keys.bound, log_joint, posterior, num_samples=few)[1].elbo
+        else:
+            proposal = _proposal(config, posterior)
+            log_prob, info = weigh(keys.bound, log_joint, proposal, num_samples=samples)
+            bound = info.elbo
+            if proposal is not posterior:
+                bound = weigh(keys.bound, log_joint, posterior, num_samples=samples)[1].elbo
+        kl = kl_to_standard_normal(keys.divergence, posterior, num_samples=config.chunk_size)
+        return {
+            "log_det": inferred.log_det,
+            "elbo": bound,
+            "kl": kl,
+            "reconstruction": bound + kl,
+            **_of_weights(log_prob, info),
+            **inferred.inference.flags,
+        }
+
+    measured = _map(what, trained, one, images, np.arange(len(images)), spread)
+    return _with_pareto_k(measured, _weights(config, effort))
+
+
+def _estimate_again(
+    trained: Trained,
+    images: np.ndarray,
+    measured: dict[str, np.ndarray],
+    spread: Placement | None,
+) -> None:
+    """Replace estimates of log p(x) that cannot be relied on, as far as the budget goes."""
+    config, latent = trained.config.evaluation, trained.config.model.latent
+    first = first_effort(config.importance_samples)
+    second = second_effort(first)
+    budget = config.evaluation_budget * first.cost(latent) * len(images)
+    chunk_size, place = _chunks(config, spread)
+    measured["annealed"] = np.zeros(len(images), bool)
+
+    def again(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        inferred = trained.infer(key, pixels)
+        return _of_weights(
+            *estimate_log_prob(inferred, second, attempt=1, chunk_size=chunk_size, place=place)
+        )
+
+    def anneal(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+        log_prob, error = anneal_log_prob(trained.infer(key, pixels), second, attempt=2)
+        return {"log_prob": log_prob, "log_prob_sampling_error": error}
+
+    rows, budget = within_budget(_doubtful(measured), second.cost(latent), budget)
+    if len(rows):
+        found = _map("estimating again", trained, again, images, rows, spread)
+        for name, values in _with_pareto_k(found, _weights(config, second)).items():
+            measured[name][rows] = values
+    rows, budget = within_budget(_doubtful(measured), annealing_cost(), budget)
+    if len(rows):
+        for name, values in _map("annealing", trained, anneal, images, rows, spread).items():
+            measured[name][rows] = values
+        measured["annealed"][rows] = True
+
+
+def _map(
+    what: str,
+    trained: Trained,
+    function: Callable[..., Any],
+    images: np.ndarray,
+    rows: np.ndarray,
+    spread: Placement | None,
+) -> dict[str, np.ndarray]:
+    """Apply a function of one image to those of these indices, each with its own key."""
+    run = map_images(
+        function,
+        images[rows],
+        fixed_keys(len(images))[rows],
+        batch_size=trained.config.evaluation.evaluation_batch,
+        placement=spread,
+    )
+    with counting(what, len(rows), quiet=not is_first()) as show:
+        given = trained.factored()
+        return run(spread.put(jax.device_get(given)) if spread else given, show)
+
+
+def _chunks(
+    config: EvaluationConfig, spread: Placement | None
+) -> tuple[int, Callable[[Array], Array] | None]:
+    """How many importance samples are held at once, and where."""
+    if spread is None or (splits := spread.mesh.shape[SAMPLES]) == 1:
+        return config.chunk_size, None
+    return max(splits, config.chunk_size - config.chunk_size % splits), spread.split_samples
+
+
+def _weights(config: EvaluationConfig, effort: Effort) -> int:
+    """How many independent weights an estimate has: antithetic pairs make one each."""
+    auto = config.proposal == "auto"
+    return effort.importance_samples // 2 if auto else config.importance_samples
+
+
+def _of_weights(log_prob: Array, info: ImportanceInfo) -> dict[str, Array]:
+    return {
+        "log_prob": log_prob,
+        "ess": info.ess,
+        "largest_weights": info.largest,
+        "log_prob_sampling_error": info.standard_error,
+    }
+
+
+def _with_pareto_k(measured: dict[str, np.ndarray], num_weights: int) -> dict[str, np.ndarray]:
+    """The same with k̂ in the place of the weights that it is fitted to."""
+    rest = {name: values for name, values in measured.items() if name != "largest_weights"}
+    return {**rest, "pareto_k": pareto_k(measured["largest_weights"], num_weights)}
+
+
+def _doubtful(measured: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Indices of the images whose estimate cannot be relied on."""
+    return np.flatnonzero(is_doubtful(measured["pareto_k"]))
 
 
 def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
@@ -166,6 +267,11 @@ def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
     if config.proposal == "widened":
         return widened(posterior, config.proposal_scale)
     return heavy_tailed(posterior, config.proposal_df)
+
+
+def is_doubtful(shapes: np.ndarray) -> np.ndarray:
+    """Whether each k̂ says that its estimate cannot be relied on; NaN, that nothing is known."""
+    return shapes > UNRELIABLE_K
 
 
 def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
@@ -249,9 +355,10 @@ def describe(
 def _metrics(config: EvaluationConfig, measured: Mapping[str, np.ndarray]) -> list[Metric]:
     samples = config.importance_samples
     shapes = measured["pareto_k"]
+    annealed = measured.get("annealed", np.zeros(len(shapes), bool))
     found = {
         **measured,
-        "unreliable": np.where(np.isnan(shapes), np.nan, shapes > UNRELIABLE_K),
+        "unreliable": np.where(np.isnan(shapes), np.nan, is_doubtful(shapes) & ~annealed),
         "not_finite": ~np.isfinite(measured["log_prob"]),
     }
     if "converged" in measured:

@@ -106,6 +106,8 @@ class Evaluate:
     """widened: the factor on standard deviations; by default the run's."""
     proposal_df: float | None = None
     """student_t: degrees of freedom; by default the run's."""
+    evaluation_budget: float | None = None
+    """auto: how much may be done where first estimates do not suffice; by default the run's."""
     chunk_size: int | None = None
     """Importance samples held in memory at once, per image; by default the run's."""
     test_images: int | None = None

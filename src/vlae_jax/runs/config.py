@@ -8,7 +8,7 @@ from vlae_jax.errors import require
 from vlae_jax.runs.methods import find_method
 
 Preprocess = Literal["logit", "raw", "static_binary", "dynamic_binary"]
-Proposal = Literal["posterior", "widened", "student_t"]
+Proposal = Literal["auto", "posterior", "widened", "student_t"]
 Activation = Literal["relu", "leaky_relu", "softplus", "tanh", "elu", "gelu"]
 _FORBID: dict[str, Any] = {"extra": "forbid"}  # a file with an unknown option is no config
 
@@ -254,9 +254,15 @@ class EvaluationConfig:
 
     importance_samples: int = 5000
     """K of the importance-weighted log-likelihood."""
-    proposal: Proposal = "posterior"
-    """What importance samples are drawn from: the posterior; the same with wider standard
-    deviations; or a Student-t in its place, with heavier tails."""
+    proposal: Proposal = "auto"
+    """Where importance samples come from. auto: a Student-t around the best Gaussian that can be
+    found for each image's decoder, in antithetic pairs, whatever system was trained: the one to
+    compare systems by; where Pareto k says that it does not suffice, more samples, then annealing.
+    posterior: the system's own. widened: that with wider standard deviations. student_t: that with
+    heavier tails."""
+    evaluation_budget: float = 1.0
+    """auto: how much may be done where the first estimate does not suffice, as a multiple of the
+    work of all first estimates."""
     proposal_scale: float = 1.2
     """widened: the factor on standard deviations."""
     proposal_df: float = 5.0
@@ -278,6 +284,10 @@ class EvaluationConfig:
                 0 < getattr(self, name) < math.inf,
                 f"{name} must be positive, got {getattr(self, name)}",
             )
+        require(
+            0 <= self.evaluation_budget < math.inf,
+            f"evaluation_budget must be at least 0, got {self.evaluation_budget}",
+        )
         require(
             self.test_images is None or self.test_images >= 1,
             f"test_images must be at least 1, got {self.test_images}",

@@ -37,6 +37,7 @@ QUANTITIES: dict[str, Quantity] = {
     "log_prob_sampling_error": Quantity("sampling error of log p(x)"),
     "pareto_k": Quantity("Pareto k", "number", outlying=1, threshold=UNRELIABLE_K),
     "unreliable": Quantity("k̂ > 0.7", "share"),
+    "annealed": Quantity("annealed", "share"),
     "not_finite": Quantity("not finite", "share"),
     "unconverged": Quantity("unconverged", "share"),
     "not_positive_definite": Quantity("not PD", "share"),
