@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from arviz_stats.base import array_stats
 from jaxtyping import Array, PRNGKeyArray
@@ -119,7 +120,8 @@ def measure(
     measured = _first_pass(trained, images, what, spread)
     if config.proposal == "auto":
         _estimate_again(trained, images, measured, spread)
-    bits = trained.preprocessor.bits_per_dim(measured["log_prob"], measured["log_det"])
+    log_prob, log_det = (jnp.asarray(measured[name]) for name in ("log_prob", "log_det"))
+    bits = trained.preprocessor.bits_per_dim(log_prob, log_det)
     if bits is not None:
         measured["bits_per_dim"] = np.asarray(bits)
     measured["inference_gap"] = measured["log_prob"] - measured["elbo"]

@@ -28,6 +28,7 @@ from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 from vlae_jax.refinement import gradient_refine
 from vlae_jax.runs.config import Config, InferenceConfig
 from vlae_jax.runs.methods import find_method
+from vlae_jax.variational import variational_refine
 
 
 class Inference(NamedTuple):
@@ -209,6 +210,50 @@ class FullCovarianceHead(nnx.Module):
         unit = jnp.eye(latent, dtype=log_std.dtype)
         unit = unit.at[jnp.tril_indices(latent, -1)].set(self.lower(features))
         return unit * jnp.exp(-log_std)
+
+
+def refine(
+    at: Observation, inference: Inference, key: PRNGKeyArray, config: InferenceConfig
+) -> Inference:
+    """Move a system's Gaussian towards the one of largest ELBO, by variational Newton steps.
+
+    With gradient "unroll" the objective is differentiated through the steps. Otherwise the
+    posterior is held constant: at the optimum that is the gradient of the ELBO with respect to the
+    decoder, and the encoder learns by the KL divergence from its guess, or, where only its mean is
+    trained (vlae), by the excess energy of it.
+
+    References:
+        Opper and Archambeau (2009), The variational Gaussian approximation revisited.
+    """
+    expand, repair = at.expansions()
+    unroll = config.gradient == "unroll"
+    given = inference.posterior
+    assert isinstance(given, GaussianPosterior | DiagonalPosterior)  # InferenceConfig sees to it
+    posterior, info = variational_refine(
+        expand,
+        given,
+        key,
+        num_steps=config.refine_steps,
+        num_samples=config.refine_samples,
+        repair=repair,
+        gradient="unroll" if unroll else "stop",
+    )
+    loss = inference.amortization_loss
+    if not unroll:
+        mean, chol = posterior
+        loss = 0.5 * jnp.sum((chol.T @ (at.mean - mean)) ** 2)
+        if config.method != "vlae":
+            # KL(N(m, S) ‖ N(mean, P⁻¹)) has besides the energy ½ tr(PS) - ½ log|PS| - d/2.
+            scaled = chol.T * jnp.exp(at.log_std)
+            log_det = jnp.sum(jnp.log(jnp.diagonal(chol)) + at.log_std)
+            loss += 0.5 * (jnp.sum(scaled**2) - at.mean.size) - log_det
+    iterates = jnp.concatenate([inference.iterates, posterior.mean[None]])
+    flags = {
+        "converged": info.converged,
+        "is_pd": info.is_pd,
+        "newton_decrement": info.smoothed_decrement,
+    }
+    return Inference(posterior, loss, iterates, flags)
 
 
 def full_covariance_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -27,7 +27,7 @@ from vlae_jax.errors import UserError
 from vlae_jax.models.arithmetic import in_full
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
 from vlae_jax.models.ppca import fit_ppca
-from vlae_jax.models.systems import Inference, find_head, find_system
+from vlae_jax.models.systems import Inference, find_head, find_system, refine
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.parallel.processes import is_first
@@ -35,6 +35,7 @@ from vlae_jax.posterior import Posterior
 from vlae_jax.runs.checkpoints import CheckpointInfo, Checkpoints, Restored
 from vlae_jax.runs.config import Config
 from vlae_jax.runs.folder import RunFolder
+from vlae_jax.runs.methods import find_method
 
 Pixels = UInt8[Array, "height width channel"]
 
@@ -49,6 +50,8 @@ class Keys(NamedTuple):
     """What preprocessing adds: dequantization, or Bernoulli draws."""
     inference: PRNGKeyArray
     """What the system draws on the way to its posterior."""
+    refinement: PRNGKeyArray
+    """Samples that the posterior is refined by."""
     bound: PRNGKeyArray
     """Samples of the posterior, in bounds and estimates."""
     divergence: PRNGKeyArray
@@ -151,8 +154,11 @@ class Trained:
             training: Multiply in the precision that the model is trained in.
         """
         keys, log_det, at = self.observe(key, pixels, training=training)
-        system = find_system(self.config.inference.method)
-        return Inferred(keys, log_det, at, system(at, keys.inference, self.config.inference))
+        config = self.config.inference
+        inference = find_system(config.method)(at, keys.inference, config)
+        if config.refine == "variational":
+            inference = refine(at, inference, keys.refinement, config)
+        return Inferred(keys, log_det, at, inference)
 
     def observe(
         self,
@@ -181,6 +187,23 @@ class Trained:
             return keys, log_det, model.at(x, head=None if training else self.head)
         observed = ~missing.reshape(-1)
         return keys, log_det, model.at(x, observed=observed, fill=self.preprocessor.average)
+
+    def with_inference(self, **changes: Any) -> "Trained":
+        """The same with another way to infer: a method, its steps, a refinement.
+
+        Any method that needs no network of its own may take the place of the one trained: the
+        Laplace posterior (`method="vlae"`) of a VAE, say.
+
+        Raises:
+            UserError: If the choice is refused, or needs a network that the model lacks.
+        """
+        changed = self.with_config("inference", **changes)
+        method, trained_with = changed.config.inference.method, self.config.inference.method
+        if find_method(method).head not in (None, find_method(trained_with).head):
+            raise UserError(
+                f"method {method} needs a network of its own, which a run of {trained_with} lacks"
+            )
+        return changed
 
     def factored(self) -> "Trained":
         """The same with the output layer factored once for all images, where that pays."""

@@ -139,6 +139,13 @@ class InferenceConfig:
     """The same: momentum."""
     ascent_clip: float | None = None
     """The same: clip the gradient of an image to this norm."""
+    refine: Literal["none", "variational"] = "none"
+    """variational: the system's Gaussian is moved on by variational Newton steps, towards the
+    full-covariance Gaussian of largest ELBO. For systems whose posterior is a Gaussian."""
+    refine_steps: int = 4
+    """With --refine: how many."""
+    refine_samples: int = 8
+    """With --refine: samples of each step, an even number."""
     flow_width: int | None = None
     """vae_iaf: width of the masked networks, at least latent; by default that of the first hidden
     layer."""
@@ -161,6 +168,18 @@ class InferenceConfig:
         require(
             self.steps >= 1 or not find_method(self.method).is_flow,
             f"{self.method} needs at least one step; without any it is vae",
+        )
+        require(
+            self.refine_steps >= 1,
+            f"refine_steps must be at least 1, got {self.refine_steps}; --refine none takes none",
+        )
+        require(
+            self.refine_samples >= 2 and self.refine_samples % 2 == 0,
+            f"refine_samples must be even and at least 2, got {self.refine_samples}",
+        )
+        require(
+            self.refine == "none" or not find_method(self.method).is_flow,
+            f"refine variational moves a Gaussian, which {self.method} has not",
         )
         require(
             not (self.method == "sa_vae" and self.gradient == "implicit"),
