@@ -1,4 +1,4 @@
-"""Directories that tensorflow-datasets has prepared, and how it is made to prepare one."""
+"""Directories that tensorflow-datasets has prepared: reading them, and preparing one."""
 
 import os
 import socket
@@ -15,11 +15,11 @@ from vlae_jax.data.stored import BATCH
 from vlae_jax.errors import UserError
 
 KNOWN_DATASETS = ("digits", "mnist", "fashion_mnist", "omniglot", "svhn", "cifar10")
-"""Names that `load_dataset` knows without a folder of the user's."""
+"""Data sets that `load_dataset` finds without a folder of the user's."""
 TFDS_NAMES = {name: name for name in KNOWN_DATASETS[1:]} | {"svhn": "svhn_cropped"}
 
 
-# What reading a damaged or foreign directory has been seen to raise, and a missing decoder.
+# Errors that a damaged or foreign directory, or a missing decoder, has been seen to raise.
 _TFDS_ERRORS = (ImportError, OSError, ValueError, LookupError, RuntimeError)
 
 
@@ -49,7 +49,7 @@ def cannot_download(name: str, reason: str) -> str:
 
 
 def download(name: str, scratch: Path) -> Any:
-    """The builder, once it has downloaded and prepared."""
+    """Download and prepare a data set in the folder `scratch`; returns its builder."""
     try:
         import tensorflow_datasets as tfds
 
@@ -69,7 +69,7 @@ def download(name: str, scratch: Path) -> Any:
 
 
 def _unresolved_host(urls: Iterable[str]) -> str | None:
-    """The first host without an address, found at once where ten retries would take minutes."""
+    """The first host that has no address: found at once, where ten retries would take minutes."""
     if urllib.request.getproxies().keys() - {"no"}:
         return None  # the proxy resolves names; "no" lists the hosts it is not for
     for host in sorted({urllib.parse.urlsplit(url).hostname or "" for url in urls}):
@@ -126,7 +126,7 @@ class PreparedPart:
         return one_part(self._key, images, self._folder)
 
     def read_all(self) -> np.ndarray:
-        """All of them."""
+        """All images of the split."""
         starts = range(0, len(self), BATCH)
         batches = [self.read(np.arange(i, min(i + BATCH, len(self)))) for i in starts]
         with one_line_error(self._what, *_TFDS_ERRORS):
