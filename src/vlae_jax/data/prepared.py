@@ -56,7 +56,7 @@ def download(name: str, scratch: Path) -> Any:
         builder = tfds.builder(TFDS_NAMES[name], data_dir=scratch)
     except ImportError as error:
         raise UserError(cannot_download(name, brief(error))) from error
-    if host := _unresolved_host(builder.url_infos or {}):
+    if host := unresolved_host(builder.url_infos or {}):
         raise UserError(cannot_download(name, f"the host name {host} does not resolve"))
     try:
         builder.download_and_prepare(
@@ -68,7 +68,7 @@ def download(name: str, scratch: Path) -> Any:
     return builder
 
 
-def _unresolved_host(urls: Iterable[str]) -> str | None:
+def unresolved_host(urls: Iterable[str]) -> str | None:
     """The first host that has no address: found at once, where ten retries would take minutes."""
     if urllib.request.getproxies().keys() - {"no"}:
         return None  # the proxy resolves names; "no" lists the hosts it is not for
@@ -107,7 +107,7 @@ class PreparedPart:
 
     def __init__(self, name: str, builder: Any, split: str, folder: Path) -> None:
         self._key, self._folder = f"x_{split}", folder
-        self._convert = _reduce_omniglot if name == "omniglot" else np.asarray
+        self._convert = reduce_omniglot if name == "omniglot" else np.asarray
         self._what = (
             f"cannot read the {split} split of {folder} (it must be in the array_record format)"
         )
@@ -133,7 +133,7 @@ class PreparedPart:
             return np.concatenate(batches)
 
 
-def _reduce_omniglot(images: np.ndarray) -> np.ndarray:
+def reduce_omniglot(images: np.ndarray) -> np.ndarray:
     """White paper (n, 105, 105[, channel]) to bright ink on black (n, 28, 28, 1), area-averaged."""
     area = _area_average(105, 28)
     # The drawings are 1-bit: decoders give ink 0, paper 1 or 255, with or without a channel axis.

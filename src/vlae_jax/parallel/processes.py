@@ -29,10 +29,10 @@ _MESSAGE_BYTES = 600
 
 
 def start(options: DistributedConfig) -> Placement:
-    """Join the other processes, if there are any, and lay out all devices. Call it before using JAX.
+    """Join the other processes, if there are any, and lay out all devices.
 
-    Without a coordinator, JAX detects the cluster: TPU VMs, GKE, Slurm and Open MPI. Elsewhere this
-    process is alone.
+    Call it before any use of JAX. Without a coordinator, JAX detects the cluster: TPU VMs, GKE,
+    Slurm and Open MPI. Elsewhere this process is alone.
 
     Raises:
         UserError: If the others cannot be joined in `options.timeout` seconds, disagree about
@@ -133,7 +133,7 @@ def _initialize(timeout: int, **where: Any) -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: int, lacking: str, code: int = 2) -> Iterator[None]:
-    """Leave with a message if what follows takes too long, or aborts; it raises nothing."""
+    """Exit with a message if the body takes too long or JAX aborts in it; raises nothing itself."""
     advice = "start all of them, with the same address and number"
     late = f"{lacking} within {seconds} s (--distributed.timeout); {advice}"
     timer = threading.Timer(seconds, leave, (late, code))
@@ -149,9 +149,9 @@ def _deadline(seconds: int, lacking: str, code: int = 2) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _instead_of_abort(message: str, code: int) -> Iterator[None]:
-    """Leave with a message where JAX's C++ part aborts the process, in whichever thread.
+    """Exit with a message where JAX's C++ part aborts the process, in whichever thread.
 
-    A handler of Python's own would run too late: abort() does not return.
+    A Python signal handler would run too late: abort() does not return.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -168,7 +168,7 @@ def _instead_of_abort(message: str, code: int) -> Iterator[None]:
 
 
 def _require_free(address: str) -> None:
-    """A taken port would end the process in JAX's C++ part."""
+    """Refuse a port that is taken: JAX's C++ part would end the process without a message."""
     port = int(address.rpartition(":")[2])
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

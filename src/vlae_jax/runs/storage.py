@@ -43,7 +43,7 @@ def as_folder(name: str | os.PathLike[str]) -> Path:
     if not text.startswith(_BUCKET) or not bucket:
         raise UserError(f"{text} is neither a local folder nor gs://BUCKET/FOLDER")
     _prepare()
-    _reach(bucket)
+    reach(bucket)
     from etils import epath
 
     return epath.Path(text)
@@ -163,7 +163,7 @@ def _prepare() -> None:
 
 
 @functools.cache
-def _reach(bucket: str) -> None:
+def reach(bucket: str) -> None:
     """Check once that a bucket exists and may be used, and fail within seconds if not.
 
     Later operations try again for minutes, as they should in the middle of a run.
