@@ -40,61 +40,27 @@ ifneq ($(filter experiment,$(MAKECMDGOALS)),)
   $(foreach v,$(SWITCHES),$(if $(filter-out 0 1,$($(v))),$(error $(v)=$($(v)) is neither 1 (on) nor 0)))
 endif
 
-# Values reach the shell as they were typed, between single quotes. A line that ends in `$\` is
-# joined to the next one without a space.
+# Values reach the shell as they were typed, between single quotes.
 comma := ,
 quote = '$(subst ','\'',$(1))'
-option = $(if $(value $(1)), $(2) $(call quote,$(value $(1))))
-switch = $(if $(filter 1,$($(1))), $(2))
+option = $(if $(value $(1)), $(call flag,$(1)) $(call quote,$(value $(1))))
 
-DATA_OPTION = $(call option,DATA_DIR,--data-dir)
-STREAM_OPTION = $(call switch,STREAM,--stream)
-TRAIN_OPTIONS = $\
-    $(call option,PRESET,--preset)$\
-    $(call option,DATASET,--dataset)$\
-    $(DATA_OPTION)$\
-    $(call option,PREPROCESS,--preprocess)$\
-    $(call option,METHOD,--method)$\
-    $(call option,STEPS,--steps)$\
-    $(call option,SEARCH,--search)$\
-    $(call option,DAMPING,--damping)$\
-    $(call option,SOLVER,--solver)$\
-    $(call option,GRADIENT,--gradient)$\
-    $(call option,CURVATURE,--curvature)$\
-    $(call option,LATENT,--latent)$\
-    $(call option,NETWORK,--network)$\
-    $(if $(value CHANNELS), --channels $(foreach width,$(value CHANNELS),$(call quote,$(width))))$\
-    $(if $(value HIDDEN), --hidden $(foreach width,$(value HIDDEN),$(call quote,$(width))))$\
-    $(call option,ACTIVATION,--activation)$\
-    $(call option,LIKELIHOOD,--likelihood)$\
-    $(call option,VARIANCE,--variance)$\
-    $(call option,PRECISION,--precision)$\
-    $(call option,OBJECTIVE,--objective)$\
-    $(call option,TRAIN_SAMPLES,--train-samples)$\
-    $(call option,EPOCHS,--epochs)$\
-    $(call option,PATIENCE,--patience)$\
-    $(call option,MINUTES,--minutes)$\
-    $(call option,BATCH_SIZE,--batch-size)$\
-    $(call option,MICROBATCHES,--microbatches)$\
-    $(call option,LEARNING_RATE,--learning-rate)$\
-    $(call option,SEED,--seed)$\
-    $(call option,IMPORTANCE_SAMPLES,--importance-samples)$\
-    $(call option,PROPOSAL,--proposal)$\
-    $(call option,TEST_IMAGES,--test-images)$\
-    $(call option,CHUNK_SIZE,--chunk-size)$\
-    $(call option,RUN_DIR,--run-dir)$\
-    $(call option,RUNS_DIR,--runs-dir)$\
-    $(call option,DEVICES,--distributed.devices)$\
-    $(call option,COORDINATOR,--distributed.coordinator)$\
-    $(call option,PROCESSES,--distributed.processes)$\
-    $(call option,PROCESS_ID,--distributed.process-id)$\
-    $(call switch,SHARD_PARAMETERS,--distributed.shard-parameters)$\
-    $(call switch,RESUME,--resume)$\
-    $(call switch,RESUME_IF_THERE,--resume-if-there)$\
-    $(call switch,OVERWRITE,--overwrite)$\
-    $(STREAM_OPTION)$\
-    $(call switch,TENSORBOARD,--tensorboard)$\
-    $(if $(ARGS), $(ARGS))
+# LEARNING_RATE becomes --learning-rate, DEVICES --distributed.devices. HIDDEN and CHANNELS take
+# several words, each quoted by itself; a switch takes none.
+NAMES := $(OPTIONS) $(DISTRIBUTED) $(SWITCHES)
+LISTS := HIDDEN CHANNELS
+KEBAB := $(join $(addsuffix :,$(NAMES)),$(shell echo '$(NAMES)' | tr 'A-Z_' 'a-z-'))
+prefix = $(if $(filter $(1),$(DISTRIBUTED) SHARD_PARAMETERS),distributed.)
+flag = --$(prefix)$(patsubst $(1):%,%,$(filter $(1):%,$(KEBAB)))
+typed = $(if $(filter $(1),$(LISTS)),$(foreach word,$(value $(1)),$(call quote,$(word))),$\
+    $(call quote,$(value $(1))))
+argument = $(call flag,$(1))$(if $(filter-out $(SWITCHES),$(1)), $(call typed,$(1)))
+GIVEN = $(strip $(foreach v,$(NAMES),$(if $(filter $(v),$(SWITCHES)),$\
+    $(if $(filter 1,$($(v))),$(v)),$(if $(value $(v)),$(v)))))
+
+DATA_OPTION = $(call option,DATA_DIR)
+STREAM_OPTION = $(if $(filter 1,$(STREAM)), --stream)
+TRAIN_OPTIONS = $(if $(GIVEN), $(foreach v,$(GIVEN),$(call argument,$(v))))$(if $(ARGS), $(ARGS))
 
 # With cuda or tpu named first, JAX stops when there is none instead of training on the CPU.
 JAX_PLATFORMS ?= $(if $(filter cpu,$(PLATFORM)),cpu,$(PLATFORM)$(comma)cpu)
@@ -154,7 +120,7 @@ endif
 # No persistent compilation cache: with jaxlib 0.9.2 a process on two cores was seen to hang while
 # reading a program from it.
 test: $(VENV)/.with-test ## Run the tests: make test ARGS="-k elbo"
-	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 lint: $(VENV)/.with-train $(VENV)/.with-lint ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -1,8 +1,12 @@
 """The ways a run ends early, each with one line for the user and its own exit code."""
 
 import difflib
+import math
 import signal
 from collections.abc import Iterable
+
+LARGEST_COUNT = 2**31 - 1
+"""Counts are 32-bit integers on devices."""
 
 
 class UserError(Exception):
@@ -18,7 +22,7 @@ class RunFailure(Exception):
 
 
 class Unreadable(Exception):
-    """Something that is there could not be read for now; exit code 75, worth trying again."""
+    """Undamaged data could not be read for now; exit code 75, worth trying again."""
 
 
 class Stopped(Exception):
@@ -39,8 +43,54 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_counts(choices: object, *names: str, least: int = 1) -> None:
+    """Check the fields of these names: None, or a whole number from `least` to `LARGEST_COUNT`.
+
+    Raises:
+        UserError: If one is not.
+    """
+    for name in names:
+        value = getattr(choices, name)
+        if value is None:
+            continue
+        require(value >= least, f"{name} must be at least {least}, got {value}")
+        require(value <= LARGEST_COUNT, f"{name} must be at most {LARGEST_COUNT}, got {value}")
+
+
+def require_positive(choices: object, *names: str) -> None:
+    """Check the fields of these names: None, or a finite number above 0.
+
+    Raises:
+        UserError: If one is not.
+    """
+    for name in names:
+        value = getattr(choices, name)
+        require(
+            value is None or 0 < value < math.inf,
+            f"{name} must be positive and finite, got {value}",
+        )
+
+
+def require_seed(seed: int) -> None:
+    """Check that a number can seed JAX's and numpy's generators alike: from 0 to 2**32 - 1.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    require(0 <= seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {seed}")
+
+
+def one_line(error: Exception, length: int = 200) -> str:
+    """What an error says, or else its name, on one line of at most about this length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= length:
+        return text
+    # The storage layer states the cause at the end.
+    return f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known names there are, the most similar one first: ``; did you mean 'x'? ...``."""
+    """List the known names, after the most similar one: ``; did you mean 'x'? Known: x, y``."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else "."

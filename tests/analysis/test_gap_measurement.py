@@ -11,7 +11,8 @@ from vlae_jax.analysis.gap_measurement import measure_gaps
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.errors import UserError
 from vlae_jax.models.trained import build_experiment
-from vlae_jax.runs.config import Config, GapConfig, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.runs.gap_config import GapConfig
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.runs.presets import default_config
 

@@ -9,8 +9,12 @@ import shutil
 
 import numpy as np
 import pytest
+from commandline import refused, run
 
-from vlae_jax.runs.config import Config, ModelConfig, TrainingConfig
+from vlae_jax.commands.main import parse
+from vlae_jax.data.supplied import as_dataset
+from vlae_jax.models.trained import initialize, save
+from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.runs.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -19,18 +23,6 @@ QUICK = [
     *("--hidden", "16", "--latent", "2", "--epochs", "2"),
     *("--importance-samples", "4", "--test-images", "8"),
 ]
-
-
-def refused(capsys, *arguments):
-    """The one line a wrong call gets, its exit code checked."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(argument) for argument in arguments])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2, err
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.startswith("vlae_jax: error: ")]
-    assert len(lines) == 1, err
-    return lines[0]
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ def finished(tmp_path_factory, quick_compile):
     """A run from beginning to end and what it said, for tests that leave it as it is."""
     folder, said = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
     with contextlib.redirect_stderr(said):
-        cli.main(["train", *QUICK, "--run-dir", str(folder), "--tensorboard"])
+        run("train", *QUICK, "--run-dir", folder, "--tensorboard")
     return folder, said.getvalue()
 
 
@@ -72,15 +64,19 @@ def copied(finished, tmp_path):
 
 
 def test_a_run_is_not_used_on_other_images_of_the_same_name(images, tmp_path, capsys):
-    run = tmp_path / "run"
-    cli.main([*map(str, own(images(), "--batch-size", "8")), "--run-dir", str(run)])
-    results = (run / "results.json").read_bytes()
+    folder = tmp_path / "run"
+    run(*own(images(), "--batch-size", "8"), "--run-dir", folder)
+    results = (folder / "results.json").read_bytes()
     images(x_train=np.random.default_rng(1).integers(0, 256, (40, 6, 6, 1), dtype=np.uint8))
     for command in ("evaluate", "encode", "gap"):
-        line = refused(capsys, command, run)
+        line = refused(capsys, command, folder)
         assert "images of mine are not those the run was started with" in line
-    assert (run / "results.json").read_bytes() == results
-    assert not (run / "encoded.npz").exists() and not (run / "gaps.json").exists()
+    shutil.rmtree(tmp_path / "data")
+    for command, way_out in (("evaluate", "in Python, call"), ("encode", "name images as INPUT")):
+        line = refused(capsys, command, folder)
+        assert f"data_dir {tmp_path / 'data'} does not exist" in line and way_out in line
+    assert (folder / "results.json").read_bytes() == results
+    assert not (folder / "encoded.npz").exists() and not (folder / "gaps.json").exists()
 
 
 def test_a_run_leaves_everything_a_reader_needs(finished):
@@ -99,12 +95,12 @@ def test_a_run_leaves_everything_a_reader_needs(finished):
     results = json.loads((folder / "results.json").read_text())
     assert results["run"]["seed"] == 0
     assert results["versions"]["jax"]
-    figures = {figure["name"]: figure for figure in results["figures"]}
-    assert figures["log_prob"]["samples"] == 4
-    assert figures["log_prob"]["images"] == 8
-    assert figures["log_prob"]["value"] >= figures["elbo"]["value"]
-    assert figures["bits_per_dim"]["unit"] == "bits/dim"
-    assert set(figures["elbo"]) == {
+    metrics = {metric["name"]: metric for metric in results["metrics"]}
+    assert metrics["log_prob"]["samples"] == 4
+    assert metrics["log_prob"]["images"] == 8
+    assert metrics["log_prob"]["value"] >= metrics["elbo"]["value"]
+    assert metrics["bits_per_dim"]["unit"] == "bits/dim"
+    assert set(metrics["elbo"]) == {
         *("name", "value", "standard_error", "unit", "images", "samples", "split"),
     }
 
@@ -112,38 +108,41 @@ def test_a_run_leaves_everything_a_reader_needs(finished):
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Evaluate, and leave out the report that `finished` has had drawn."""
-    monkeypatch.setattr("vlae_jax.diagnostics.take_snapshots", lambda *_: {})
+    monkeypatch.setattr("vlae_jax.analysis.snapshots.take_snapshots", lambda *_: {})
     monkeypatch.setattr("vlae_jax.report.write_report", lambda _: None)
 
 
-def test_evaluate_repeats_the_figures_and_draws_the_report_again(copied):
-    before = json.loads((copied / "results.json").read_text())["figures"]
+def test_evaluate_repeats_the_metrics_and_draws_the_report_again(copied):
+    before = json.loads((copied / "results.json").read_text())["metrics"]
     for name in ("results.json", "snapshots.npz", "report.html"):
         (copied / name).unlink()
-    cli.main(["evaluate", str(copied)])
-    assert json.loads((copied / "results.json").read_text())["figures"] == before
+    run("evaluate", copied)
+    assert json.loads((copied / "results.json").read_text())["metrics"] == before
     assert (copied / "snapshots.npz").exists() and (copied / "report.html").exists()
 
 
 def test_evaluate_takes_another_number_of_samples(copied, without_pictures):
-    cli.main(["evaluate", str(copied), "--importance-samples", "9", "--chunk-size", "4"])
-    again = json.loads((copied / "results.json").read_text())["figures"]
+    run("evaluate", copied, "--importance-samples", "9", "--chunk-size", "4")
+    again = json.loads((copied / "results.json").read_text())["metrics"]
     assert again[0]["samples"] == 9
 
 
-def test_resuming_a_finished_run_trains_no_further_and_more_epochs_do(copied, monkeypatch, capsys):
-    """Either way it is evaluated again; what that does is tested above."""
-    evaluated = []
-    monkeypatch.setattr(cli, "_evaluate_and_report", lambda _, run, *__: evaluated.append(run.path))
-    again = ["train", *QUICK, "--run-dir", str(copied), "--resume"]
+def test_resuming_a_finished_run_trains_no_further_and_more_epochs_do(
+    copied, without_pictures, capsys
+):
+    """Either way it is evaluated again."""
+    again = ["train", *QUICK, "--run-dir", copied, "--resume"]
     before = (copied / "metrics.jsonl").read_text()
-    cli.main(again)
+    (copied / "results.json").unlink()
+    run(*again)
     assert (copied / "metrics.jsonl").read_text() == before
-    cli.main([*again, "--epochs", "3"])
+    assert (copied / "results.json").exists()
+    run(*again, "--epochs", "3")
+    results = json.loads((copied / "results.json").read_text())
+    assert results["run"]["epochs"] == 3
     after = (copied / "metrics.jsonl").read_text()
     assert len(after.splitlines()) > len(before.splitlines())
     assert "resuming at step" in capsys.readouterr().err
-    assert evaluated == [copied, copied]
 
 
 def test_a_missing_best_checkpoint_is_named_and_another_used(copied, without_pictures, capsys):
@@ -151,7 +150,7 @@ def test_a_missing_best_checkpoint_is_named_and_another_used(copied, without_pic
     assert len(steps) > 1
     best = RunFolder(copied).best_step()
     shutil.rmtree(copied / "checkpoints" / str(best))
-    cli.main(["evaluate", str(copied)])
+    run("evaluate", copied)
     other = max(step for step in steps if step != best)
     message = f"the best checkpoint, {best}, is missing; using checkpoint {other} instead"
     assert message in capsys.readouterr().err
@@ -160,20 +159,20 @@ def test_a_missing_best_checkpoint_is_named_and_another_used(copied, without_pic
 
 
 def test_evaluate_takes_another_proposal(copied, without_pictures):
-    cli.main(["evaluate", str(copied), "--proposal", "student_t", "--proposal-freedom", "7"])
+    run("evaluate", copied, "--proposal", "student_t", "--proposal-df", "7")
     assert json.loads((copied / "results.json").read_text())["run"]["proposal"] == "student_t"
 
 
 def test_probabilistic_pca_is_trained_and_evaluated_in_closed_form(tmp_path):
     """The posterior is exact: the gap is 0, and so is the excess energy of the encoder's guess."""
     folder, samples = tmp_path / "run", ("--importance-samples", "8", "--test-images", "16")
-    cli.main(["train", "--method", "ppca", *samples, "--run-dir", str(folder)])
+    run("train", "--method", "ppca", *samples, "--run-dir", folder)
     results = json.loads((folder / "results.json").read_text())
     assert (results["run"]["epochs"], results["run"]["steps"]) == (0, None)
-    figures = {figure["name"]: figure["value"] for figure in results["figures"]}
-    assert abs(figures["inference_gap"]) < 1e-3
-    assert figures["log_prob"] < 0 and figures["ess"] == pytest.approx(8, rel=1e-3)
-    assert figures["unconverged"] == figures["not_positive_definite"] == 0
+    metrics = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    assert abs(metrics["inference_gap"]) < 1e-3
+    assert metrics["log_prob"] < 0 and metrics["ess"] == pytest.approx(8, rel=1e-3)
+    assert metrics["unconverged"] == metrics["not_positive_definite"] == 0
     (logged,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert (logged["split"], logged["step"], logged["best"]) == ("validation", 0, True)
     assert abs(logged["amortization_loss"]) < 1e-3
@@ -182,21 +181,21 @@ def test_probabilistic_pca_is_trained_and_evaluated_in_closed_form(tmp_path):
 
 def test_report_prints_several_runs(finished, capsys):
     folder, _ = finished
-    cli.main(["report", str(folder), str(folder)])
+    run("report", folder, folder)
     assert "log p(x)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", [[], ["train"], ["evaluate"], ["report"], ["prepare"]])
 def test_help_explains(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([*verb, "--help"])
+        run(*verb, "--help")
     assert stopped.value.code == 0
     assert len(capsys.readouterr().out) > 200
 
 
 def test_help_gives_every_training_option_with_a_text_and_its_default(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["train", "--dataset", "mnist", "--help"])
+        run("train", "--dataset", "mnist", "--help")
     text = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
     for section in ("data", "model", "inference", "training", "evaluation"):
         for name, value in vars(getattr(Config(), section)).items():
@@ -207,8 +206,8 @@ def test_help_gives_every_training_option_with_a_text_and_its_default(capsys):
 
 
 def test_digits_have_smaller_defaults_and_other_sets_the_papers():
-    assert cli._parse(["train"]).config.model.hidden == (200, 200)
-    config = cli._parse(["train", "--dataset=mnist"]).config
+    assert parse(["train"]).config.model.hidden == (200, 200)
+    config = parse(["train", "--dataset=mnist"]).config
     assert config.model == ModelConfig()
     assert (config.model.latent, config.model.hidden) == (50, (500, 500))
     assert config.training == TrainingConfig()
@@ -217,6 +216,14 @@ def test_digits_have_smaller_defaults_and_other_sets_the_papers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--seed", str(2**32)], "seed must be from 0 to 2**32 - 1"),
+        (["--seed", "-1"], "seed must be from 0 to 2**32 - 1"),
+        (["--epochs", str(2**31)], "epochs must be at most 2147483647"),
+        (["--warmup-steps", "-1"], "warmup_steps must be at least 0"),
+        (["--learning-rate", "inf"], "learning_rate must be positive and finite"),
+        (["--clip-norm", "nan"], "clip_norm must be positive"),
+        (["--checkpoint-every", "0"], "checkpoint_every must be at least 1"),
+        (["--distributed.devices", "0"], "distributed.devices must be at least 1"),
         (["--dataset", "mnits"], "did you mean 'mnist'"),
         (["--method", "vlea"], "did you mean 'vlae'"),
         (["--latent", "0"], "latent must be at least 1"),
@@ -241,7 +248,7 @@ def test_digits_have_smaller_defaults_and_other_sets_the_papers():
         (["--ascent-momentum", "1"], "ascent_momentum must be at least 0 and below 1"),
         (["--ascent-clip", "0"], "ascent_clip must be positive"),
         (["--proposal-scale", "0"], "proposal_scale must be positive"),
-        (["--proposal-freedom", "nan"], "proposal_freedom must be positive"),
+        (["--proposal-df", "nan"], "proposal_df must be positive"),
         (["--method", "sa_vae", "--gradient", "implicit"], "choose unroll or stop"),
         (["--method", "vae_hf", "--steps", "0"], "vae_hf needs at least one step"),
         (["--method", "vae_iaf", "--flow-width", "3"], "flow_width must be at least latent"),
@@ -265,7 +272,7 @@ def test_wrong_options_are_refused_before_anything_is_written(
 @pytest.mark.parametrize("arguments", [["--epochs", "many"], ["--damping", "none"], ["--nonsense"]])
 def test_arguments_of_the_wrong_kind_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", *arguments])
+        run("train", *arguments)
     assert stopped.value.code == 2
 
 
@@ -295,10 +302,10 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path, capsys):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(finished, capsys):
     folder, _ = finished
-    before = sorted(path for path in folder.rglob("*"))
+    before = sorted(folder.rglob("*"))
     line = refused(capsys, "train", *QUICK, "--run-dir", folder)
     assert all(way in line for way in ("--resume", "--overwrite", "--run-dir"))
-    assert sorted(path for path in folder.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_folder_of_other_files_is_never_deleted(tmp_path, capsys):
@@ -320,6 +327,109 @@ def test_resuming_with_another_configuration_names_the_differences(finished, cap
     assert "hidden" not in line
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sample", "RUN", "--seed", str(2**32)], "seed must be from 0 to 2**32 - 1"),
+        (["sample", "RUN", "--seed", "-1"], "seed must be from 0 to 2**32 - 1"),
+        (["sample", "RUN", "--count", "0"], "count must be at least 1"),
+        (["sample", "RUN", "--count", str(2**31)], "count must be at most 2147483647"),
+        (["sample", "RUN", "--temperature", "nan"], "temperature must be at least 0"),
+        (["encode", "RUN", "--images", "0"], "images must be at least 1"),
+        (["reconstruct", "RUN", "--images", "-3"], "images must be at least 1"),
+        (["score", "RUN", "--images", "0"], "images must be at least 1"),
+        (["score", "RUN", "--importance-samples", "0"], "importance_samples must be at least 1"),
+        (["impute", "RUN", "--missing", "0.5", "--images", "0"], "images must be at least 1"),
+        (["impute", "RUN", "--missing", "0.5", "--seed", str(2**32)], "seed must be from 0"),
+        (["impute", "RUN", "--missing", "0.5", "--samples", "1"], "samples must be at least 2"),
+        (["impute", "RUN", "--missing", "nan"], "missing must lie between 0 and 1"),
+        (["impute", "RUN"], "--mask FILE, --missing SHARE"),
+        (["gap", "RUN", "--images", "0"], "images must be at least 1"),
+        (["gap", "RUN", "--elbo-samples", "1"], "elbo_samples must be at least 2"),
+        (["evaluate", "RUN", "--importance-samples", "0"], "importance_samples must be at least 1"),
+        (["evaluate", "RUN", "--test-images", "0"], "test_images must be at least 1"),
+        (["evaluate", "RUN", "--proposal-df", "inf"], "proposal_df must be positive and finite"),
+        (["evaluate", "RUN", "--distributed.timeout", "0"], "timeout must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_the_run_is_looked_at(capsys, command, message):
+    assert message in refused(capsys, *command)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "encode", "train"])
+def test_damaged_metrics_are_named_with_their_line(copied, capsys, command):
+    lines = (copied / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    resume = [*QUICK, "--resume", "--run-dir"] if command == "train" else []
+    for damage in (b'{"split": "tr\n', b"\xff\xfe\n", b"[1]\n", b'{"step": "two"}\n', b"\n"):
+        (copied / "metrics.jsonl").write_bytes(lines[0] + damage + b"".join(lines[2:]))
+        line = refused(capsys, command, *resume, copied)
+        assert f"{copied / 'metrics.jsonl'} is damaged: line 2 is no record" in line
+
+
+def test_a_run_of_a_version_before_the_first_release_is_refused(copied, capsys):
+    """Its checkpoints have an item notes in place of info."""
+    for step in (copied / "checkpoints").iterdir():
+        (step / "info").rename(step / "notes")
+        digests = (step / "sha256.json").read_text().replace('"info/', '"notes/')
+        (step / "sha256.json").write_text(digests)
+    for command in ("evaluate", "sample"):
+        line = refused(capsys, command, copied)
+        assert "was written by vlae_jax before 0.1.0" in line and "train again" in line
+    resume = ("--resume", "--run-dir", copied)
+    assert "before 0.1.0" in refused(capsys, "train", *QUICK, *resume)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model of images given in Python, put down by `save`; and a file of such images."""
+    folder = tmp_path_factory.mktemp("saved")
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 6, 6), dtype=np.uint8)
+    config = Config(
+        model=ModelConfig(latent=2, hidden=(4,)),
+        inference=InferenceConfig(steps=1),
+        training=TrainingConfig(batch_size=8),
+    )
+    save(initialize(config, as_dataset(pixels, config.data)), folder / "run")
+    np.savez(folder / "input.npz", x=pixels[:3])
+    return folder / "run", folder / "input.npz"
+
+
+@pytest.mark.parametrize(
+    ("command", "shapes"),
+    [
+        (["sample", "RUN", "--count", "5"], {"expected": (5, 6, 6, 1), "z": (5, 2)}),
+        (["encode", "RUN", "INPUT"], {"mean": (3, 2), "covariance": (3, 2, 2)}),
+        (["reconstruct", "RUN", "INPUT"], {"squared_error": (3,)}),
+        (
+            ["impute", "RUN", "INPUT", "--missing", "0.5", "--steps", "2", "--samples", "4"],
+            {"missing": (3, 6, 6, 1)},
+        ),
+        (["score", "RUN", "INPUT", "--importance-samples", "4"], {"log_prob": (3,)}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_saved_model_is_used_on_images_of_ones_own(saved, tmp_path, command, shapes):
+    places = {"RUN": saved[0], "INPUT": saved[1]}
+    output = tmp_path / "output.npz"
+    run(*(places.get(word, word) for word in command), "--output", output)
+    with np.load(output) as written:
+        assert {name: written[name].shape for name in shapes} == shapes
+
+
+@pytest.mark.parametrize(
+    ("command", "way_out"),
+    [
+        ("evaluate", "call vlae_jax.analysis.evaluation.evaluate"),
+        ("gap", "call vlae_jax.analysis.gap_measurement.measure_gaps"),
+        ("encode", "name images as INPUT"),
+        ("score", "name images as INPUT"),
+    ],
+)
+def test_a_run_of_arrays_says_what_to_do_without_their_data_set(saved, capsys, command, way_out):
+    line = refused(capsys, command, saved[0])
+    assert "trained on arrays given in Python" in line and way_out in line
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "report"])
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys, verb):
     assert str(tmp_path) in refused(capsys, verb, tmp_path)
@@ -335,7 +445,8 @@ def test_a_broken_config_is_refused(finished, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model": {"latent": "many"}}')
     assert "model.latent" in refused(capsys, "evaluate", tmp_path)
     (tmp_path / "config.json").write_text('{"model": {"latents": 3}}')
-    assert "model.latents" in refused(capsys, "evaluate", tmp_path)
+    line = refused(capsys, "evaluate", tmp_path)
+    assert "this version has no option model.latents" in line and "train again" in line
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, capsys):

@@ -28,12 +28,6 @@ def apply_to_all(preprocessor: Preprocessor, images: np.ndarray) -> tuple[jax.Ar
     return jax.jit(jax.vmap(preprocessor.apply))(fixed_keys(len(images)), images)
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize(
     ("levels", "logit_lambda", "standardize"), [(17, 0.05, False), (256, 1e-6, True)]
 )
@@ -91,7 +85,7 @@ def test_a_uniform_density_costs_log2_levels(levels):
     )
 
 
-def test_bits_per_dim_does_not_depend_on_the_standardisation():
+def test_bits_per_dim_does_not_depend_on_the_standardization():
     """The same density of y, seen through two scales: only its Jacobian moves."""
     images = random_images(30)
     bits = []
@@ -105,7 +99,7 @@ def test_bits_per_dim_does_not_depend_on_the_standardisation():
 
 
 @pytest.mark.parametrize("kind", ["raw", "static_binary", "dynamic_binary"])
-def test_bits_per_dim_is_undefined_without_dequantisation(kind):
+def test_bits_per_dim_is_undefined_without_dequantization(kind):
     preprocessor = fit_preprocessor(random_images(5), kind=kind)
     x, log_det = preprocessor.apply(jax.random.key(0), random_images(1)[0])
     assert log_det == 0
@@ -113,7 +107,7 @@ def test_bits_per_dim_is_undefined_without_dequantisation(kind):
     assert x.shape == (preprocessor.dim,) == (24,)
 
 
-def test_to_pixels_gives_back_the_dequantised_pixel(x64):
+def test_to_pixels_gives_back_the_dequantized_pixel(x64):
     images = random_images(50)
     preprocessor = fit_preprocessor(images, kind="logit")
     x, _ = apply_to_all(preprocessor, images)
@@ -122,7 +116,7 @@ def test_to_pixels_gives_back_the_dequantised_pixel(x64):
     np.testing.assert_array_equal(np.floor(256 * pixels), images)
 
 
-def test_raw_is_centred_and_inverts():
+def test_raw_is_centered_and_inverts():
     images = random_images(50)
     preprocessor = fit_preprocessor(images, kind="raw")
     x, _ = apply_to_all(preprocessor, images)
@@ -133,7 +127,7 @@ def test_raw_is_centred_and_inverts():
     )
 
 
-def test_standardised_training_data_has_mean_0_and_std_1():
+def test_standardized_training_data_has_mean_0_and_std_1():
     """To sampling error of the noise, which the fit integrates out."""
     images = random_images(4000)
     preprocessor = fit_preprocessor(images, kind="logit")
@@ -197,8 +191,8 @@ def test_keys_replay_and_differ_between_images():
 def test_fitting_does_not_depend_on_the_chunks_or_the_order(monkeypatch):
     images = random_images(23)
     whole = fit_preprocessor(images, kind="logit")
-    monkeypatch.setattr("vlae_jax.data._BATCH", 7)
-    monkeypatch.setattr("vlae_jax.data._COUNTED", 7 * 5)
+    monkeypatch.setattr("vlae_jax.data.stored.BATCH", 7)
+    monkeypatch.setattr("vlae_jax.data.stored._COUNTED", 7 * 5)
     in_chunks = fit_preprocessor(images[::-1], kind="logit")
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(in_chunks), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -206,8 +200,8 @@ def test_fitting_does_not_depend_on_the_chunks_or_the_order(monkeypatch):
 
 def test_values_are_counted_at_each_pixel(monkeypatch):
     images = random_images(23)
-    monkeypatch.setattr("vlae_jax.data._BATCH", 7)
-    monkeypatch.setattr("vlae_jax.data._COUNTED", 7 * 5)
+    monkeypatch.setattr("vlae_jax.data.stored.BATCH", 7)
+    monkeypatch.setattr("vlae_jax.data.stored._COUNTED", 7 * 5)
     values = np.arange(256)
     expected = (images.reshape(23, -1, 1) == values).sum(axis=0)
     np.testing.assert_array_equal(value_counts(images), expected)

@@ -10,14 +10,22 @@ import struct
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vlae_jax.data.prepared import KNOWN_DATASETS, cache_dir
+from vlae_jax.data.formats import write_npz
+from vlae_jax.data.prepared import (
+    KNOWN_DATASETS,
+    cache_dir,
+    reduce_omniglot,
+    unresolved_host,
+)
 from vlae_jax.data.sets import (
     Availability,
+    Dataset,
     availability,
     is_available,
     load_dataset,
@@ -63,7 +71,7 @@ def numbers(images: np.ndarray) -> list[int]:
     return sorted(int(image.flat[0]) for image in images)
 
 
-def assert_holds_the_numbered_images(dataset: data.Dataset) -> None:
+def assert_holds_the_numbered_images(dataset: Dataset) -> None:
     np.testing.assert_array_equal(dataset.test, TEST)
     kept = np.concatenate([dataset.train, dataset.validation])
     np.testing.assert_array_equal(kept[np.argsort([image.flat[0] for image in kept])], TRAIN)
@@ -81,8 +89,13 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def tensorflow_installed(monkeypatch):
-    """Let the code believe that TensorFlow is there; what would call it is not reached."""
-    monkeypatch.setattr(data, "_installed", lambda module: True)
+    """Let the code believe that TensorFlow is installed; calls of it are not reached."""
+    find_spec = importlib.util.find_spec
+
+    def find(name, *more):
+        return ModuleSpec(name, None) if name == "tensorflow" else find_spec(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
 
 
 @pytest.fixture
@@ -193,7 +206,7 @@ def downloadable(train: np.ndarray, test: np.ndarray):
 @needs_tfds
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "svhn", "cifar10"])
 def test_prepare_fills_the_cache(tensorflow_installed, names_resolve, monkeypatch, cache, name):
-    monkeypatch.setattr(data, "_BATCH", 6)
+    monkeypatch.setattr("vlae_jax.data.prepared.BATCH", 6)
     with downloadable(TRAIN, TEST):
         assert prepare_dataset(name) == cache / f"{name}.npz"
     assert [file.name for file in cache.iterdir()] == [f"{name}.npz"]
@@ -221,7 +234,7 @@ def test_omniglot_cells_are_averages_of_the_ink(decoded):
     images = (~ink).astype(np.uint8) * (1 if decoded == "0/1" else 255)
     if "channels" in decoded:
         images = np.stack([images] * 3, axis=-1)
-    reduced = data._reduce_omniglot(images)
+    reduced = reduce_omniglot(images)
     assert reduced.dtype == np.uint8
     np.testing.assert_array_equal(reduced[..., 0], np.rint(255 * fine.mean(axis=(2, 4))))
 
@@ -278,9 +291,9 @@ def test_a_set_is_never_replaced_by_another(tmp_path):
 @needs_tfds
 def test_is_available_imports_nothing_heavy():
     code = (
-        f"import sys; from vlae_jax import data;"
-        f"a = data.is_available('mnist', {str(TFDS_ROOT)!r});"
-        "b = data.is_available('digits'); c = data.is_available('no_such'); print(a, b, c,"
+        f"import sys; from vlae_jax.data.sets import is_available;"
+        f"a = is_available('mnist', {str(TFDS_ROOT)!r});"
+        "b = is_available('digits'); c = is_available('no_such'); print(a, b, c,"
         "any(m in sys.modules for m in ('tensorflow', 'tensorflow_datasets', 'sklearn')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -447,7 +460,7 @@ def test_a_mistyped_name(tmp_path, cache):
 
 @pytest.mark.parametrize("missing", ["tensorflow", "tensorflow_datasets"])
 def test_missing_package_names_the_extra(monkeypatch, missing, cache):
-    monkeypatch.setattr(data, "_installed", lambda module: module != missing)
+    monkeypatch.setitem(sys.modules, missing, None)
     message = refused("cifar10")
     assert f"{missing} is not installed" in message and "'vlae-jax[train,prepare]'" in message
     assert list(cache.iterdir()) == []
@@ -467,9 +480,9 @@ def test_offline_is_noticed_at_once(tensorflow_installed, no_network, name, cach
 def test_a_proxy_resolves_names_itself(no_network, monkeypatch):
     urls = ["https://example.org/a", "https://example.org/b"]
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"no": "localhost"})
-    assert data._unresolved_host(urls) == "example.org"
+    assert unresolved_host(urls) == "example.org"
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:1"})
-    assert data._unresolved_host(urls) is None
+    assert unresolved_host(urls) is None
 
 
 @needs_tfds
@@ -486,7 +499,7 @@ def test_a_failed_download_is_one_line(tensorflow_installed, names_resolve, monk
 def test_digits_needs_no_preparing_but_scikit_learn(monkeypatch):
     with pytest.raises(UserError, match="nothing to prepare"):
         prepare_dataset("digits")
-    monkeypatch.setattr(data, "_installed", lambda module: module != "sklearn")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     assert not is_available("digits")
     assert "pip install scikit-learn" in refused("digits")
 
@@ -498,7 +511,7 @@ def test_an_interrupted_write_leaves_no_cache_file(monkeypatch, cache):
 
     monkeypatch.setattr(np, "savez_compressed", fail)
     with pytest.raises(OSError, match="No space"):
-        data._write_npz(cache / "mnist.npz", (TRAIN, TEST))
+        write_npz(cache / "mnist.npz", (TRAIN, TEST))
     assert list(cache.iterdir()) == []
 
 
@@ -534,7 +547,7 @@ def test_availability_says_what_is_missing(tmp_path, monkeypatch):
     assert availability("digits") is Availability.READABLE
     assert availability("mnist") is Availability.NEEDS_DOWNLOAD
     assert availability("mnist", TFDS_ROOT) is Availability.READABLE
-    monkeypatch.setattr(data, "_installed", lambda module: module != "tensorflow_datasets")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert availability("mnist", TFDS_ROOT) is Availability.NEEDS_TFDS
     with pytest.raises(UserError, match="did you mean 'mnist'"):
         availability("mnits")

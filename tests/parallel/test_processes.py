@@ -18,11 +18,14 @@ from jax.sharding import PartitionSpec
 from problems import flip_a_bit, run_in_subprocess
 
 from vlae_jax.analysis.evaluation import measure
+from vlae_jax.data.sets import load_dataset
 from vlae_jax.errors import UserError
-from vlae_jax.models.trained import build_experiment
+from vlae_jax.models.trained import arrays_of, initialize
 from vlae_jax.parallel.options import DistributedConfig
 from vlae_jax.parallel.placement import Placement
-from vlae_jax.runs.checkpoints import Checkpoints, Notes
+from vlae_jax.parallel.processes import LOST_PEER
+from vlae_jax.parallel.processes import start as join
+from vlae_jax.runs.checkpoints import CheckpointInfo, Checkpoints
 from vlae_jax.runs.config import (
     Config,
     EvaluationConfig,
@@ -31,6 +34,7 @@ from vlae_jax.runs.config import (
     TrainingConfig,
 )
 from vlae_jax.runs.folder import RunFolder
+from vlae_jax.training.loop import fit
 from vlae_jax.training.step import Trainer, initial_state
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -69,13 +73,14 @@ def same_run():
     jax.config.update("jax_disable_most_optimizations", True)
     # The widest layer has 64 x 64 weights, as many as it takes to be split.
     report = {"devices": jax.device_count()}
+    dataset = load_dataset("digits")
     for method, microbatches in (("vae", None), ("vlae", 8)):
-        experiment = build_experiment(small_config(method, microbatches))
-        reference, expected = losses(Trainer(experiment, Placement.here()), 200)
+        trained = initialize(small_config(method, microbatches), dataset)
+        reference, expected = losses(Trainer(trained, dataset, Placement.here()), 200)
         params = jax.device_get(reference.params)
         report["elements"] = sum(leaf.size for leaf in jax.tree.leaves(params))
         for name, shard in (("whole", False), ("sharded", True)):
-            trainer = Trainer(experiment, Placement.of(shard_parameters=shard))
+            trainer = Trainer(trained, dataset, Placement.of(shard_parameters=shard))
             state, found = losses(trainer, 200)
             leaves = jax.tree.leaves(state.params)
             apart = jax.tree.map(
@@ -91,13 +96,15 @@ def same_run():
     with tempfile.TemporaryDirectory() as folder:
         # Saved by eight that hold a part each, read by one.
         checkpoints = Checkpoints(Path(folder))
-        checkpoints.save(200, state, Notes(0.0, "", None, 0.0))
+        checkpoints.save(200, state._asdict(), CheckpointInfo(0.0, 0.0, None, 0.0, {}))
         checkpoints.wait()
-        read = checkpoints.restore_last(initial_state(experiment, Placement.here())).state
-        report["restored"] = all(jax.tree.leaves(jax.tree.map(np.array_equal, read.params, params)))
-    images = experiment.dataset.test[:12]
-    alone = measure(experiment, params, images)
-    spread = measure(experiment, params, images, placement=Placement.of())
+        here = initial_state(trained, trainer.total_steps, Placement.here())
+        read = checkpoints.restore_last(lambda info: here._asdict()).trees["params"]
+        report["restored"] = all(jax.tree.leaves(jax.tree.map(np.array_equal, read, params)))
+    images = dataset.test[:12]
+    trained = trained.with_params(params)
+    alone = measure(trained, images)
+    spread = measure(trained, images, placement=Placement.of())
     report["evaluation"] = {
         name: float(np.nanmax(np.abs(spread[name].astype(float) - alone[name])))
         for name in ("log_prob", "elbo", "kl", "ess")
@@ -137,8 +144,9 @@ def test_eight_devices_train_and_evaluate_as_one_does():
 def same_steps():
     """Loss after each step of one device's run, and what eight make of the same states."""
     jax.config.update("jax_disable_most_optimizations", True)
-    experiment = build_experiment(small_config("vlae"))
-    one, eight = Trainer(experiment, Placement.here()), Trainer(experiment, Placement.of())
+    dataset = load_dataset("digits")
+    trained = initialize(small_config("vlae"), dataset)
+    one, eight = (Trainer(trained, dataset, place) for place in (Placement.here(), Placement.of()))
     state, differences = one.init(), []
     pairs = zip(one.feed.arguments(0), eight.feed.arguments(0), strict=True)
     for _, (here, everywhere) in zip(range(15), pairs, strict=False):
@@ -224,13 +232,12 @@ def test_parameters_that_cannot_be_split_at_all_are_refused(monkeypatch):
 
 
 def test_devices_that_cannot_share_a_batch_evenly_are_refused(monkeypatch):
-    experiment = build_experiment(small_config("vae"))
     placement = Placement.of()
     monkeypatch.setattr(Placement, "size", 3)
     with pytest.raises(UserError, match=r"128 cannot be split evenly over 3 devices; .*multiple"):
-        Trainer(experiment, placement)
+        fit(small_config("vae"), placement=placement)
     with pytest.raises(UserError, match=r"microbatches 16 cannot be split evenly over 3 devices"):
-        Trainer(build_experiment(small_config("vae", 16)), placement)
+        fit(small_config("vae", 16), placement=placement)
 
 
 def test_random_keys_are_placed_as_keys():
@@ -246,6 +253,7 @@ def test_random_keys_are_placed_as_keys():
         ({"processes": 0}, "processes must be at least 1"),
         ({"devices": 0}, "devices must be at least 1"),
         ({"timeout": 0}, "timeout must be at least 1"),
+        ({"timeout": 2**31}, "timeout must be at least 1 and at most 2147483647"),
         ({"processes": 2, "process_id": 2}, "process-id must be from 0"),
         ({"process_id": -1}, "process-id must be from 0"),
         ({"coordinator": "host"}, "must be HOST:PORT"),
@@ -261,14 +269,14 @@ def test_wrong_options_are_refused(options, message):
 
 def test_what_is_missing_to_join_others_is_named():
     with pytest.raises(UserError, match=r"processes and --distributed.process-id must be given"):
-        distributed.start(DistributedConfig(coordinator="localhost:1"))
+        join(DistributedConfig(coordinator="localhost:1"))
 
 
 def test_more_devices_than_there_are_are_refused(monkeypatch):
     monkeypatch.setenv("NPROC", "4")  # put back what `start` sets
     jax.devices()  # from here on there are no more
     with pytest.raises(UserError, match=r"devices is 99, but this process has only \d+ cpu"):
-        distributed.start(DistributedConfig(devices=99))
+        join(DistributedConfig(devices=99))
 
 
 # Real processes on this machine, by the command line
@@ -383,9 +391,10 @@ def wait_for_lines(folder, count, processes, checkpoints=1):
 
 def last_params(folder):
     """Of a run by any number of processes, restored in this one, on its one device."""
-    like = initial_state(build_experiment(CONFIG), Placement.here())
-    restored = Checkpoints(RunFolder(folder).checkpoints, read_only=True).restore_last(like)
-    return restored.step, jax.device_get(restored.state.params)
+    arrays = arrays_of(initialize(CONFIG, load_dataset("digits")))
+    checkpoints = Checkpoints(RunFolder(folder).checkpoints, read_only=True)
+    restored = checkpoints.restore_last(lambda info: {"model": arrays})
+    return restored.step, jax.device_get(restored.trees["model"]["params"])
 
 
 @pytest.fixture(scope="module")
@@ -412,13 +421,13 @@ def test_two_processes_give_the_run_of_one_and_the_first_alone_writes(unbroken, 
         elbos = [[r["elbo"] for r in run] for run in (one, two)]
         np.testing.assert_allclose(*elbos, rtol=0 if split == "train" else 1e-5)
     jax.tree.map(np.testing.assert_array_equal, last_params(alone)[1], last_params(folder)[1])
-    figures = [
-        {f["name"]: f["value"] for f in json.loads((run / "results.json").read_text())["figures"]}
+    metrics = [
+        {m["name"]: m["value"] for m in json.loads((run / "results.json").read_text())["metrics"]}
         for run in (alone, folder)
     ]
-    assert figures[0].keys() == figures[1].keys()
+    assert metrics[0].keys() == metrics[1].keys()
     for name in ("log_prob", "elbo", "kl", "bits_per_dim"):
-        np.testing.assert_allclose(figures[1][name], figures[0][name], rtol=1e-4)
+        np.testing.assert_allclose(metrics[1][name], metrics[0][name], rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -433,7 +442,7 @@ def test_killed_and_resumed_processes_end_where_unbroken_ones_do(unbroken, tmp_p
     processes[1].kill()
     (code, _, line), (killed, *_) = outcome(processes, timeout=90)
     assert killed == -signal.SIGKILL
-    assert code == distributed.LOST_PEER and "has lost another one" in line and "--resume" in line
+    assert code == LOST_PEER and "has lost another one" in line and "--resume" in line
     newest = max(Checkpoints(RunFolder(folder).checkpoints, read_only=True).steps())
     flip_a_bit(folder / "checkpoints" / str(newest), rng)
     resumed = start(folder, 2, "--resume", "--checkpoint-every", "7")

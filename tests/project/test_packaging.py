@@ -12,6 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from vlae_jax.commands.main import parse
+from vlae_jax.parallel.options import DistributedConfig
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -177,6 +180,9 @@ def test_every_variable_becomes_its_option(recorded):
     assert call[:2] == ["vlae_jax", "train"]
     given = call[2:]
     assert given[-3:] == ["--resume", "--warmup-steps", "1 2"]
+    train = parse(["train", *given[:-2]])
+    assert train.resume and not train.overwrite
+    assert (train.config.model.hidden, train.config.training.seed) == ((500, 300), 7)
     for several in (["--hidden", "500", "300"], ["--channels", "16", "32"]):
         at = given.index(several[0])
         assert given[at : at + 3] == several
@@ -197,7 +203,8 @@ def test_variables_of_devices_and_processes_become_their_options(recorded):
     )
     assert done.returncode == 0, done.stderr
     (call,) = recorded.calls()
-    assert call[-2:] == ["--distributed.shard-parameters", "--resume-if-there"]
+    assert call[-2:] == ["--resume-if-there", "--distributed.shard-parameters"]
+    assert parse(call[1:]).distributed == DistributedConfig("h:1", 2, 1, 60, 8, True)
     given = dict(zip(call[2:-2:2], call[3:-2:2], strict=True))
     assert given == {
         f"--distributed.{name.lower().replace('_', '-')}": value

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from vlae_jax.commands.main import parse
 from vlae_jax.errors import UserError
-from vlae_jax.models.systems import SYSTEMS
 from vlae_jax.runs.config import (
     Config,
     DataConfig,
@@ -14,6 +14,7 @@ from vlae_jax.runs.config import (
     ModelConfig,
     TrainingConfig,
 )
+from vlae_jax.runs.methods import METHODS
 from vlae_jax.runs.presets import PRESETS, default_config
 
 
@@ -49,13 +50,13 @@ PUBLISHED = Config(
 
 def test_the_preset_is_the_published_settings():
     assert default_config(preset="paper-screenshot") == PUBLISHED
-    assert cli._parse(["train", "--preset", "paper-screenshot"]).config == PUBLISHED
-    assert cli._parse(["train", "--preset=paper-screenshot"]).config == PUBLISHED
+    assert parse(["train", "--preset", "paper-screenshot"]).config == PUBLISHED
+    assert parse(["train", "--preset=paper-screenshot"]).config == PUBLISHED
 
 
 def test_the_command_line_changes_what_a_preset_says():
     given = ["train", "--preset", "paper-screenshot", "--dataset=omniglot", "--method", "vae"]
-    changed = cli._parse([*given, "--epochs", "3", "--hidden", "20"]).config
+    changed = parse([*given, "--epochs", "3", "--hidden", "20"]).config
     assert changed == dataclasses.replace(
         PUBLISHED,
         data=dataclasses.replace(PUBLISHED.data, dataset="omniglot"),
@@ -96,6 +97,6 @@ def test_a_run_is_named_after_its_main_choices(changes, name):
 
 
 def test_every_system_has_a_label_of_its_own():
-    labels = {method: InferenceConfig(method=method, steps=1).label for method in SYSTEMS}
-    assert len(set(labels.values())) == len(SYSTEMS)
-    assert not set(labels.values()) & set(SYSTEMS)
+    labels = {method: InferenceConfig(method=method, steps=1).label for method in METHODS}
+    assert len(set(labels.values())) == len(METHODS)
+    assert not set(labels.values()) & set(METHODS)

@@ -1,6 +1,6 @@
 """Run folders in a bucket: the real command line against a bucket on loopback."""
 
-import json
+import functools
 import os
 import re
 import signal
@@ -10,15 +10,17 @@ import sys
 import numpy as np
 import pytest
 from bucket_server import served
-from google.cloud import storage
+from commandline import refused as refused_beside
+from commandline import run
+from google.cloud.storage import Client
 
 from vlae_jax.errors import UserError
 from vlae_jax.report import write_report
 from vlae_jax.runs import storage
-from vlae_jax.runs.checkpoints import Checkpoints, Notes
+from vlae_jax.runs.checkpoints import CheckpointInfo, Checkpoints
 from vlae_jax.runs.config import Config
 from vlae_jax.runs.folder import RunFolder
-from vlae_jax.runs.storage import absolute, as_folder, in_bucket, resolved
+from vlae_jax.runs.storage import absolute, as_folder, in_bucket, read_json, resolved
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,6 +29,10 @@ SMALL = [
     *("--epochs", "2", "--checkpoint-every", "15", "--log-every", "5"),
     *("--importance-samples", "8", "--test-images", "16"),
 ]
+
+
+# What the storage clients log would stand beside the line.
+refused = functools.partial(refused_beside, alone=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,32 +48,23 @@ def service():
 @pytest.fixture
 def bucket(service, monkeypatch):
     """The same, which the program has not asked yet."""
-    folders._reach.cache_clear()
+    storage.reach.cache_clear()
     monkeypatch.setattr(service, "before_write", lambda name: None)
     yield service
-    folders._reach.cache_clear()
+    storage.reach.cache_clear()
 
 
-def refused(capsys, *arguments):
-    """The one line a wrong call gets."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(argument) for argument in arguments])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2, err
-    (line,) = err.splitlines()
-    assert line.startswith("vlae_jax: error: ")
-    return line
-
-
-def records(run):
-    """The lines of metrics.jsonl without what a clock has measured."""
+def records(folder):
+    """The records of metrics.jsonl without times."""
     timed = ("seconds", "images_per_second")
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [{name: line[name] for name in line if name not in timed} for line in lines]
+    return [
+        {name: value for name, value in record.items() if name not in timed}
+        for record in folder.read_metrics()
+    ]
 
 
-def figures(run):
-    return json.loads(run.results.read_text())["figures"]
+def metrics(folder):
+    return read_json(folder.results)["metrics"]
 
 
 def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_bucket(
@@ -96,25 +93,21 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_bucket(
     )
     local = RunFolder(tmp_path / "run")
     with monkeypatch.context() as without_pictures:
-        without_pictures.setattr("vlae_jax.diagnostics.take_snapshots", lambda *_: {})
+        without_pictures.setattr("vlae_jax.analysis.snapshots.take_snapshots", lambda *_: {})
         without_pictures.setattr("vlae_jax.report.write_report", lambda _: None)
-        cli.main(["train", "--run-dir", str(local.path), *SMALL])
+        run("train", "--run-dir", local.path, *SMALL)
     assert process.wait(timeout=60) == -signal.SIGKILL
-    run = RunFolder(as_folder("gs://bucket/runs/digits-vae-seed0"))
+    remote = RunFolder(as_folder("gs://bucket/runs/digits-vae-seed0"))
     first, second = committed
     assert bucket.names(f"runs/digits-vae-seed0/checkpoints/{second}/")
-    assert max(record["step"] for record in records(run)) >= second > first
+    assert max(record["step"] for record in records(remote)) >= second > first
     monkeypatch.setattr(bucket, "before_write", lambda name: None)
     capsys.readouterr()
 
-    with monkeypatch.context() as without_evaluation:
-        without_evaluation.setattr(cli, "_evaluate_and_report", lambda *_: None)
-        cli.main(["train", "--runs-dir", "gs://bucket/runs", *SMALL, "--resume-if-there"])
+    run("train", "--runs-dir", "gs://bucket/runs", *SMALL, "--resume-if-there")
     assert f"resuming at step {first} of" in capsys.readouterr().err
-    assert records(run) == records(local)
-
-    cli.main(["evaluate", str(run.path)])
-    assert figures(run) == figures(local)
+    assert records(remote) == records(local)
+    assert metrics(remote) == metrics(local)
     written = set(bucket.names("runs/digits-vae-seed0/"))
     files = (
         "results.json",
@@ -125,14 +118,14 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_bucket(
     )
     assert {f"runs/digits-vae-seed0/{name}" for name in files} <= written
     assert not [name for name in written if "partial" in name or "tmp" in name]
-    cli.main(["encode", str(run.path), "--images", "4"])
-    with (run.path / "encoded.npz").open("rb") as file:
+    run("encode", remote.path, "--images", "4")
+    with (remote.path / "encoded.npz").open("rb") as file:
         assert np.load(file)["mean"].shape == (4, 3)
-    assert "already exists" in refused(capsys, "encode", run.path)
-    assert "already holds a run" in refused(capsys, "train", "--run-dir", run.path, *SMALL)
-    cli.main(["report", str(run.path), str(local.path), "--output", "gs://bucket/compared"])
+    assert "already exists" in refused(capsys, "encode", remote.path)
+    assert "already holds a run" in refused(capsys, "train", "--run-dir", remote.path, *SMALL)
+    run("report", remote.path, local.path, "--output", "gs://bucket/compared")
     assert {"compared/report.html", "compared/log_likelihood.png"} <= set(bucket.names("compared"))
-    assert (run.path / "figures/training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (remote.path / "figures/training_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_names_stay_what_they_are(bucket, tmp_path, monkeypatch):
@@ -151,16 +144,16 @@ def test_what_others_write_is_seen_at_once(bucket):
     (folder / "ours").write_bytes(b"1")
     assert [path.name for path in folder.iterdir()] == ["ours"]
     assert not (folder / "theirs").exists()
-    storage.Client().bucket("bucket").blob("shared/theirs").upload_from_string(b"2")
+    Client().bucket("bucket").blob("shared/theirs").upload_from_string(b"2")
     assert [path.name for path in folder.iterdir()] == ["ours", "theirs"]
     assert (folder / "theirs").read_bytes() == b"2"
 
 
 def test_only_the_run_itself_is_overwritten(bucket):
     runs = {name: RunFolder(as_folder(f"gs://bucket/kept/{name}")) for name in ("run", "run2")}
-    for run in runs.values():
-        run.create(Config(), overwrite=False)
-        run.write_results({"figures": []})
+    for folder in runs.values():
+        folder.create(Config(), overwrite=False)
+        folder.write_results({"metrics": []})
     with pytest.raises(UserError, match="already holds a run"):
         runs["run"].create(Config(), overwrite=False)
     runs["run"].create(Config(), overwrite=True)
@@ -197,15 +190,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(bucket):
     states = {step: {"weights": np.full(1000, step, np.float32)} for step in (1, 2)}
     checkpoints = Checkpoints(folder)
     for step, state in states.items():
-        checkpoints.save(step, state, Notes(0.0, "images", step, 0.0))
+        checkpoints.save(step, {"state": state}, CheckpointInfo(0.0, 0.0, step, 0.0, {}))
     checkpoints.close()
     for name in bucket.names("damaged/checkpoints/2/state/"):
         if "/d/" in name:
             bucket.create_file("bucket", name, b"rubbish", bucket.objects["bucket"][name])
     checkpoints = Checkpoints(folder)
-    restored = checkpoints.restore_last(states[1])
+    restored = checkpoints.restore_last(lambda info: {"state": states[1]})
     assert restored.step == 1
-    np.testing.assert_array_equal(restored.state["weights"], states[1]["weights"])
+    np.testing.assert_array_equal(restored.trees["state"]["weights"], states[1]["weights"])
     (line,) = restored.damaged
     assert line.startswith("checkpoint 2 is damaged")
     assert line.endswith("using checkpoint 1 instead")
@@ -283,12 +276,12 @@ def test_event_files_are_for_local_folders(bucket, capsys):
 def test_a_local_run_does_not_import_the_storage_clients(tmp_path):
     """They take a second."""
     code = (
-        "import sys\nfrom vlae_jax import cli\n"
-        "try:\n    cli.main(['evaluate', sys.argv[1]])\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom vlae_jax.commands.main import main\n"
+        "try:\n    main(['evaluate', sys.argv[1]])\nexcept SystemExit:\n    pass\n"
         "print(*sys.modules)"
     )
     output = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     ).stdout
-    assert "vlae_jax.folders" in output.split()
+    assert "vlae_jax.runs.storage" in output.split()
     assert not {"gcsfs", "google.cloud", "google.auth", "aiohttp"} & set(output.split())

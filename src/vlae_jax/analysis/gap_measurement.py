@@ -23,7 +23,7 @@ from vlae_jax.models.trained import Pixels, Trained
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.posterior import GaussianPosterior, Posterior
 from vlae_jax.progress import counting
-from vlae_jax.runs.config import GapConfig
+from vlae_jax.runs.gap_config import GapConfig
 from vlae_jax.runs.metrics import Metric, mean_metric
 
 _MEASURED = (

@@ -1,10 +1,10 @@
-"""The command line. No mathematics: a command reads arguments, calls one room, and prints.
+"""The command line. A command checks its arguments, calls the rooms below, and prints.
 
 | module | what is in it |
 |---|---|
-| `main` | arguments → a command → its run, and the exit codes; report, prepare |
+| `main` | from arguments to a command, and the exit codes; report, prepare |
 | `train` | train, evaluate |
 | `uses` | encode, reconstruct, sample, impute, score, gap |
-| `tables` | what commands print |
-| `arguments` | kinds of arguments |
+| `tables` | tables on the terminal |
+| `arguments` | types of arguments |
 """

@@ -1,4 +1,4 @@
-"""Kinds of arguments that several commands take."""
+"""Types of arguments that several commands take."""
 
 from pathlib import Path, PurePath
 from typing import Annotated
@@ -17,4 +17,4 @@ Folder = Annotated[
         str_from_instance=lambda path: [str(path)],
     ),
 ]
-"""A folder or file of the command line, which may be in a bucket."""
+"""The name of a folder or file, local or in a bucket."""

@@ -1,30 +1,31 @@
-"""The command line: arguments → a command → its run. No mathematics."""
+"""The command line: arguments become a command, the command runs, errors become exit codes."""
 
 import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Protocol, cast
 
 import tyro
 
 from vlae_jax.commands.arguments import Folder
 from vlae_jax.commands.train import Evaluate, Train
-from vlae_jax.commands.uses import (
-    Encode,
-    Gap,
-    Impute,
-    Reconstruct,
-    Sample,
-    Score,
-)
+from vlae_jax.commands.uses import Encode, Gap, Impute, Reconstruct, Sample, Score
 from vlae_jax.errors import RunFailure, Stopped, Unreadable, UserError
 from vlae_jax.runs.presets import default_config
 from vlae_jax.runs.storage import resolved
 
 _CHOICES = ("dataset", "method", "preset")
-"""Options whose values change the defaults of others, which --help shows and training takes."""
+"""Options of `train` whose values change the defaults of its other options."""
+
+
+class Command(Protocol):
+    """A command with its arguments."""
+
+    def run(self) -> None:
+        """Run the command."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +56,15 @@ class Prepare:
     dataset: tyro.conf.Positional[str]
     """Name of the data set."""
     data_dir: str | None = None
-    """With --check: look here, as training would."""
+    """With --check: look for the data in this folder or file, as training would."""
     check: bool = False
     """Download nothing; the exit code tells whether the data can be read:
-    0 yes, 3 with the tfds extra, 4 after a download."""
+    0 now, 3 with the tfds extra, 4 after a download."""
     stream: bool = False
-    """Keep, or with --check look for, the files that train --stream reads, in place of that one."""
+    """Keep the files that train --stream reads instead; with --check, look for those."""
 
     def run(self) -> None:
-        """Prepare the data set, or say what it takes."""
+        """Prepare the data set; with --check, exit with the code for its availability."""
         from vlae_jax.data import sets
 
         if self.check:
@@ -77,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Exits with 0, 1 (failed run), 2 (wrong use), 75 (worth trying again: another process died, or a
     checkpoint could not be read for now) or 128 + signal.
+
+    Args:
+        argv: The words after the program's name; by default those of this process.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        _parse(arguments).run()
+        parse(sys.argv[1:] if argv is None else argv).run()
         sys.stdout.flush()
     except UserError as error:
         _leave(error, 2)
@@ -97,10 +100,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(arguments: list[str]) -> Any:
-    dataset, method, preset = (_asked(arguments, f"--{name}") for name in _CHOICES)
+def parse(argv: Sequence[str]) -> Command:
+    """The command that these words ask for.
+
+    Raises:
+        UserError: If an argument is out of range.
+        SystemExit: If there is no such command or option, or --help is asked for.
+    """
+    dataset, method, preset = (_last_value(argv, f"--{name}") for name in _CHOICES)
     train = Train(default_config(dataset, method, preset), preset)
-    command: Any = (
+    commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Report, tyro.conf.subcommand("report")]
@@ -113,18 +122,18 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Gap, tyro.conf.subcommand("gap")]
     )
     return tyro.cli(
-        command,
-        args=arguments,
+        cast("type[Command]", commands),
+        args=argv,
         prog="vlae_jax",
         description="Variational Laplace Autoencoders: train, evaluate, report, and use.",
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
 
 
-def _asked(arguments: list[str], option: str) -> str | None:
-    """What the command line gives for an option that the defaults of others depend on."""
+def _last_value(argv: Sequence[str], option: str) -> str | None:
+    """The last value given for an option, found before the defaults that depend on it are known."""
     value = None
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
         if argument == option:
             value = following
         elif argument.startswith(f"{option}="):

@@ -1,21 +1,21 @@
-"""What commands print: tables of means, errors and scores."""
+"""Tables on the terminal: of means, errors, scores and metrics."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vlae_jax.runs.metrics import QUANTITIES, Metric, titled
 
 
 def shares(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is printed of a system's flags, where it has them."""
+    """The flags of a system by the labels under which their means are printed."""
     labels = {"converged": "share converged", "is_pd": "share positive definite"}
     return {label: arrays[flag] for flag, label in labels.items() if flag in arrays}
 
 
-def shape(array: Any) -> str:
-    """The shape of an array, as Python writes it but for a comma after a lone number."""
+def shape(array: ArrayLike) -> str:
+    """The shape of an array in parentheses: ``(10, 3)``, ``(10)``."""
     return "(" + ", ".join(map(str, np.shape(array))) + ")"
 
 
@@ -26,7 +26,10 @@ def print_means(values: Mapping[str, np.ndarray]) -> None:
 
 
 def print_errors(errors: Mapping[str, np.ndarray]) -> None:
-    """RMSE over missing pixels and coverage of their predictive intervals, both ways."""
+    """Print the RMSE over missing pixels and the coverage of their predictive intervals.
+
+    In one row for the posterior given the other pixels, and in one for the encoder alone.
+    """
     counts = errors["num_missing"].astype(np.float64)
     weights = counts / counts.sum()
     rows = []
@@ -47,7 +50,13 @@ def print_scores(
     against: Mapping[str, np.ndarray] | None = None,
     areas: Mapping[str, float] | None = None,
 ) -> None:
-    """Print the mean of each score, and how well it tells the images from others."""
+    """Print the mean of each score; for two sets of images, also how well it tells them apart.
+
+    Args:
+        scores: One number for each image, by score.
+        against: Scores of the other set.
+        areas: Area under the ROC curve of each score that has one.
+    """
     rows = []
     for name, values in scores.items():
         end = "high" if QUANTITIES[name].outlying > 0 else "low"
@@ -62,7 +71,7 @@ def print_scores(
 
 
 def _mean(values: np.ndarray) -> str:
-    """The mean of what is finite, with its standard error over images."""
+    """The mean of the finite values, with its standard error over images."""
     finite = np.asarray(values, np.float64)
     finite = finite[np.isfinite(finite)]
     if len(finite) < 2:
@@ -71,7 +80,7 @@ def _mean(values: np.ndarray) -> str:
 
 
 def print_metrics(metrics: Iterable[Metric]) -> None:
-    """Print one metric a line, with its standard error."""
+    """Print each metric on a line, with its standard error."""
     rows = [
         (
             metric.name.replace("_", " "),
@@ -86,7 +95,7 @@ def print_metrics(metrics: Iterable[Metric]) -> None:
 
 
 def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Print a table as wide as it needs, or as the terminal is."""
+    """Print a table, as wide as it needs and a terminal allows."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -98,6 +107,6 @@ def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         table.add_row(*row)
     console = Console(highlight=False)
     needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    # A file or a pipe has no width of its own to fit the table to.
+    # A file or a pipe has no width that a table must fit.
     width = console.width if console.is_terminal else max(needed, console.width)
     Console(highlight=False, width=width).print(table)

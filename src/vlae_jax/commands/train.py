@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlae_jax.commands.arguments import Folder
-from vlae_jax.errors import UserError
+from vlae_jax.errors import UserError, require_counts
 from vlae_jax.parallel.options import DistributedConfig
 from vlae_jax.runs.config import Config, EvaluationConfig, Proposal
 from vlae_jax.runs.folder import RunFolder
@@ -16,9 +16,15 @@ from vlae_jax.runs.storage import in_bucket
 
 if TYPE_CHECKING:
     import numpy as np
+    from tensorboardX import SummaryWriter
 
     from vlae_jax.models.trained import Trained
     from vlae_jax.parallel.placement import Placement
+
+
+_INSTEAD_OF_EVALUATE = (
+    "in Python, call vlae_jax.analysis.evaluation.evaluate(vlae_jax.load(RUN_DIR), test_images)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +38,14 @@ class Train:
     """Folder of this run, local or gs://BUCKET/FOLDER (needs the gcs extra); by default
     RUNS_DIR/DATASET-METHOD-T-SEED."""
     runs_dir: Folder = Path("runs")
-    """Folder that holds the runs, likewise."""
+    """Folder of all runs, local or gs://BUCKET/FOLDER."""
     resume: bool = False
     """Continue the run from its last checkpoint."""
     resume_if_there: bool = False
     """Continue the run if there is one, else start it: for a command that is repeated until the
     run is finished."""
     overwrite: bool = False
-    """Delete the run that is there and start anew."""
+    """Delete the run that is in the folder, and start anew."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 500
@@ -49,9 +55,7 @@ class Train:
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_counts(self, "log_every", "checkpoint_every")
 
     def run(self) -> None:
         """Train, evaluate and report."""
@@ -97,11 +101,11 @@ class Evaluate:
     run_dir: tyro.conf.Positional[Folder]
     """The run folder."""
     data_dir: str | None = None
-    """Where the images are now, if they have moved."""
+    """Folder or file of the run's images, if they have moved."""
     importance_samples: int | None = None
     """K of the importance-weighted log-likelihood; by default the run's."""
     proposal: Proposal | None = None
-    """What importance samples are drawn from; by default as in the run."""
+    """The distribution of importance samples; by default the run's."""
     proposal_scale: float | None = None
     """widened: the factor on standard deviations; by default the run's."""
     proposal_df: float | None = None
@@ -111,33 +115,42 @@ class Evaluate:
     chunk_size: int | None = None
     """Importance samples held in memory at once, per image; by default the run's."""
     test_images: int | None = None
-    """Evaluate only the first so many test images; by default as in the run."""
+    """Evaluate only this many test images, the first ones; by default as in the run."""
     evaluation_batch: int | None = None
     """Test images evaluated at once; by default the run's."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        EvaluationConfig(**self.changes)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The choices that differ from the run's evaluation."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(EvaluationConfig)
+            if (value := getattr(self, field.name)) is not None
+        }
 
     def run(self) -> None:
         """Evaluate and report."""
         run = RunFolder(self.run_dir)
         run.read_config()
-        asked = {
-            field.name: value
-            for field in dataclasses.fields(EvaluationConfig)
-            if (value := getattr(self, field.name)) is not None
-        }
-        from vlae_jax.commands.uses import dataset_of
+        from vlae_jax.commands.uses import images_of_run
         from vlae_jax.models.trained import load
         from vlae_jax.parallel import processes
 
         with processes.running(self.distributed) as placement:
-            trained = load(run.path, placement).with_config("evaluation", **asked)
-            dataset = processes.together(lambda: dataset_of(trained, self.data_dir))
+            trained = load(run.path, placement).with_config("evaluation", **self.changes)
+            dataset = processes.together(
+                lambda: images_of_run(trained, self.data_dir, _INSTEAD_OF_EVALUATE)
+            )
             images = dataset.first_test_images(trained.config.evaluation.test_images)
             _evaluate_and_report(trained, images, run, placement)
 
 
 def _with_absolute_data_dir(config: Config) -> Config:
-    """The same, with a data_dir that is still right when read from elsewhere."""
+    """The configuration with a data_dir that does not depend on the working directory."""
     if config.data.data_dir is None:
         return config
     path = str(Path(config.data.data_dir).expanduser().absolute())
@@ -164,7 +177,7 @@ def _evaluate_and_report(
     processes.on_first(write)
 
 
-def _event_writer_class() -> Any:
+def _event_writer_class() -> "type[SummaryWriter]":
     try:
         from tensorboardX import SummaryWriter
     except ImportError:

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import tyro
@@ -19,19 +19,26 @@ from vlae_jax.commands.tables import (
     shares,
 )
 from vlae_jax.data.supplied import Images, checked, read_images, read_missing
-from vlae_jax.errors import UserError
-from vlae_jax.runs.config import GapConfig
-from vlae_jax.runs.folder import RunFolder, write_atomically
-from vlae_jax.runs.storage import in_bucket
+from vlae_jax.errors import UserError, require_counts, require_seed
+from vlae_jax.runs.folder import RunFolder
+from vlae_jax.runs.gap_config import GapConfig
+from vlae_jax.runs.storage import in_bucket, write_atomically
 
 if TYPE_CHECKING:
     from vlae_jax.data.sets import Dataset
     from vlae_jax.models.trained import Trained
 
 
+_WITH_INPUT = "name images as INPUT"
+_INSTEAD_OF_GAP = (
+    "in Python, call vlae_jax.analysis.gap_measurement.measure_gaps(vlae_jax.load(RUN_DIR), "
+    "test_images, options)"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """A run, and the file that is made with it."""
+    """A command that reads a run and writes one file."""
 
     run_dir: tyro.conf.Positional[Folder]
     """The run folder; its best checkpoint is used."""
@@ -43,10 +50,10 @@ class _Use:
     default_name: ClassVar[str]
 
     def target(self) -> Path:
-        """The file to write, before anything long is done.
+        """The file to write; checked before the command begins its work.
 
         Raises:
-            UserError: If it is there already, is no .npz file, or has no folder.
+            UserError: If it exists already, is no .npz file, or has no folder.
         """
         target = self.output or self.run_dir / self.default_name
         if target.suffix != ".npz":
@@ -65,29 +72,35 @@ class _Use:
 
         return load(self.run_dir)
 
-    def write(self, target: Path, arrays: Mapping[str, Any]) -> None:
-        """Write the file, and say so."""
-        write_atomically(target, lambda file: np.savez_compressed(file, **arrays))
+    def write(self, target: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the file, and print its name and contents."""
+        write_atomically(
+            target, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays)
+        )
         shapes = ", ".join(f"{name} {shape(array)}" for name, array in arrays.items())
         print(f"{target}: {shapes}")
 
 
 @dataclasses.dataclass(frozen=True)
 class _UseOnImages(_Use):
-    """A run, images to use it on, and the file that is made."""
+    """A command that reads a run and images, and writes one file."""
 
     input: tyro.conf.Positional[Path | None] = None
     """Images: an .npz (key x or x_test) or .npy file of uint8, a picture, or a folder of pictures;
     by default the run's test images."""
     images: int | None = None
-    """Only the first so many."""
+    """Use only this many images, the first ones; by default all."""
     data_dir: str | None = None
-    """Where the images of the run are now, if they have moved; not needed with INPUT."""
+    """Folder or file of the run's images, if they have moved; not needed with INPUT."""
+
+    def __post_init__(self) -> None:
+        require_counts(self, "images")
 
     def read(self, trained: "Trained") -> Images:
-        """The images, checked to be such as the run's."""
+        """The images, of the shape and range of the run's."""
         if self.input is None:
-            return Images(dataset_of(trained, self.data_dir).test).first(self.images)
+            dataset = images_of_run(trained, self.data_dir, _WITH_INPUT)
+            return Images(dataset.test).first(self.images)
         made_from = trained.provenance
         return read_images(self.input, made_from.image_shape, made_from.levels).first(self.images)
 
@@ -119,7 +132,7 @@ class Encode(_UseOnImages):
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruct(_UseOnImages):
-    """Write the expected image where each image's posterior is centred."""
+    """Write the expected image at the mean of each image's posterior."""
 
     every_step: bool = False
     """Also write the images at each step of the search."""
@@ -143,9 +156,9 @@ class Sample(_Use):
     """Decode samples of the prior into images."""
 
     count: int = 64
-    """How many."""
+    """Number of samples."""
     seed: int = 0
-    """Seeds them."""
+    """Seed of the samples."""
     temperature: float = 1.0
     """Standard deviation of the latent; below 1 the images are closer to the mean."""
     draws: bool = False
@@ -154,10 +167,8 @@ class Sample(_Use):
     default_name: ClassVar[str] = "samples.npz"
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"count must be at least 1, got {self.count}")
-        if self.seed < 0:
-            raise UserError(f"seed must be at least 0, got {self.seed}")
+        require_counts(self, "count")
+        require_seed(self.seed)
         if not 0 <= self.temperature < np.inf:
             raise UserError(f"temperature must be at least 0, got {self.temperature}")
 
@@ -179,14 +190,15 @@ class Sample(_Use):
 
 @dataclasses.dataclass(frozen=True)
 class Impute(_UseOnImages):
-    """Fill in missing pixels by the posterior given the others; for any run, as it was trained.
+    """Fill in missing pixels by the posterior given the other pixels. Works with any run.
 
-    Say what is missing by one of --mask, --missing and --missing-box. Where the pixels under it are
-    known, as they are unless --mask comes with images of your own, the errors are printed.
+    Choose the missing pixels by one of --mask, --missing and --missing-box. Errors are printed
+    where the missing pixels are known: always, except for --mask with images of your own.
     """
 
     mask: Path | None = None
-    """Pixels that are missing: not 0 in this .npz, .npy or picture file, one mask or one each."""
+    """A .npz, .npy or picture file that is not 0 where a pixel is missing: one mask for all images,
+    or one for each."""
     missing: float | None = None
     """Hide this share of the pixels, at random."""
     missing_box: tuple[int, int, int, int] | None = None
@@ -196,25 +208,26 @@ class Impute(_UseOnImages):
     samples: int = 200
     """Samples of the predictive distribution per image."""
     seed: int = 0
-    """Seeds what --missing hides."""
+    """Seed of the pixels that --missing hides."""
 
     default_name: ClassVar[str] = "imputed.npz"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ways = (self.mask, self.missing, self.missing_box)
         if sum(way is not None for way in ways) != 1:
             raise UserError(
-                "say what is missing by one of --mask FILE, --missing SHARE and "
+                "choose the missing pixels by one of --mask FILE, --missing SHARE and "
                 "--missing-box TOP LEFT HEIGHT WIDTH"
             )
         if self.missing is not None and not 0 < self.missing < 1:
             raise UserError(f"missing must lie between 0 and 1, got {self.missing}")
-        for name, least in (("steps", 0), ("samples", 2), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        require_counts(self, "steps", least=0)
+        require_counts(self, "samples", least=2)
+        require_seed(self.seed)
 
     def run(self) -> None:
-        """Fill in what is missing, write the file and print the errors."""
+        """Fill in the missing pixels, write the file and print the errors."""
         from vlae_jax.analysis.imputation import impute
 
         target = self.target()
@@ -254,15 +267,19 @@ class Impute(_UseOnImages):
 
 @dataclasses.dataclass(frozen=True)
 class Score(_UseOnImages):
-    """Score how outlying images are, and how well the scores tell them from another set's."""
+    """Score how outlying images are; with --against, also how well scores tell two sets apart."""
 
     against: str | None = None
-    """Images to tell from those of INPUT: a file as for INPUT, or the test images of a data set by
-    name (looked for where the run's images are)."""
+    """The other set of images: a file as for INPUT, or the name of a data set, whose test images
+    are taken (looked for in the folder of the run's images)."""
     importance_samples: int = 500
     """K of the importance-weighted log-likelihood."""
 
     default_name: ClassVar[str] = "scores.npz"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "importance_samples")
 
     def run(self) -> None:
         """Score the images, write the file and print the means."""
@@ -305,7 +322,7 @@ class Score(_UseOnImages):
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """Measure where the bound loses its nats: approximation, amortisation, non-convergence."""
+    """Measure the parts of the bound's gap: approximation, amortization and non-convergence."""
 
     run_dir: tyro.conf.Positional[Folder]
     """The run folder; its best checkpoint is used."""
@@ -313,7 +330,7 @@ class Gap:
         default_factory=GapConfig
     )
     data_dir: str | None = None
-    """Where the images of the run are now, if they have moved."""
+    """Folder or file of the run's images, if they have moved."""
 
     def run(self) -> None:
         """Measure the gaps, keep them in the run folder and print them."""
@@ -324,7 +341,8 @@ class Gap:
 
         run, began = RunFolder(self.run_dir), time.monotonic()
         trained = load(run.path)
-        metrics, _ = measure_gaps(trained, dataset_of(trained, self.data_dir).test, self.effort)
+        dataset = images_of_run(trained, self.data_dir, _INSTEAD_OF_GAP)
+        metrics, _ = measure_gaps(trained, dataset.test, self.effort)
         run.write_gaps(
             describe(
                 trained,
@@ -337,15 +355,16 @@ class Gap:
         write_report([run.path])
 
 
-def dataset_of(trained: "Trained", data_dir: str | None = None) -> "Dataset":
-    """The images that a model was trained on, and their test images.
+def images_of_run(trained: "Trained", data_dir: str | None, instead: str) -> "Dataset":
+    """Load the images that a model was trained on, and their test images.
 
     Args:
         trained: The model.
-        data_dir: Where they are now, if they have moved.
+        data_dir: Their folder or file, if they have moved.
+        instead: What a user can do without them, for the message.
 
     Raises:
-        UserError: If they cannot be had, or are others.
+        UserError: If they cannot be loaded, or differ from those of the training.
     """
     from vlae_jax.data.sets import ARRAYS
     from vlae_jax.data.supplied import as_dataset
@@ -353,12 +372,14 @@ def dataset_of(trained: "Trained", data_dir: str | None = None) -> "Dataset":
 
     if trained.provenance.dataset == ARRAYS:
         raise UserError(
-            "the run was trained on arrays given in Python, which it does not keep: name the "
-            "images to use it on as INPUT"
+            f"the run was trained on arrays given in Python, which it does not keep: {instead}"
         )
     data = trained.config.data
-    dataset = as_dataset(None, dataclasses.replace(data, data_dir=data_dir or data.data_dir))
-    require_same_images(trained.provenance.fingerprint, dataset)
+    try:
+        dataset = as_dataset(None, dataclasses.replace(data, data_dir=data_dir or data.data_dir))
+        require_same_images(trained.provenance.fingerprint, dataset)
+    except UserError as error:
+        raise UserError(f"the images of the run are not available: {error}; or {instead}") from None
     return dataset
 
 

@@ -3,6 +3,7 @@
 | module | what is in it |
 |---|---|
 | `sets` | data sets by name or from arrays, in three parts |
+| `search` | where a named set is looked for, and the line when it is not found |
 | `formats` | .npz archives and idx files |
 | `prepared` | directories of tensorflow-datasets, and downloads |
 | `stored` | images that stay on disk; exact statistics |

@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import importlib.util
 import math
-import os
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,12 +14,14 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vlae_jax.errors import UserError
+from vlae_jax.files import replace_file
 
-Parts = tuple[np.ndarray, np.ndarray]  # train images, test images
+Parts = tuple[np.ndarray, np.ndarray]
+"""Training images and test images."""
 
 
 class Source(NamedTuple):
-    """A place that holds a data set: what reads it, and how to name it to people."""
+    """A place that holds a data set: the function that reads it, and its name for people."""
 
     read: Callable[[], Parts]
     description: str
@@ -118,10 +119,4 @@ def require_one_shape(one: tuple[int, ...], other: tuple[int, ...], path: Path |
 
 def write_npz(target: Path, parts: Parts) -> None:
     """Write both parts, whole or not at all."""
-    unfinished = target.with_name(f".{target.stem}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez_compressed(file, x_train=parts[0], x_test=parts[1])
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_file(target, lambda file: np.savez_compressed(file, x_train=parts[0], x_test=parts[1]))

@@ -1,4 +1,4 @@
-"""Directories that tensorflow-datasets has prepared, and how it is made to prepare one."""
+"""Directories that tensorflow-datasets has prepared: reading them, and preparing one."""
 
 import os
 import socket
@@ -15,11 +15,11 @@ from vlae_jax.data.stored import BATCH
 from vlae_jax.errors import UserError
 
 KNOWN_DATASETS = ("digits", "mnist", "fashion_mnist", "omniglot", "svhn", "cifar10")
-"""Names that `load_dataset` knows without a folder of the user's."""
+"""Data sets that `load_dataset` finds without a folder of the user's."""
 TFDS_NAMES = {name: name for name in KNOWN_DATASETS[1:]} | {"svhn": "svhn_cropped"}
 
 
-# What reading a damaged or foreign directory has been seen to raise, and a missing decoder.
+# Errors that a damaged or foreign directory, or a missing decoder, has been seen to raise.
 _TFDS_ERRORS = (ImportError, OSError, ValueError, LookupError, RuntimeError)
 
 
@@ -49,14 +49,14 @@ def cannot_download(name: str, reason: str) -> str:
 
 
 def download(name: str, scratch: Path) -> Any:
-    """The builder, once it has downloaded and prepared."""
+    """Download and prepare a data set in the folder `scratch`; returns its builder."""
     try:
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(TFDS_NAMES[name], data_dir=scratch)
     except ImportError as error:
         raise UserError(cannot_download(name, brief(error))) from error
-    if host := _unresolved_host(builder.url_infos or {}):
+    if host := unresolved_host(builder.url_infos or {}):
         raise UserError(cannot_download(name, f"the host name {host} does not resolve"))
     try:
         builder.download_and_prepare(
@@ -68,8 +68,8 @@ def download(name: str, scratch: Path) -> Any:
     return builder
 
 
-def _unresolved_host(urls: Iterable[str]) -> str | None:
-    """The first host without an address, found at once where ten retries would take minutes."""
+def unresolved_host(urls: Iterable[str]) -> str | None:
+    """The first host that has no address: found at once, where ten retries would take minutes."""
     if urllib.request.getproxies().keys() - {"no"}:
         return None  # the proxy resolves names; "no" lists the hosts it is not for
     for host in sorted({urllib.parse.urlsplit(url).hostname or "" for url in urls}):
@@ -107,7 +107,7 @@ class PreparedPart:
 
     def __init__(self, name: str, builder: Any, split: str, folder: Path) -> None:
         self._key, self._folder = f"x_{split}", folder
-        self._convert = _reduce_omniglot if name == "omniglot" else np.asarray
+        self._convert = reduce_omniglot if name == "omniglot" else np.asarray
         self._what = (
             f"cannot read the {split} split of {folder} (it must be in the array_record format)"
         )
@@ -126,14 +126,14 @@ class PreparedPart:
         return one_part(self._key, images, self._folder)
 
     def read_all(self) -> np.ndarray:
-        """All of them."""
+        """All images of the split."""
         starts = range(0, len(self), BATCH)
         batches = [self.read(np.arange(i, min(i + BATCH, len(self)))) for i in starts]
         with one_line_error(self._what, *_TFDS_ERRORS):
             return np.concatenate(batches)
 
 
-def _reduce_omniglot(images: np.ndarray) -> np.ndarray:
+def reduce_omniglot(images: np.ndarray) -> np.ndarray:
     """White paper (n, 105, 105[, channel]) to bright ink on black (n, 28, 28, 1), area-averaged."""
     area = _area_average(105, 28)
     # The drawings are 1-bit: decoders give ink 0, paper 1 or 255, with or without a channel axis.

@@ -18,7 +18,7 @@ from vlae_jax.data.stored import StoredImages, value_counts
 Kind = Literal["logit", "raw", "static_binary", "dynamic_binary"]
 KINDS: tuple[Kind, ...] = ("logit", "raw", "static_binary", "dynamic_binary")
 
-_EVALUATION_SEED = 20190613  # any number; fixed, so that the noise of an evaluation can be replayed
+_EVALUATION_SEED = 20190613  # an arbitrary number, fixed so that an evaluation can be repeated
 
 
 @functools.partial(
@@ -41,9 +41,9 @@ class Preprocessor:
     """
 
     mean: Array
-    """What is subtracted, (dim,): the training mean of each pixel; zeros for binary images."""
+    """Subtracted from the pixels, (dim,): their training mean; zeros for binary images."""
     scale: Array
-    """What is divided by, a scalar: one standard deviation for all pixels, or 1."""
+    """Divides the pixels, a scalar: one standard deviation for all of them, or 1."""
     variance: Array
     """Variance of x over the training images and the noise, (dim,)."""
     average: Array
@@ -64,15 +64,15 @@ class Preprocessor:
         return math.prod(self.image_shape)
 
     def apply(self, key: Array, pixels: Array) -> tuple[Array, Array]:
-        """Make x of one image, and say how it stretches volume.
+        """Turn one image into x, with the log-Jacobian of the map.
 
         Args:
-            key: For the dequantisation noise or the Bernoulli draw; raw does not use it.
+            key: For the dequantization noise or the Bernoulli draw; raw does not use it.
             pixels: `image_shape`, 0 to levels - 1.
 
         Returns:
             x, (dim,), in the default floating type; and log|dx/dy|, a scalar in nats, summed over
-            pixels. The latter is 0 where there is no dequantised pixel y: raw and binary.
+            pixels. The latter is 0 where there is no dequantized pixel y: raw and binary.
 
         Raises:
             ValueError: If `pixels` is not of shape `image_shape`.
@@ -103,7 +103,7 @@ class Preprocessor:
     def to_pixels(self, x: Array) -> Array:
         """The picture of one x (dim,): `image_shape`, in [0, 1], clipped.
 
-        For logit the dequantised pixels y; for binary images x may be a probability.
+        For logit the dequantized pixels y; for binary images x may be a probability.
         """
         pixels = x * self.scale + self.mean
         if self.kind == "logit":
@@ -113,11 +113,11 @@ class Preprocessor:
     def bits_per_dim(self, log_prob: Array, log_det: Array) -> Array | None:
         """Bits per dimension of the original pixels, from nats per image in model space.
 
-        log p(x) + log|dx/dy| is the log density of the dequantised pixels y in [0, 1]^dim, where a
+        log p(x) + log|dx/dy| is the log density of the dequantized pixels y in [0, 1]^dim, where a
         pixel value is a cell of side 1 / levels. On average over the noise this bounds from above
         the bits that the integer pixels cost. A uniform density gives log2(levels).
 
-        None where there is no such number. raw: a density at undequantised points can be made as
+        None where there is no such number. raw: a density at undequantized points can be made as
         high as one likes, by narrow peaks on the values that occur. binary: the model gives
         probabilities of the binary images, not of the original pixels.
 
@@ -181,9 +181,10 @@ def fit_preprocessor(
 
 
 def fixed_keys(n: int) -> Array:
-    """Keys of shape (n,) from a fixed seed, the i-th one the same whatever `n`.
+    """Keys of shape (n,) from a fixed seed; the i-th one does not depend on `n`.
 
-    For validation and test noise and for static binary images: an evaluation can then be replayed.
+    They serve validation and test noise and static binary images, so that an evaluation can be
+    repeated.
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         jax.random.key(_EVALUATION_SEED), jnp.arange(n)
@@ -196,7 +197,7 @@ def _open_uniform(key: Array, dim: int) -> Array:
 
 
 def _moments(kind: Kind, levels: int, logit_lambda: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of x and of x² given the pixel's value, before centring: (levels,) each."""
+    """Mean of x and of x² given the pixel's value, before centering: (levels,) each."""
     if kind == "logit":
         return _logit_moments(levels, logit_lambda)
     proportion = np.arange(levels) / (levels - 1)

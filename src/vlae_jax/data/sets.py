@@ -1,31 +1,26 @@
-"""Named image sets: from the cache, a given folder or a download; never replaced by another.
+"""Data sets in three parts, loaded by name or made from arrays, and prepared by a download.
 
-Only `prepare_dataset` needs TensorFlow, and only while tensorflow-datasets prepares a download;
-what it leaves is a plain .npz file, or a directory of array_record files to stream from.
+Named image sets come from the cache, a given folder or a download, and one is never replaced by
+another. Only `prepare_dataset` needs TensorFlow, and only while tensorflow-datasets prepares a
+download; it leaves a plain .npz file, or a directory of array_record files to stream from.
 """
 
 import enum
-import functools
-import glob
 import hashlib
-import json
 import math
 import os
-import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from vlae_jax.data.formats import (
     Parts,
-    Source,
     checked_parts,
     installed,
     npz_source,
     one_line_error,
-    read_idx_pair,
     require_one_shape,
     write_npz,
 )
@@ -36,10 +31,19 @@ from vlae_jax.data.prepared import (
     cache_dir,
     cannot_download,
     download,
-    may_be_idx,
     open_builder,
     read_builder,
-    read_prepared,
+)
+from vlae_jax.data.search import (
+    cached_file,
+    find_source,
+    find_streamable,
+    lacking_to_stream,
+    nothing_fits,
+    nothing_to_stream,
+    path_of,
+    refuse_file_for_digits,
+    refuse_to_stream_digits,
 )
 from vlae_jax.data.stored import BATCH, StoredImages, add_value_counts
 from vlae_jax.errors import UserError, nearest
@@ -55,7 +59,7 @@ class Dataset(NamedTuple):
 
     name: str
     train: np.ndarray | StoredImages
-    """On disk still if they were asked to be streamed."""
+    """On disk where they were asked to be streamed."""
     validation: np.ndarray
     """Set aside from the training images by a permutation that is the same in every run."""
     test: np.ndarray
@@ -67,7 +71,7 @@ class Dataset(NamedTuple):
     """First 16 hex digits of the SHA-256 of shapes and pixels, before validation is set aside."""
 
     def first_test_images(self, count: int | None) -> np.ndarray:
-        """The first so many test images; all by default.
+        """The first `count` test images, or all where it is None.
 
         Raises:
             UserError: If there are fewer.
@@ -121,12 +125,12 @@ def load_dataset(
     if stream:
         return _stream(name, data_dir, validation_fraction)
     if name == "digits":
-        _refuse_file_for_digits(data_dir)
+        refuse_file_for_digits(data_dir)
         described = "scikit-learn load_digits, split at random"
         return _split(name, _digits(), 17, described, validation_fraction)
-    source = _find(name, data_dir)
+    source = find_source(name, data_dir)
     if source is None and data_dir is not None:
-        raise UserError(_nothing_fits(name, _path(data_dir)))
+        raise UserError(nothing_fits(name, path_of(data_dir)))
     if source is None:
         source = npz_source(prepare_dataset(name))
     return _split(name, source.read(), 256, source.description, validation_fraction)
@@ -143,7 +147,8 @@ def dataset_from_arrays(
 
     Args:
         train: uint8, (n, height, width) or (n, height, width, channel).
-        test: Likewise. Without them the validation images stand in for test images.
+        test: Images of the same type and shape. Without them the validation images stand in for
+            test images.
         levels: How many values a pixel may take, from 0.
         validation_fraction: Share of the training images set aside for validation, between 0 and 1.
 
@@ -162,39 +167,42 @@ def dataset_from_arrays(
 
 
 def is_available(name: str, data_dir: str | Path | None = None, *, stream: bool = False) -> bool:
-    """Whether `load_dataset` would find the data here, without a download.
+    """Whether `load_dataset` would find the data on this machine, without a download.
 
     Looks at names of files only, so a broken file still counts. Imports neither TensorFlow nor
     tensorflow-datasets.
     """
     if stream:
-        return _stored(name, data_dir) is not None and not _lacking_to_stream()
+        return find_streamable(name, data_dir) is not None and not lacking_to_stream()
     if name == "digits":
-        return installed("sklearn") and not (data_dir and _path(data_dir).is_file())
-    return _find(name, data_dir) is not None
+        return installed("sklearn") and not (data_dir and path_of(data_dir).is_file())
+    return find_source(name, data_dir) is not None
 
 
 def availability(
     name: str, data_dir: str | Path | None = None, *, stream: bool = False
 ) -> Availability:
-    """What it takes to read the data here. Imports neither TensorFlow nor tensorflow-datasets.
+    """What it takes to read the data on this machine.
+
+    Imports neither TensorFlow nor tensorflow-datasets.
 
     Raises:
-        UserError: If nothing will do: the name is not known, or `data_dir` does not hold the set.
+        UserError: If the data cannot be read or downloaded: the name is not known, or `data_dir`
+            does not hold the set.
     """
     if stream:
-        _refuse_to_stream_digits(name)
+        refuse_to_stream_digits(name)
     if is_available(name, data_dir, stream=stream):
         return Availability.READABLE
     if name == "digits":
-        _refuse_file_for_digits(data_dir)
-    if _stored(name, data_dir) is not None and (stream or data_dir is not None):
+        refuse_file_for_digits(data_dir)
+    if find_streamable(name, data_dir) is not None and (stream or data_dir is not None):
         return Availability.NEEDS_TFDS
     if data_dir is None:
         _require_preparable(name)
         return Availability.NEEDS_DOWNLOAD
-    lacking = _nothing_to_stream if stream else _nothing_fits
-    raise UserError(lacking(name, _path(data_dir)))
+    lacking = nothing_to_stream if stream else nothing_fits
+    raise UserError(lacking(name, path_of(data_dir)))
 
 
 def prepare_dataset(name: str, *, stream: bool = False) -> Path:
@@ -205,8 +213,8 @@ def prepare_dataset(name: str, *, stream: bool = False) -> Path:
     alphabet.
 
     Args:
-        name: One of `KNOWN_DATASETS`, but digits.
-        stream: Keep the directory of array_record files, which can be streamed, instead.
+        name: One of `KNOWN_DATASETS` other than digits.
+        stream: Keep the directory of array_record files, which can be streamed, and no .npz file.
 
     Returns:
         The .npz file, with keys x_train and x_test; or the directory.
@@ -215,9 +223,9 @@ def prepare_dataset(name: str, *, stream: bool = False) -> Path:
         UserError: If the name is not known, TensorFlow is missing, or downloading or writing fails.
     """
     _require_preparable(name)
-    there = _stored(name, None) if stream else _cached_file(name)
-    if there is not None and there.exists():
-        return there
+    kept = find_streamable(name, None) if stream else cached_file(name)
+    if kept is not None and kept.exists():
+        return kept
     for module in ("tensorflow_datasets", "tensorflow"):
         if not installed(module):
             raise UserError(cannot_download(name, f"{module} is not installed"))
@@ -234,137 +242,12 @@ def prepare_dataset(name: str, *, stream: bool = False) -> Path:
             target.parent.mkdir(exist_ok=True)
             os.replace(builder.data_dir, target)
     else:
-        target = _cached_file(name)
+        target = cached_file(name)
         parts = read_builder(name, builder, scratch)
         with one_line_error(unwritable, OSError):
             write_npz(target, parts)
     shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def _find(name: str, data_dir: str | Path | None) -> Source | None:
-    if data_dir is None:
-        cached = _cached_file(name)
-        return npz_source(cached) if name in KNOWN_DATASETS and cached.is_file() else None
-    root = _path(data_dir)
-    if root.is_file():
-        fits = root.suffix == ".npz" and not _named_for_another(name, root)
-        return npz_source(root) if fits else None
-    if (root / f"{name}.npz").is_file():
-        return npz_source(root / f"{name}.npz")
-    return _find_idx(name, root) or _find_prepared(name, root)
-
-
-def _find_idx(name: str, root: Path) -> Source | None:
-    if not may_be_idx(name):
-        return None
-    folders = [root / name] + ([] if _named_for_another(name, root) else [root])
-    for folder in folders:
-        train, test = (_idx_file(folder, part) for part in ("train", "t10k"))
-        if train and test:
-            return Source(functools.partial(read_idx_pair, train, test), f"idx files in {folder}")
-    return None
-
-
-def _idx_file(folder: Path, part: str) -> Path | None:
-    names = (f"{part}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz"))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _find_prepared(name: str, root: Path) -> Source | None:
-    folder = _prepared_folder(name, root)
-    if folder is None or not installed("tensorflow_datasets"):
-        return None
-    return Source(lambda: read_prepared(name, folder), f"tensorflow-datasets directory {folder}")
-
-
-def _stored(name: str, data_dir: str | Path | None) -> Path | None:
-    """The prepared directory that can be streamed."""
-    return _prepared_folder(name, cache_dir() if data_dir is None else _path(data_dir))
-
-
-def _prepared_folder(name: str, root: Path) -> Path | None:
-    wanted = TFDS_NAMES.get(name, name)
-    found = []
-    for pattern in ("", "*/", f"{glob.escape(wanted)}/*/"):
-        for file in root.glob(f"{pattern}dataset_info.json"):
-            about = _read_json(file)
-            if about.get("name") == wanted:
-                version = [int(part) for part in re.findall(r"\d+", str(about.get("version")))]
-                found.append((version, file.parent))
-    return max(found)[1] if found else None
-
-
-def _named_for_another(name: str, path: Path) -> bool:
-    # The pixels do not say what they are: a file's or folder's name is the only sign of a mix-up.
-    return path.stem.replace("-", "_") in set(KNOWN_DATASETS) - {name}
-
-
-def _path(data_dir: str | Path) -> Path:
-    return Path(data_dir).expanduser()
-
-
-def _cached_file(name: str) -> Path:
-    return cache_dir() / f"{name}.npz"
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _nothing_fits(name: str, root: Path) -> str:
-    if not root.exists():
-        return f"data_dir {root} does not exist; give a folder or an .npz file that holds {name}"
-    if root.is_file():
-        return f"data_dir {root} is not an .npz file of {name}; give a folder or an .npz file"
-    wanted = [f"{name}.npz"]
-    if may_be_idx(name):
-        wanted.append(
-            "idx files (train-images-idx3-ubyte and t10k-images-idx3-ubyte, .gz or not, "
-            f"directly or in {name}/)"
-        )
-    wanted.append(f"a prepared tensorflow-datasets directory {TFDS_NAMES.get(name, name)}/")
-    if not installed("tensorflow_datasets"):
-        wanted[-1] += " (readable once you pip install 'vlae-jax[tfds]')"
-    held = ", ".join(sorted(file.name for file in root.glob("*.npz"))) or "none"
-    unknown = "" if name in KNOWN_DATASETS else f"; not a known name{nearest(name, KNOWN_DATASETS)}"
-    return (
-        f"no {name} in data_dir {root}: looked for {', '.join(wanted)}; "
-        f".npz files there: {held}{unknown}"
-    )
-
-
-def _nothing_to_stream(name: str, root: Path) -> str:
-    tfds_name = TFDS_NAMES.get(name, name)
-    return (
-        f"no {name} that can be streamed in {root}: that takes a directory {tfds_name}/ which "
-        f"tensorflow-datasets has prepared; make one with tfds.builder({tfds_name!r}, data_dir=...)"
-        ".download_and_prepare(file_format='array_record'), or leave --stream out"
-    )
-
-
-def _lacking_to_stream() -> list[str]:
-    modules = ("tensorflow_datasets", "array_record", "grain")
-    return [module for module in modules if not installed(module)]
-
-
-def _refuse_to_stream_digits(name: str) -> None:
-    if name == "digits":
-        raise UserError(
-            "digits comes with scikit-learn and is always in memory; leave --stream out"
-        )
-
-
-def _refuse_file_for_digits(data_dir: str | Path | None) -> None:
-    if data_dir is not None and _path(data_dir).is_file():
-        raise UserError(
-            f"digits comes with scikit-learn and is not read from {data_dir}; "
-            "leave data_dir out, or name the data set that the file holds"
-        )
 
 
 def _require_preparable(name: str) -> None:
@@ -420,13 +303,16 @@ def _split(
 
 
 def _stream(name: str, data_dir: str | Path | None, validation_fraction: float) -> Dataset:
-    """What `_split` makes of the same images, in one pass that keeps only the others."""
-    _refuse_to_stream_digits(name)
-    if lacking := _lacking_to_stream():
+    """A data set whose training images stay on disk: equal to that of `_split`.
+
+    One pass over them all takes their fingerprint and statistics, and keeps the validation images.
+    """
+    refuse_to_stream_digits(name)
+    if lacking := lacking_to_stream():
         raise UserError(f"--stream needs {' and '.join(lacking)}: pip install 'vlae-jax[stream]'")
-    folder = _stored(name, data_dir)
+    folder = find_streamable(name, data_dir)
     if folder is None and data_dir is not None:
-        raise UserError(_nothing_to_stream(name, _path(data_dir)))
+        raise UserError(nothing_to_stream(name, path_of(data_dir)))
     folder = folder or prepare_dataset(name, stream=True)
     builder = open_builder(folder)
     stored, test = (PreparedPart(name, builder, part, folder) for part in ("train", "test"))

@@ -5,20 +5,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-BATCH = 1000  # examples held decoded at once: an Omniglot drawing is 33 kB before it is reduced
-_COUNTED = 2**22  # pixels counted at once
+BATCH = 1000
+"""Examples decoded at once: an Omniglot drawing is 33 kB before it is reduced."""
+_COUNTED = 2**22
+"""Pixels counted at once."""
 
 
 class StoredImages:
     """Images that stay on disk, uint8 (n, height, width, channel): indexing reads them.
 
-    Of each there are 4 bytes in memory, its place on disk. Several threads may read at once.
+    In memory each takes 4 bytes: its place on disk. Several threads may read at once.
 
     Args:
         read: Places on disk, (k,) → images (k, height, width, channel).
         places: Those of these images, (n,).
         image_shape: (height, width, channel).
-        value_counts: What the function `value_counts` gives of them.
+        value_counts: Their value counts; see the function `value_counts`.
     """
 
     def __init__(
@@ -46,9 +48,9 @@ class StoredImages:
 
 
 def value_counts(images: np.ndarray | StoredImages) -> np.ndarray:
-    """How many of the images have each value at each pixel: int64 (dim, 256).
+    """Count the images with each value at each pixel: int64 (dim, 256).
 
-    Statistics that are made of it are exact, whatever the order of the images.
+    Statistics computed from the counts are exact in any order of the images.
     """
     if isinstance(images, StoredImages):
         return images.value_counts

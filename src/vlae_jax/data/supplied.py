@@ -1,4 +1,4 @@
-"""Images that a user brings: arrays to train on; arrays and pictures for a trained model."""
+"""Images of the user: arrays for training; arrays, pictures and masks for a trained model."""
 
 import zlib
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ PICTURES = frozenset(
 )
 """Endings of the picture files that are read, by Pillow."""
 _MODES = {1: "L", 3: "RGB"}
-# What numpy has been seen to raise for a damaged or foreign file.
+# Errors that numpy has been seen to raise for a damaged or foreign file.
 _DAMAGED = (OSError, ValueError, EOFError, TypeError, KeyError, BadZipFile, zlib.error)
 
 Shape = tuple[int, ...]
 
 
 class DataOptions(Protocol):
-    """What `as_dataset` reads of a configuration's data section."""
+    """The fields of a configuration's data section that `as_dataset` reads."""
 
     @property
     def dataset(self) -> str:
@@ -32,7 +32,7 @@ class DataOptions(Protocol):
 
     @property
     def data_dir(self) -> str | None:
-        """Where to look for it."""
+        """The folder or file that holds it; None for the cache."""
         ...
 
     @property
@@ -47,7 +47,7 @@ class DataOptions(Protocol):
 
 
 class Images(NamedTuple):
-    """Images as a model's data set has them."""
+    """Images in the form of a model's data set."""
 
     pixels: np.ndarray
     """uint8, (n, height, width, channel)."""
@@ -55,7 +55,7 @@ class Images(NamedTuple):
     """File names, where each image is a file of its own."""
 
     def first(self, count: int | None) -> "Images":
-        """The first so many; all by default.
+        """The first `count` images, or all where it is None.
 
         Raises:
             UserError: If there are fewer, or none are asked for.
@@ -70,10 +70,10 @@ class Images(NamedTuple):
 def as_dataset(
     data: Dataset | np.ndarray | Mapping[str, np.ndarray] | str | None, config: DataOptions
 ) -> Dataset:
-    """Whatever a user trains on, as a data set.
+    """Make a data set of any of the forms in which a user may give training images.
 
     Args:
-        data: A data set, which is taken as it is; a name, or None for that of the configuration;
+        data: A data set, which is returned; a name, or None for that of the configuration;
             training images; or a mapping with x_train, x_test (the validation images stand in for
             missing test images) and, optionally, levels.
         config: The data section of the configuration.
@@ -110,7 +110,7 @@ def read_images(path: Path, shape: Shape, levels: int) -> Images:
 
     An array is the key x or x_test of an .npz file, the only array in it, or an .npy file: uint8,
     (n, height, width, channel), without the channel where there is one, or a single image. Picture
-    files are 8 bits a channel; colours become grey where the model has one channel. Nothing is
+    files are 8 bits a channel; colors become gray where the model has one channel. Nothing is
     resized.
 
     Args:
@@ -199,10 +199,10 @@ def read_array(path: Path, keys: tuple[str, ...] = ("x", "x_test")) -> np.ndarra
 
 
 def checked(images: np.ndarray, shape: Shape, levels: int, where: object) -> np.ndarray:
-    """The same images, (n, height, width, channel), if a model for these can take them.
+    """Return images (n, height, width, channel) that fit a model, and refuse others.
 
     Raises:
-        UserError: If they are of another type or shape, too bright, or none.
+        UserError: If there are none, or their type, shape or range does not fit.
     """
     if images.dtype != np.uint8:
         advice = f"give pixels from 0 to {levels - 1}"
@@ -224,7 +224,7 @@ def checked(images: np.ndarray, shape: Shape, levels: int, where: object) -> np.
 
 
 def _as_images(array: np.ndarray, shape: Shape, where: Path) -> np.ndarray:
-    """With an axis of images and one of channels, where one can be told to be missing."""
+    """Add an axis of images and one of channels where the shape shows that they are missing."""
     plain = shape[:2] if shape[2] == 1 else None
     if array.shape == shape or array.shape == plain:
         return array.reshape(1, *shape)

@@ -1,9 +1,9 @@
-"""Devices and processes: who holds which part of an array, and how processes agree.
+"""Devices and processes: the placement of arrays, and agreement among processes.
 
 | module | what is in it |
 |---|---|
-| `options` | what the user chooses |
-| `placement` | devices: which holds which part of the arrays |
-| `processes` | processes: how they find each other, agree and end together |
-| `mapping` | a function of one image, applied to all of a set in batches |
+| `options` | the options that choose devices and processes |
+| `placement` | the placement of arrays on devices |
+| `processes` | joining, agreeing, failing and ending together |
+| `mapping` | a function of one image, applied to a set of images in batches |
 """

@@ -1,4 +1,4 @@
-"""A function of one image, applied to all of a set in batches of one shape."""
+"""Applying a function of one image to a set of images, in batches of one shape."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +25,9 @@ def map_images(
         function: (params, pixels, *items) → any pytree of arrays; traced once.
         images: (n, height, width, channel).
         arrays: More arrays with n rows, one row given to each call (keys, say).
-        batch_size: Images at once; a little more if it takes that to give each device as many.
+        batch_size: Images at once; rounded up so that every device gets as many.
         placement: Split each batch along `data`, with parameters that are placed already; every
-            process must then call, and gets all the results. By default one device does all.
+            process must then call this, and gets all results. By default one device does all.
 
     Returns:
         (params, on_batch) → the pytree with numpy leaves of n rows. `on_batch(done)`, if given,

@@ -1,34 +1,35 @@
-"""Devices and processes, as the user chooses them."""
+"""The options that choose devices and processes."""
 
 import dataclasses
 import math
 
-from vlae_jax.errors import require
+from vlae_jax.errors import LARGEST_COUNT, require
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Devices and processes of a command. No part of a run: it may continue on others."""
+    """Devices and processes of a command. A run may continue on others than it began with."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0. Not needed on TPU VMs, GKE, Slurm and Open MPI."""
     processes: int | None = None
-    """How many processes there are; 1 joins no others."""
+    """Number of processes; 1 is this process alone."""
     process_id: int | None = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     timeout: int = 60
-    """Seconds to wait for the others at the start."""
+    """Seconds to wait for the other processes at the start."""
     devices: int | None = None
-    """Devices that each process uses, by default all; on a CPU so many virtual ones."""
+    """Number of devices that each process uses, by default all; on a CPU they are virtual."""
     shard_parameters: bool = False
-    """Split parameters and optimiser state over all devices, each along an axis that their number
-    divides: a device stores its part alone, and gathers the others for the time of a step."""
+    """Split parameters and optimizer state over all devices, each along an axis that the number of
+    devices divides: a device stores only its part, and gathers the others for each step."""
 
     def __post_init__(self) -> None:
         for name in ("processes", "devices", "timeout"):
             value = getattr(self, name)
             require(
-                value is None or value >= 1, f"distributed.{name} must be at least 1, got {value}"
+                value is None or 1 <= value <= LARGEST_COUNT,
+                f"distributed.{name} must be at least 1 and at most {LARGEST_COUNT}, got {value}",
             )
         count = self.processes if self.processes is not None else math.inf
         require(

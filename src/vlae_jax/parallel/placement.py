@@ -1,4 +1,4 @@
-"""Devices: which holds which part of the arrays of training and evaluation."""
+"""The placement of arrays on devices in training and evaluation."""
 
 import math
 from collections.abc import Callable
@@ -20,10 +20,10 @@ _SMALLEST_SHARDED = 4096
 
 
 class Placement:
-    """Which device holds which part of the arrays of training and evaluation.
+    """A layout of devices, and the placement of arrays on them.
 
     Batches are split along the mesh axis `data`, importance samples along `samples`. Parameters and
-    optimiser state are whole on every device or, if `shard_parameters`, each split among all of
+    optimizer state are whole on every device or, if `shard_parameters`, each split among all of
     them, and gathered when they are used.
     """
 
@@ -32,9 +32,9 @@ class Placement:
         self.shard_parameters = shard_parameters
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.rows = NamedSharding(mesh, PartitionSpec(DATA))
-        """The first axis of an array along `data`."""
+        """Splits the first axis of an array along `data`."""
         self.columns = NamedSharding(mesh, PartitionSpec(None, DATA))
-        """The second."""
+        """Splits the second axis of an array along `data`."""
 
     @classmethod
     def of(cls, devices: Any = None, *, shard_parameters: bool = False) -> "Placement":
@@ -51,14 +51,14 @@ class Placement:
 
     @property
     def size(self) -> int:
-        """How many devices there are."""
+        """The number of devices."""
         return self.mesh.size
 
     def require_even(self, batch_size: int, microbatches: int | None = None) -> None:
-        """Check that every device gets as many images of a batch, or as many of its parts.
+        """Check that the devices can share a batch evenly: its images, or its microbatches.
 
         Raises:
-            UserError: If not.
+            UserError: If they cannot.
         """
         name, count = "batch_size", batch_size
         if microbatches is not None:
@@ -71,16 +71,19 @@ class Placement:
 
     @property
     def in_flight(self) -> int:
-        """How many programs may be started before the first has ended.
+        """The number of programs that may be started before the first has ended.
 
-        Virtual devices share the threads of one processor: those of a second program can keep the
-        first waiting for its last device for ever.
+        Virtual devices share the threads of one processor: a second program can occupy threads that
+        the last device of the first one needs, and then both wait forever.
         """
         here = self.mesh.local_devices
         return 0 if len(here) > 1 and here[0].platform == "cpu" else 2
 
     def for_batch(self, batch: int) -> "Placement":
-        """The same devices: as many along `data` as divide `batch`, the others along `samples`."""
+        """The same devices for batches of a given size.
+
+        As many as divide the size lie along `data`, the others along `samples`.
+        """
         rows = math.gcd(batch, self.size)
         mesh = Mesh(
             self.mesh.devices.reshape(rows, -1),
@@ -90,10 +93,10 @@ class Placement:
         return Placement(mesh, shard_parameters=self.shard_parameters)
 
     def of_parameters(self, tree: Any) -> Any:
-        """The sharding of each array: whole, or split along its longest axis that can be.
+        """The sharding of each parameter: whole, or split along its longest divisible axis.
 
         Raises:
-            UserError: If they are to be split, and none can be.
+            UserError: If parameters are to be split and no axis is divisible.
         """
         found = jax.tree.map(lambda leaf: self._of_parameter(leaf.shape), tree)
         if (
@@ -121,11 +124,11 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def put(self, tree: Any, shardings: Any = None) -> Any:
-        """Place arrays that every process has whole; without communication.
+        """Place arrays of which every process has a whole copy; without communication.
 
         Args:
             tree: Arrays; random keys too.
-            shardings: One for all, or a tree of them; by default whole on every device.
+            shardings: One for all arrays, or a tree of them; by default whole on every device.
         """
         if shardings is None or isinstance(shardings, NamedSharding):
             one = shardings or self.replicated
@@ -133,7 +136,7 @@ class Placement:
         return jax.tree.map(_put, tree, shardings)
 
     def whole(self, tree: Any) -> Any:
-        """Numpy arrays of what may be split among devices and processes; all must ask."""
+        """Gather arrays that may be split over devices into numpy; every process must call this."""
         gather = jax.jit(lambda tree: tree, out_shardings=self.replicated)
         return jax.device_get(gather(tree))
 
@@ -157,19 +160,19 @@ class Placement:
         *rows: Array | PRNGKeyArray,
         microbatches: int | None = None,
     ) -> Any:
-        """Inside jit: `function` of each device's rows by themselves, averaged over the devices.
+        """Inside jit: apply a function to the rows of each device, and average over devices.
 
-        Each device's loops end when its own rows are done, and gradients are summed once. Left to
-        the partitioner, every pass of a loop asks all devices whether to go on, and gradients are
-        summed in parts, inside the loops of reverse mode too.
+        Each device's loops end when its own rows are done, and gradients are summed once. XLA's own
+        partitioner would ask all devices in every pass of a loop whether to go on, and would sum
+        gradients in parts, inside the loops of reverse mode too.
 
         Args:
             function: (whole, *rows) → a tree of means over its rows.
             whole: A tree that every device has whole.
             rows: Arrays split along `data`.
-            microbatches: Into how many parts the rows of all devices are split instead, a multiple
-                of the devices. Each device takes its own one after the other, and all are added up
-                in their order: the same sum, bit for bit, on any number of devices.
+            microbatches: Split the rows of all devices into this many parts, a multiple of the
+                number of devices. Each device takes its parts one after the other, and all are
+                added up in order: the sum is equal bit for bit on any number of devices.
         """
 
         def here(whole: Any, *rows: Array) -> Any:
@@ -189,17 +192,17 @@ class Placement:
         return apart(whole, *rows)
 
     def gathered(self, tree: Any) -> Any:
-        """Inside jit: whole on every device."""
+        """Inside jit: gather split arrays, whole on every device."""
         if not self.shard_parameters:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.replicated)
 
 
 def _one_by_one(function: Callable[[Any], Any], parts: Any, count: int) -> Any:
-    """Like `jax.lax.map`, in a program that is the same for any count.
+    """Like `jax.lax.map`, compiled to the same program for any count.
 
-    A compiler that knows that a loop has one pass merges it with what is around it, and rounds
-    differently; so it is not told.
+    A compiler that knows that a loop has one pass merges it with the code around it, which rounds
+    differently; so the count is hidden from it.
     """
 
     def of(index: Array) -> Any:
@@ -221,7 +224,7 @@ def _one_by_one(function: Callable[[Any], Any], parts: Any, count: int) -> Any:
 
 
 def _by_itself(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Inside jit: computed without being merged with what comes before or after."""
+    """Inside jit: apply a function without merging it with the code before or after it."""
     return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(tree)))
 
 

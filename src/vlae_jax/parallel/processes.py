@@ -1,4 +1,4 @@
-"""Processes: how they find each other, agree and end together."""
+"""Processes of one run: joining, agreeing on values, failing and ending together."""
 
 import contextlib
 import ctypes
@@ -22,27 +22,27 @@ from vlae_jax.parallel.placement import Placement
 
 Result = TypeVar("Result")
 LOST_PEER = os.EX_TEMPFAIL
-"""Exit code when another process died: 75, for what is worth trying again."""
+"""Exit code after another process died: 75, which means that trying again may succeed."""
 _SPEAKS_OF_PEERS = re.compile("gloo|peer|connection|coordination|heartbeat|unavailable", re.I)
 _HEARTBEAT_SECONDS = 30
 _MESSAGE_BYTES = 600
 
 
 def start(options: DistributedConfig) -> Placement:
-    """Join the other processes, if there are any, and lay out all devices. Before any use of JAX.
+    """Join the other processes, if there are any, and lay out all devices.
 
-    Without a coordinator, the cluster is asked: TPU VMs, GKE, Slurm and Open MPI tell all that is
-    needed. Elsewhere there is this process alone.
+    Call it before any use of JAX. Without a coordinator, JAX detects the cluster: TPU VMs, GKE,
+    Slurm and Open MPI. Elsewhere this process is alone.
 
     Raises:
         UserError: If the others cannot be joined in `options.timeout` seconds, disagree about
             their number, or a device is missing.
     """
     if options.devices is not None:
-        # Threads for virtual devices: where each waits for the others in one of two, none is left
-        # for the work that they wait for.
+        # XLA starts NPROC threads. Each virtual device may block one while it waits for the other
+        # devices, so there must be more threads than devices, or all of them wait forever.
         os.environ.setdefault("NPROC", str(4 * options.devices))
-        with contextlib.suppress(RuntimeError):  # JAX is in use: what there is must do
+        with contextlib.suppress(RuntimeError):  # JAX has started: its devices are checked below
             jax.config.update("jax_num_cpu_devices", options.devices)
     if options.processes != 1:
         _join(options)
@@ -106,14 +106,14 @@ def _join(options: DistributedConfig) -> None:
 
 def _join_cluster(timeout: int) -> None:
     try:
-        # On a cluster nobody mistyped an address: worth trying again.
+        # A cluster needs no address that could be mistyped, so trying again may succeed.
         with _deadline(timeout, "not all processes of this cluster have started", LOST_PEER):
             _initialize(timeout)
     except (ValueError, RuntimeError) as error:
         if "coordinator_address should be defined" in str(error):
             return  # no cluster that JAX knows
         if "before any JAX calls" in str(error):
-            return  # a program that uses JAX itself has decided
+            return  # the calling program uses JAX already, as one process
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the processes of this cluster cannot be joined: {reason}; --distributed.processes 1 "
@@ -122,7 +122,7 @@ def _join_cluster(timeout: int) -> None:
 
 
 def _initialize(timeout: int, **where: Any) -> None:
-    # JAX's own limit ends the process in its C++ part without an exception: ours comes first.
+    # At its own limit JAX ends the process in C++ without an exception: `_deadline` comes first.
     jax.distributed.initialize(
         initialization_timeout=timeout + 60,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
@@ -133,7 +133,7 @@ def _initialize(timeout: int, **where: Any) -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: int, lacking: str, code: int = 2) -> Iterator[None]:
-    """Leave with a message if what follows takes too long, or aborts; it raises nothing."""
+    """Exit with a message if the body takes too long or JAX aborts in it; raises nothing itself."""
     advice = "start all of them, with the same address and number"
     late = f"{lacking} within {seconds} s (--distributed.timeout); {advice}"
     timer = threading.Timer(seconds, leave, (late, code))
@@ -149,9 +149,9 @@ def _deadline(seconds: int, lacking: str, code: int = 2) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _instead_of_abort(message: str, code: int) -> Iterator[None]:
-    """Leave with a message where JAX's C++ part aborts the process, in whichever thread.
+    """Exit with a message where JAX's C++ part aborts the process, in whichever thread.
 
-    A handler of Python's own would run too late: abort() does not return.
+    A Python signal handler would run too late: abort() does not return.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -168,7 +168,7 @@ def _instead_of_abort(message: str, code: int) -> Iterator[None]:
 
 
 def _require_free(address: str) -> None:
-    """A taken port would end the process in JAX's C++ part."""
+    """Refuse a port that is taken: JAX's C++ part would end the process without a message."""
     port = int(address.rpartition(":")[2])
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -182,7 +182,7 @@ def _require_free(address: str) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process is the first one, which alone writes."""
     return jax.process_index() == 0
 
 
@@ -192,7 +192,7 @@ def is_alone() -> bool:
 
 
 def together(action: Callable[[], Result]) -> Result:
-    """Run something on every process; if it fails on one, fail on all, with that one's message.
+    """Run an action on every process; if it fails on one, fail on all with its message.
 
     Raises:
         UserError: If `action` raised one on any process.
@@ -214,7 +214,7 @@ def together(action: Callable[[], Result]) -> Result:
 
 
 def on_first(action: Callable[[], object]) -> None:
-    """Run something on the first process alone; the others wait for it.
+    """Run an action on the first process alone; the others wait for it.
 
     Raises:
         UserError: On all processes, if `action` raised one.
@@ -223,7 +223,7 @@ def on_first(action: Callable[[], object]) -> None:
 
 
 def from_first(value: float) -> float:
-    """What the first process has: for what may differ, a clock say."""
+    """The value of the first process, on all: for values that may differ, such as times."""
     if is_alone():
         return value
     bits = np.array([value]).view(np.uint32)  # JAX has 32 bits
@@ -233,8 +233,12 @@ def from_first(value: float) -> float:
 def require_equal(what: str, value: str) -> None:
     """Check that all processes have the same value.
 
+    Args:
+        what: Name of the value, for the message.
+        value: The value of this process.
+
     Raises:
-        UserError: On all processes, if they have not.
+        UserError: On all processes, if the values differ.
     """
     if is_alone():
         return
@@ -250,9 +254,10 @@ def require_equal(what: str, value: str) -> None:
 
 @contextlib.contextmanager
 def running(options: DistributedConfig) -> Iterator[Placement]:
-    """`start`, then leave together: JAX takes a process that ends before the others for dead.
+    """Join the processes as `start` does, and end them together on leaving the context.
 
-    Exits at once, with `LOST_PEER`, when another process has died.
+    JAX takes a process that ends before the others for dead. When another process has died, this
+    one exits at once with `LOST_PEER`.
     """
     lost = "another process ended or was killed; start all again with --resume"
     try:
@@ -265,7 +270,7 @@ def running(options: DistributedConfig) -> Iterator[Placement]:
             yield placement
             together(lambda: None)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # What the network library says comes as either.
+        # Errors of the network library arrive as either type.
         if is_alone() or not _SPEAKS_OF_PEERS.search(str(error)):
             raise
         leave(f"{lost} ({' '.join(str(error).split())[:200]})", LOST_PEER)
@@ -284,11 +289,11 @@ def leave(message: str, code: int) -> NoReturn:
 
 
 def stop_signal(step: int, received: list[int]) -> int | None:
-    """The signal that asks to stop after this step, the same one at the same step everywhere.
+    """The signal to stop for after this step, if any; all processes get it at the same step.
 
     Args:
-        step: Steps done; every process asks after each.
-        received: What this process was sent, where it is alone.
+        step: Steps done; every process must call this after each.
+        received: Signals that this process has received; used where it is alone.
     """
     if is_alone():
         return received[0] if received else None
@@ -296,5 +301,5 @@ def stop_signal(step: int, received: list[int]) -> int | None:
 
 
 def interrupt_all(_: int, __: Any) -> None:
-    """Handle Ctrl-C by asking for what SIGTERM asks: JAX passes that on to every process."""
+    """Handle Ctrl-C by sending SIGTERM to this process: JAX passes that on to all others."""
     os.kill(os.getpid(), signal.SIGTERM)

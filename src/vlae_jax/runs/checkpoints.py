@@ -16,16 +16,20 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vlae_jax.errors import Unreadable, UserError
+from vlae_jax.errors import Unreadable, UserError, one_line
 from vlae_jax.parallel.processes import is_first, on_first
 from vlae_jax.runs.storage import absolute, in_bucket
 
 _KEPT = 2
-_ROOM = 1.5  # times the size of the state, for what is stored around it
+"""How many of the last checkpoints stay, besides the best one."""
+_ROOM = 1.5
+"""Free space to ask for, in sizes of the state: files have headers and metadata too."""
 _DIGESTS = "sha256.json"
 _COMMITTED, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 _ASIDE = "damaged-"
-_INFO, _OLD_INFO = "info", "notes"
+_INFO = "info"
+_OLD_INFO = "notes"
+"""Name of that item in checkpoints from before version 0.1.0."""
 _NO_TREE = ""
 """Stands for files that belong to no tree."""
 _PAUSES = (1.0, 4.0)
@@ -33,7 +37,7 @@ _PAUSES = (1.0, 4.0)
 
 
 class CheckpointInfo(NamedTuple):
-    """What a checkpoint says in words, besides its arrays."""
+    """The part of a checkpoint that is stored as JSON, beside its arrays."""
 
     seconds: float
     """Time spent training so far."""
@@ -44,7 +48,7 @@ class CheckpointInfo(NamedTuple):
     best_bound: float
     """That ELBO, nats."""
     model: dict[str, Any]
-    """What the model is made for, as `models.trained.describe` has it."""
+    """Images and structure of the model, as `models.trained.describe` gives them."""
 
 
 class Restored(NamedTuple):
@@ -66,7 +70,7 @@ class Checkpoints:
     """The checkpoints of one run folder, one per step."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
-        # Orbax logs tracebacks of its threads; what they mean is raised too, and told in one line.
+        # Orbax logs tracebacks of its threads, and raises the same errors, reported in one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
         self.folder = absolute(folder)
         self.best_step: int | None = None
@@ -77,7 +81,7 @@ class Checkpoints:
             create=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
         )
-        with _one_line(f"{folder} cannot be opened"):
+        with _one_line_error(f"{folder} cannot be opened"):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], info: CheckpointInfo) -> None:
@@ -88,7 +92,7 @@ class Checkpoints:
         Args:
             step: Steps done.
             trees: Trees of arrays by name: each is stored, and can be restored, by itself.
-            info: What is said besides.
+            info: What is stored as JSON beside them.
 
         Raises:
             UserError: If it cannot be written, or an earlier one could not be.
@@ -96,7 +100,8 @@ class Checkpoints:
         on_first(lambda: self._require_space(trees))
         self.best_step = info.best_step
         with self._saving(f"checkpoint {step} cannot be written to {self.folder}"):
-            self._manager.wait_until_finished()  # for whose digests the other step is kept
+            # An earlier save still needs `_saving_step`, when it writes its digests.
+            self._manager.wait_until_finished()
             self._saving_step = step
             self._manager.save(
                 step,
@@ -110,7 +115,7 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """The steps there are checkpoints of."""
+        """The steps that have a checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
@@ -123,58 +128,60 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, then let go of the folder."""
+        """Wait until everything is saved, and close the folder."""
         self.wait()
         self._manager.close()
 
     def restore_last(self, like: Like) -> Restored | None:
-        """The newest undamaged checkpoint; newer ones are moved aside, and named.
+        """Restore the newest undamaged checkpoint; newer, damaged ones are moved aside.
 
         Args:
             like: What to restore: trees of the same structure, shapes and types by name, as a
                 function of the checkpoint's info. Other trees are not looked at.
 
         Returns:
-            None where no checkpoint was ever completed.
+            The checkpoint, with a line for each damaged one; None if none was ever completed.
 
         Raises:
-            UserError: If all there are are damaged, or one that is not cannot be read.
+            UserError: If every checkpoint is damaged, or fits another kind of model.
+            Unreadable: If an undamaged one cannot be read for now.
         """
         if not self.steps():
             return None
         restored = self._restore(self.steps()[::-1], like)
-        # The run is about to come to these steps again.
+        # Training is about to reach these steps again, and to save them.
         newer = [step for step in self.steps() if step > restored.step]
         on_first(lambda: self._move_aside(newer))
         self._manager.reload()
         return restored
 
     def restore_best(self, like: Like) -> Restored:
-        """The checkpoint with the highest validation ELBO, else the newest readable one.
+        """Restore the checkpoint with the best validation bound, or else the newest readable one.
 
         Args:
             like: As for `restore_last`.
 
         Raises:
-            UserError: If there is none, or one that is undamaged cannot be read.
+            UserError: If there is no readable one.
+            Unreadable: If an undamaged one cannot be read for now.
         """
-        best = self._noted_best()
+        best = self._best()
         others = [step for step in self.steps()[::-1] if step not in best]
         return self._restore([*best, *others], like)
 
     def _write_digests(self) -> None:
-        """Keep a digest of each file of the checkpoint that is about to be declared complete."""
+        """Write the digest of each file of a checkpoint, just before orbax declares it complete."""
         if is_first():
-            # In a bucket, where nothing can be renamed, it has its name from the beginning.
+            # In a bucket, where nothing can be renamed, the folder has its final name already.
             unfinished = [*self.folder.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")]
             folder = unfinished[0] if unfinished else self.folder / str(self._saving_step)
             (folder / _DIGESTS).write_text(json.dumps(_digests(folder)))
 
     def _require_undamaged(self, step: int, names: Collection[str]) -> None:
-        """Check the files of these trees, and those of no tree."""
+        """Check the files of the named items against their digests."""
         folder = self.folder / str(step)
         if not (folder / _DIGESTS).exists():
-            raise _Damaged(f"{_DIGESTS}, without which none is complete, is missing")
+            raise _Damaged(f"{_DIGESTS}, a part of every complete one, is missing")
         try:
             expected = {
                 name: digest
@@ -199,7 +206,7 @@ class Checkpoints:
     def _require_space(self, state: Any) -> None:
         if in_bucket(self.folder):
             return
-        # Asked first, since the storage layer reports a full disk in many tracebacks.
+        # Checked first, since the storage layer reports a full disk in many tracebacks.
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < _ROOM * needed:
@@ -212,19 +219,19 @@ class Checkpoints:
     def _saving(self, failure: str) -> Iterator[None]:
         """Leave no half checkpoint behind a save that fails."""
         try:
-            with _one_line(failure):
+            with _one_line_error(failure):
                 yield
         except UserError:
-            # In a bucket one without its commit_success.txt is none, and is written over.
+            # In a bucket a checkpoint without commit_success.txt does not count, and is replaced.
             if is_first() and not in_bucket(self.folder):
                 for partial in self.folder.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _noted_best(self) -> list[int]:
-        """The best step there is, as the newest checkpoint whose info can be read has it."""
+    def _best(self) -> list[int]:
+        """The best step according to the newest readable checkpoint, as a list of at most one."""
         for step in self.steps()[::-1]:
-            with contextlib.suppress(Exception):  # a damaged one, which _restore will name
+            with contextlib.suppress(Exception):  # a damaged one, which `_restore` will report
                 best = self._read_info(step).best_step
                 return [best] if best in self.steps() else []
         return []
@@ -233,13 +240,13 @@ class Checkpoints:
         damaged: list[str] = []
         for step in steps:
             try:
-                # One process looks and all believe it: reading is done by all together.
+                # The first process decides for all, since all must read one checkpoint together.
                 on_first(functools.partial(self._require_undamaged, step, (_INFO, _NO_TREE)))
                 info = self._read_info(step)
                 wanted = like(info)
                 on_first(functools.partial(self._require_undamaged, step, [*wanted]))
             except _Damaged as error:
-                damaged.append(f"checkpoint {step} is damaged ({_first_line(error)})")
+                damaged.append(f"checkpoint {step} is damaged ({one_line(error)})")
                 continue
             trees = self._read(step, wanted)
             if damaged:
@@ -255,7 +262,13 @@ class Checkpoints:
                 "runs cannot be read by this version: train again, or use the old version"
             )
         found = self._composite(step, {_INFO: ocp.args.JsonRestore()})[_INFO]
-        return CheckpointInfo(**found)
+        try:
+            return CheckpointInfo(**found)
+        except TypeError as error:
+            raise UserError(
+                f"checkpoint {step} in {self.folder} was written by another version of vlae_jax "
+                f"({one_line(error)}): use that one, or train again"
+            ) from None
 
     def _read(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         targets = {
@@ -272,16 +285,16 @@ class Checkpoints:
             try:
                 return self._manager.restore(step, args=ocp.args.Composite(**what))
             except ValueError as error:
-                raise UserError(f"{failure}: {_first_line(error)}") from None
-            except Exception as error:  # orbax raises what its storage layer does
+                raise UserError(f"{failure}: {one_line(error)}") from None
+            except Exception as error:  # of orbax's storage layer, which may be of any kind
                 if pause is None:
-                    raise Unreadable(f"{failure}: {_first_line(error)}; try again") from None
+                    raise Unreadable(f"{failure}: {one_line(error)}; try again") from None
                 time.sleep(pause)
         raise AssertionError
 
 
 class _Damaged(UserError):
-    """What a checkpoint holds is not what was written."""
+    """The files of a checkpoint differ from what was written."""
 
 
 def _tree_of(name: str) -> str:
@@ -291,7 +304,7 @@ def _tree_of(name: str) -> str:
 
 
 def _digests(folder: Path, trees: Collection[str] | None = None) -> dict[str, str]:
-    """The SHA-256 of the files of a checkpoint, by name in its folder; of these trees, or all."""
+    """The SHA-256 of each file of a checkpoint by its name there; only of some trees, if given."""
     found = {}
     for file in _files(folder):
         name = str(file)[len(str(folder)) + 1 :]
@@ -308,7 +321,7 @@ def _digests(folder: Path, trees: Collection[str] | None = None) -> dict[str, st
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder. Buckets know no pattern for that."""
+    """All files below a folder; by hand, since recursive patterns do not work in buckets."""
     for entry in folder.iterdir():
         if entry.is_dir():
             yield from _files(entry)
@@ -317,7 +330,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _without_time(metadata: Path) -> bytes:
-    """What orbax notes of a checkpoint, but for the time that it adds when all is complete."""
+    """Orbax's metadata of a checkpoint, without the time that it adds on completion."""
     try:
         noted = json.loads(metadata.read_text())
         return json.dumps({**noted, "commit_timestamp_nsecs": None}, sort_keys=True).encode()
@@ -326,7 +339,7 @@ def _without_time(metadata: Path) -> bytes:
 
 
 class _KeepBestAndLast(policies.PreservationPolicy):
-    """Which checkpoints orbax must not delete: the best one and the last ones."""
+    """Orbax's rule for deleting checkpoints: keep the best one and the last ones."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
@@ -337,14 +350,8 @@ class _KeepBestAndLast(policies.PreservationPolicy):
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def _one_line_error(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # orbax and its storage layer raise every kind
-        raise UserError(f"{what}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    # The cause stands at the end of what the storage layer says.
-    return text if len(text) <= 160 else f"{text[:60]} ... {text[-95:]}"
+    except Exception as error:  # of orbax or its storage layer, which may be of any kind
+        raise UserError(f"{what}: {one_line(error)}") from None

@@ -1,16 +1,17 @@
-"""What the user chooses, as frozen dataclasses that check themselves when built."""
+"""The configuration of a run: frozen dataclasses that check themselves when built."""
 
 import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
-from vlae_jax.errors import require
+from vlae_jax.errors import require, require_counts, require_positive, require_seed
 from vlae_jax.runs.methods import find_method
 
 Preprocess = Literal["logit", "raw", "static_binary", "dynamic_binary"]
 Proposal = Literal["auto", "posterior", "widened", "student_t"]
 Activation = Literal["relu", "leaky_relu", "softplus", "tanh", "elu", "gelu"]
-_FORBID: dict[str, Any] = {"extra": "forbid"}  # a file with an unknown option is no config
+_FORBID: dict[str, Any] = {"extra": "forbid"}
+"""Makes pydantic refuse a config.json with an option that is unknown here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,8 @@ class DataConfig:
     """Folder with NAME.npz, idx files or a prepared tensorflow-datasets directory;
     or one .npz file."""
     preprocess: Preprocess = "logit"
-    """logit: uniform dequantisation, then logit.
-    raw: centred pixels in [0, 1].
+    """logit: uniform dequantization, then logit.
+    raw: centered pixels in [0, 1].
     static_binary, dynamic_binary: Bernoulli draws of the pixels, once or anew at each step."""
     logit_lambda: float = 1e-6
     """Pixels are squeezed to [lambda, 1 - lambda] before the logit."""
@@ -66,7 +67,7 @@ class ModelConfig:
     """Dimensions of the latent space."""
     network: Literal["mlp", "conv"] = "mlp"
     """mlp: fully connected. conv: convolutions between the image and the hidden layers, for any
-    size of image, grey or in colour."""
+    size of image, grey or in color."""
     channels: tuple[int, ...] = (32, 64)
     """conv: the encoder's channels after each convolution, which halves the image (the decoder
     takes them reversed)."""
@@ -83,12 +84,12 @@ class ModelConfig:
     """Gaussian output: floor of the learned standard deviation.
     Without one a constant pixel would drive it to 0."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the networks multiply in while they train. bfloat16: operands of products rounded, in
+    """Type of the networks' products in training. bfloat16: operands of products are rounded, in
     the encoder, in flows and in all derivatives; parameters, sums, the decoder's value and all of
-    the inference stay float32. Everything measured, validation included, is float32 throughout."""
+    the inference stay float32. Measurements, validation included, are in float32 throughout."""
 
     def __post_init__(self) -> None:
-        require(self.latent >= 1, f"latent must be at least 1, got {self.latent}")
+        require_counts(self, "latent")
         require(
             all(width >= 1 for width in self.hidden),
             f"hidden widths must be at least 1, got {self.hidden}",
@@ -101,18 +102,18 @@ class ModelConfig:
             self.network != "conv" or len(self.channels) >= 1,
             "network conv needs at least one number of channels, one for each convolution",
         )
-        require(self.min_std > 0, f"min_std must be positive, got {self.min_std}")
+        require_positive(self, "min_std")
 
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-    """How the posterior is found."""
+    """The inference system and its settings."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
 
     method: str = "vlae"
-    """vlae: mode search and Laplace posterior. vae: amortised diagonal Gaussian.
-    vae_full: amortised Gaussian with full covariance. vae_hf, vae_iaf, vae_planar: Householder,
+    """vlae: mode search and Laplace posterior. vae: amortized diagonal Gaussian.
+    vae_full: amortized Gaussian with full covariance. vae_hf, vae_iaf, vae_planar: Householder,
     inverse autoregressive, planar flows. sa_vae: diagonal Gaussian, refined by gradient ascent.
     ppca: probabilistic PCA in closed form."""
     steps: int = 4
@@ -126,19 +127,19 @@ class InferenceConfig:
     that never form it (at least 90 % of the Newton decrement). auto takes cg from 24 latent
     dimensions on, except for the steps of the paper."""
     gradient: Literal["auto", "implicit", "stop", "unroll"] = "auto"
-    """vlae, sa_vae: how parameters see what the steps find, in training.
+    """vlae, sa_vae: how training differentiates what the steps find.
     implicit: by the implicit function theorem (vlae). stop: not at all. unroll: through the steps.
-    With implicit and stop the encoder learns to start there: by its excess energy (vlae) or its KL
-    divergence (sa_vae), in nats. auto: implicit for vlae, unroll for sa_vae."""
+    With implicit and stop the encoder learns to start where the steps end: by its excess energy
+    (vlae) or its KL divergence (sa_vae), in nats. auto: implicit for vlae, unroll for sa_vae."""
     curvature: Literal["exact", "gauss_newton"] = "exact"
     """vlae: the precision. exact is the Hessian, repaired by Gauss-Newton, and counted, where it is
     not positive definite."""
     ascent_rate: float = 1e-3
     """sa_vae, and vlae with search gradient: step size of the ascent."""
     ascent_momentum: float = 0.5
-    """The same: momentum."""
+    """Momentum of that ascent."""
     ascent_clip: float | None = None
-    """The same: clip the gradient of an image to this norm."""
+    """Largest norm of an image's gradient in that ascent; by default any."""
     refine: Literal["none", "variational"] = "none"
     """variational: the system's Gaussian is moved on by variational Newton steps, towards the
     full-covariance Gaussian of largest ELBO. For systems whose posterior is a Gaussian."""
@@ -151,31 +152,21 @@ class InferenceConfig:
     layer."""
 
     def __post_init__(self) -> None:
-        require(self.steps >= 0, f"steps must be at least 0, got {self.steps}")
-        require(self.ascent_rate > 0, f"ascent_rate must be positive, got {self.ascent_rate}")
+        require_counts(self, "steps", least=0)
+        require_counts(self, "flow_width")
+        require_positive(self, "ascent_rate", "ascent_clip")
         require(
             0 <= self.ascent_momentum < 1,
             f"ascent_momentum must be at least 0 and below 1, got {self.ascent_momentum}",
         )
         require(
-            self.ascent_clip is None or self.ascent_clip > 0,
-            f"ascent_clip must be positive, got {self.ascent_clip}",
-        )
-        require(
-            self.flow_width is None or self.flow_width >= 1,
-            f"flow_width must be at least 1, got {self.flow_width}",
-        )
-        require(
             self.steps >= 1 or not find_method(self.method).is_flow,
             f"{self.method} needs at least one step; without any it is vae",
         )
+        require_counts(self, "refine_steps", "refine_samples")
         require(
-            self.refine_steps >= 1,
-            f"refine_steps must be at least 1, got {self.refine_steps}; --refine none takes none",
-        )
-        require(
-            self.refine_samples >= 2 and self.refine_samples % 2 == 0,
-            f"refine_samples must be even and at least 2, got {self.refine_samples}",
+            self.refine_samples % 2 == 0,
+            f"refine_samples must be even, as samples come in pairs, got {self.refine_samples}",
         )
         require(
             self.refine == "none" or not find_method(self.method).is_flow,
@@ -199,75 +190,54 @@ class InferenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """The optimisation."""
+    """The optimization."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
 
     epochs: int = 20
     """Passes over the training images."""
     patience: int | None = None
-    """Stop after so many epochs without a better validation bound; by default never."""
+    """Stop after this many epochs without a better validation bound; by default never."""
     minutes: float | None = None
-    """Stop after so many minutes of training, at the end of an epoch; by default never."""
+    """Stop at the end of an epoch after this many minutes of training; by default never."""
     batch_size: int = 128
-    """Images in one step."""
+    """Images in one training step."""
     microbatches: int | None = None
-    """Compute each step in so many parts of the batch, one after the other, and add their gradients
-    up in order: the same run bit for bit on any number of devices that divides it. Every device
-    holds the gradients of all parts. By default all images of a device at once, the fastest."""
+    """Split the batch into this many parts, computed one after the other, and add up their
+    gradients in order: the run is then equal bit for bit on any number of devices that divides it.
+    Every device holds the gradients of all parts. By default a device takes all its images at once,
+    which is the fastest."""
     learning_rate: float = 5e-4
     """Adam's step size."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate over the run; cosine ends at 0."""
+    """The course of the learning rate over the run; cosine ends at 0."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     clip_norm: float | None = None
-    """Clip the gradient to this global norm."""
+    """Largest global norm of the gradient; by default any."""
     objective: Literal["elbo", "iwae", "dreg", "evidence"] = "elbo"
-    """What is maximised. elbo. iwae: the importance-weighted bound of --train-samples samples.
-    dreg: the same with the doubly reparameterised gradient. evidence: Laplace's estimate of
-    log p(x), without samples (vlae)."""
+    """The objective that training maximizes. elbo. iwae: the importance-weighted bound of
+    --train-samples samples. dreg: that bound with the doubly reparameterized gradient. evidence:
+    Laplace's estimate of log p(x), without samples (vlae)."""
     train_samples: int = 1
     """Posterior samples per image in the objective."""
     seed: int = 0
     """Seeds the initial weights, the order of the images and every sample."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "warmup_steps", "seed"):
-            require(
-                getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
-            )
-        require(self.seed < 2**32, f"seed must be below 2**32, got {self.seed}")
-        for name in ("batch_size", "train_samples"):
-            require(
-                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
-            )
+        require_seed(self.seed)
+        require_counts(self, "epochs", "warmup_steps", least=0)
+        require_counts(self, "batch_size", "microbatches", "train_samples", "patience")
+        require_positive(self, "minutes", "learning_rate", "clip_norm")
         require(
-            self.microbatches is None
-            or (self.microbatches >= 1 and self.batch_size % self.microbatches == 0),
+            self.microbatches is None or self.batch_size % self.microbatches == 0,
             f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}",
-        )
-        require(
-            self.patience is None or self.patience >= 1,
-            f"patience must be at least 1, got {self.patience}",
-        )
-        require(
-            self.minutes is None or self.minutes > 0,
-            f"minutes must be positive, got {self.minutes}",
-        )
-        require(
-            0 < self.learning_rate < math.inf,
-            f"learning_rate must be positive, got {self.learning_rate}",
-        )
-        require(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"clip_norm must be positive, got {self.clip_norm}",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """The final reading of the test set."""
+    """The evaluation on the test set."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
 
@@ -289,70 +259,22 @@ class EvaluationConfig:
     chunk_size: int = 500
     """Importance samples held in memory at once, per image."""
     test_images: int | None = None
-    """Evaluate only the first so many test images."""
+    """Evaluate only this many test images, the first ones; by default all."""
     evaluation_batch: int = 16
     """Test images evaluated at once."""
 
     def __post_init__(self) -> None:
-        for name in ("importance_samples", "chunk_size", "evaluation_batch"):
-            require(
-                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
-            )
-        for name in ("proposal_scale", "proposal_df"):
-            require(
-                0 < getattr(self, name) < math.inf,
-                f"{name} must be positive, got {getattr(self, name)}",
-            )
+        require_counts(self, "importance_samples", "chunk_size", "test_images", "evaluation_batch")
+        require_positive(self, "proposal_scale", "proposal_df")
         require(
             0 <= self.evaluation_budget < math.inf,
-            f"evaluation_budget must be at least 0, got {self.evaluation_budget}",
+            f"evaluation_budget must be at least 0 and finite, got {self.evaluation_budget}",
         )
-        require(
-            self.test_images is None or self.test_images >= 1,
-            f"test_images must be at least 1, got {self.test_images}",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class GapConfig:
-    """How much work goes into measuring the gaps."""
-
-    images: int = 50
-    """The first so many test images."""
-    simulated_images: int = 20
-    """Images drawn from the model, on which log p(x) is also bounded from above."""
-    temperatures: int = 300
-    """Annealed importance sampling: steps from the start to the posterior."""
-    chains: int = 8
-    """Annealed importance sampling: chains an image."""
-    leapfrog: int = 10
-    """Leapfrog steps of one HMC transition."""
-    start: Literal["laplace", "prior"] = "laplace"
-    """Where the chains start: laplace, the Laplace posterior at a converged mode; or prior."""
-    family_steps: int = 500
-    """Steps of Adam that search the best posterior of the family."""
-    family_samples: int = 16
-    """Samples in each of them."""
-    elbo_samples: int = 2000
-    """Samples of each ELBO."""
-    search_steps: int = 50
-    """Steps after which a mode search counts as converged."""
-    batch: int = 10
-    """Images at once."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 2 if field.name in ("elbo_samples", "temperatures") else 1
-            require(
-                isinstance(value, str) or value >= least,
-                f"{field.name} must be at least {least}, got {value}",
-            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment, whole. Saved as config.json in its run folder."""
+    """All choices of one run. Saved as config.json in its run folder."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
 
@@ -416,7 +338,7 @@ class Config:
 
     @property
     def run_name(self) -> str:
-        """A folder name that tells the run's main choices."""
+        """A folder name made of the run's main choices."""
         steps = self.inference.num_steps
         parts = [self.data.dataset]
         parts += [] if self.model.network == "mlp" else [self.model.network]
@@ -430,10 +352,10 @@ class Config:
         return "-".join([*parts, f"seed{self.training.seed}"])
 
     def differences(self, saved: "Config") -> list[str]:
-        """What keeps this configuration from continuing a run made with `saved`.
+        """List the choices that keep this configuration from continuing a run made with `saved`.
 
-        The evaluation, and where the data lie, on disk or in memory, may change; so may how long to
-        train, unless the learning rate depends on it.
+        The evaluation and the place of the data may change. So may the length of the training,
+        unless the learning rate depends on it.
         """
         free = {"data.data_dir", "data.stream"}
         if self.training.schedule == "constant":

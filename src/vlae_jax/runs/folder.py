@@ -1,27 +1,36 @@
-"""The folder of one run: which file holds what, and how each is written without halves."""
+"""The folder of one run: the file for each of its contents, and their reading and writing."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from vlae_jax.errors import UserError
+from vlae_jax.files import is_partial
 from vlae_jax.runs.config import Config
-from vlae_jax.runs.storage import as_folder, in_bucket, is_bucket, writing
+from vlae_jax.runs.storage import (
+    as_folder,
+    in_bucket,
+    is_bucket,
+    read_bytes,
+    write_atomically,
+    writing,
+)
+
+_UNKNOWN_OPTION = ("extra_forbidden", "unexpected_keyword_argument")
+"""Pydantic's names for a field that a dataclass does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run, and the reading and writing of what is not a checkpoint or a picture."""
+    """Paths of one run, and the reading and writing of all but checkpoints and pictures."""
 
     path: Path
 
@@ -46,22 +55,22 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """The figures measured on the test set."""
+        """The metrics measured on the test set."""
         return self.path / "results.json"
 
     @property
     def snapshots(self) -> Path:
-        """Arrays that the pictures are drawn from."""
+        """Arrays from which the pictures are drawn."""
         return self.path / "snapshots.npz"
 
     @property
     def per_image(self) -> Path:
-        """The same figures test image by test image."""
+        """The metrics of each test image."""
         return self.path / "per_image.npz"
 
     @property
     def gaps(self) -> Path:
-        """Where the bound loses its nats, as `vlae_jax gap` measured it."""
+        """The gaps between bound and log-likelihood that `vlae_jax gap` measured."""
         return self.path / "gaps.json"
 
     @property
@@ -73,7 +82,11 @@ class RunFolder:
         return self._config.is_file()
 
     def create(self, config: Config, *, overwrite: bool) -> None:
-        """Make the folder and write its config.json; an older run goes only if `overwrite`.
+        """Make the folder and write its config.json.
+
+        Args:
+            config: The configuration of the run.
+            overwrite: Delete a run that is there.
 
         Raises:
             UserError: If something is there already, or nothing can be written there.
@@ -83,7 +96,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, not a folder; choose another --run-dir")
         if self.path.exists() and any(
-            entry.name != _unfinished(self._config).name for entry in self.path.iterdir()
+            not is_partial(entry, of=self._config) for entry in self.path.iterdir()
         ):
             if not self._config.exists():
                 raise UserError(
@@ -117,13 +130,16 @@ class RunFolder:
         if not self._config.is_file():
             raise UserError(f"{self.path} is no run folder: it has no config.json")
         try:
-            return TypeAdapter(Config).validate_json(self._config.read_bytes())
+            return TypeAdapter(Config).validate_json(read_bytes(self._config))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "file"
+            if first["type"] in _UNKNOWN_OPTION:
+                raise UserError(
+                    f"{self._config}: this version has no option {where}: the run was made by "
+                    "another version of vlae_jax; use that one, or train again"
+                ) from None
             raise UserError(f"{self._config}: {where}: {first['msg']}") from None
-        except OSError as error:
-            raise UserError(f"{self._config} cannot be read: {error.strerror}") from None
 
     def require_continuable(self, config: Config) -> None:
         """Check that a configuration can continue the run that is here.
@@ -141,21 +157,47 @@ class RunFolder:
         return MetricsLog(self.metrics)
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget what was logged after `step`, which is about to be repeated."""
+        """Remove the records of steps after `step`, which is about to be repeated.
+
+        Raises:
+            UserError: If metrics.jsonl is damaged or cannot be written.
+        """
         if not self.metrics.exists():
             return
-        kept = [
-            line for line in self.metrics.read_text().splitlines() if _record(line)["step"] <= step
-        ]
-        text = "".join(line + "\n" for line in kept)
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
-    def best_step(self) -> int | None:
-        """The step whose validation ELBO was the best, as logged; None if nothing was."""
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl in order; none where there is no such file.
+
+        A last line that a crash has cut short is left out.
+
+        Raises:
+            UserError: If the file is damaged in another way, or cannot be read.
+        """
         if not self.metrics.exists():
-            return None
-        records = [_record(line) for line in self.metrics.read_text().splitlines()]
-        return max((r["step"] for r in records if r.get("best")), default=None)
+            return []
+        *lines, last = read_bytes(self.metrics).split(b"\n")
+        records = []
+        for number, line in enumerate(lines, 1):
+            record = _record(line)
+            if record is None:
+                raise UserError(
+                    f"{self.metrics} is damaged: line {number} is no record of a step; "
+                    "take the line out, or the whole file away"
+                )
+            records.append(record)
+        cut_short = _record(last)
+        return records if cut_short is None else [*records, cut_short]
+
+    def best_step(self) -> int | None:
+        """The step with the best logged validation bound; None if there is none.
+
+        Raises:
+            UserError: If metrics.jsonl is damaged.
+        """
+        return max((r["step"] for r in self.read_metrics() if r.get("best")), default=None)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write results.json."""
@@ -179,15 +221,15 @@ class RunFolder:
 
 
 class MetricsLog:
-    """metrics.jsonl while it grows.
+    """metrics.jsonl while a run adds to it.
 
     On a disk each line is written at once. An object in a bucket cannot be added to: there the
-    lines wait for `save`, which writes all of them anew.
+    lines wait for `save`, which writes the whole file again.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._saved = path.read_text() if in_bucket(path) and path.exists() else ""
+        self._saved = read_bytes(path).decode() if in_bucket(path) and path.exists() else ""
         self._waiting: list[str] = []
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -200,51 +242,25 @@ class MetricsLog:
             file.write(line)
 
     def save(self) -> None:
-        """Write what waits. Before a checkpoint is: it must not know more than the file does."""
+        """Write the waiting lines; called before a checkpoint, whose steps must be logged."""
         if self._waiting:
             text = self._saved + "".join(self._waiting)
             write_atomically(self._path, lambda file: file.write(text.encode()))
             self._saved, self._waiting = text, []
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    if in_bucket(path):
-        content = io.BytesIO()
-        write(content)
-        with writing(path):
-            path.write_bytes(content.getvalue())
-        return
-    partial = _unfinished(path)
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record that a line of metrics.jsonl holds, or None if it holds none."""
     try:
-        with writing(path):
-            with partial.open("wb") as file:
-                write(file)
-            os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _unfinished(path: Path) -> Path:
-    """Where a file is written before it takes its name."""
-    return path.with_name(path.name + ".partial")
-
-
-def _record(line: str) -> dict[str, Any]:
-    """A line of metrics.jsonl; one cut short by a crash counts as after every step."""
-    try:
-        return {"step": math.inf, **json.loads(line)}
-    except (ValueError, TypeError):
-        return {"step": math.inf}
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _plain(value: Any) -> Any:
-    """JSON as everyone reads it: numpy scalars unwrapped, what is not finite as null."""
+    """The value in standard JSON's types: numpy scalars unwrapped, numbers not finite as null."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

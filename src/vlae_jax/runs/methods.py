@@ -13,7 +13,7 @@ _SYSTEMS = "vlae_jax.models.systems"
 
 
 class Method(NamedTuple):
-    """What is to be known of a system."""
+    """One inference system: its names, its functions and its properties."""
 
     label: str
     """Its name in tables and pictures."""

@@ -1,7 +1,6 @@
-"""Metrics: what is measured, by name, with all that is needed to read the numbers.
+"""Metrics: the measured quantities by name, with label, unit and threshold.
 
-`QUANTITIES` is the one place for the name, unit and threshold of what training, evaluation and
-uses measure; results files, tables, reports and studies take them from here.
+Results files, tables, reports and studies take these from `QUANTITIES` alone.
 """
 
 from typing import NamedTuple
@@ -10,16 +9,16 @@ import numpy as np
 
 
 class Quantity(NamedTuple):
-    """What is to be known of something that is measured."""
+    """Label, unit and meaning of one measured quantity."""
 
     label: str
     """Its name in tables and pictures."""
     unit: str = "nats"
-    """"nats" (an image), "bits/dim", "share" (of images), "samples", "number"."""
+    """"nats" (for each image), "bits/dim", "share" (of images), "samples" or "number"."""
     outlying: int = 0
     """For scores of images: 1 where high values are outlying, -1 where low ones are."""
     threshold: float | None = None
-    """Above it a value is a warning."""
+    """Values above it are a warning; None where there is no such limit."""
 
 
 UNRELIABLE_K = 0.7
@@ -76,9 +75,9 @@ class Metric(NamedTuple):
     """Over images."""
     unit: str
     images: int
-    """Images the value is a mean over; those without a finite value are left out."""
+    """Number of images in the mean; those without a finite value are left out."""
     samples: int | None = None
-    """Posterior samples an image, where they matter."""
+    """Posterior samples for each image; None where the number has no influence."""
     split: str = "test"
 
 
@@ -89,9 +88,9 @@ def mean_metric(
 
     Args:
         name: A key of `QUANTITIES`.
-        values: One number an image, (n,).
-        samples: Posterior samples an image, where they matter.
-        split: The images.
+        values: One number for each image, (n,).
+        samples: Posterior samples for each image, where their number has an influence.
+        split: The name of the set of images.
     """
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values)]

@@ -7,8 +7,8 @@ from vlae_jax.errors import UserError, nearest
 from vlae_jax.runs.config import Config
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # The curves in the README of the authors' repository: MNIST, 2000 epochs. What is said here
-    # and equals a default is said because the picture depends on it.
+    # The curves in the README of the authors' repository: MNIST, 2000 epochs. Values that equal
+    # a default are repeated here, since the curves depend on them.
     "paper-screenshot": {
         "data": {
             "dataset": "mnist",

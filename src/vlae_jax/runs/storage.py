@@ -1,18 +1,25 @@
-"""Folders by name: local ones, and those in a bucket of Google Cloud Storage, gs://BUCKET/FOLDER.
+"""Folders and files of runs, local or in a bucket of Google Cloud Storage, gs://BUCKET/FOLDER.
 
 A local folder is a `pathlib.Path`. One in a bucket is an `etils.epath.Path`, which has the same
-methods, and which Orbax takes. What differs is how files come to be: an object in a bucket appears
+methods, and which Orbax takes. They differ in how files come to be: an object in a bucket appears
 whole when its writer closes it, cannot be added to, and needs no folder made before it.
+
+Here are the one writer of files, `write_atomically`, and the one reader, `read_bytes`, of which
+`read_json` is made. Each fails with a UserError of one line.
 """
 
 import contextlib
 import functools
+import io
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
-from vlae_jax.errors import UserError
+from vlae_jax.errors import UserError, one_line
+from vlae_jax.files import replace_file
 
 _BUCKET = "gs://"
 _PERMISSIONS = {
@@ -36,7 +43,7 @@ def as_folder(name: str | os.PathLike[str]) -> Path:
     if not text.startswith(_BUCKET) or not bucket:
         raise UserError(f"{text} is neither a local folder nor gs://BUCKET/FOLDER")
     _prepare()
-    _reach(bucket)
+    reach(bucket)
     from etils import epath
 
     return epath.Path(text)
@@ -48,52 +55,96 @@ def in_bucket(path: Path) -> bool:
 
 
 def is_bucket(path: Path) -> bool:
-    """Whether it is a bucket itself, and no folder in it."""
+    """Whether a path is a whole bucket rather than a folder in one."""
     return in_bucket(path) and "/" not in str(path).removeprefix(_BUCKET).strip("/")
 
 
 def resolved(path: Path) -> Path:
-    """The same folder by the one name that all its names have in common."""
+    """The canonical path of a folder: equal for any two names of one folder."""
     return path if in_bucket(path) else path.resolve()
 
 
 def absolute(path: Path) -> Path:
-    """The same folder by a name that does not depend on the working directory."""
+    """The path of a folder independent of the working directory."""
     return path if in_bucket(path) else path.absolute()
 
 
 def errors_of(path: Path) -> type[Exception]:
-    """What reading and writing there may raise; storage clients have many errors of their own."""
+    """The errors that reading or writing a path may raise: in a bucket, any."""
     return Exception if in_bucket(path) else OSError
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what is said against writing `path` into one line for the user.
+    """Turn an error of writing to `path` into one line for the user.
 
     Raises:
-        UserError: In place of that.
+        UserError: In place of the error.
     """
     try:
         yield
     except errors_of(path) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         raise UserError(
-            f"{path} cannot be written: {reason}; choose another folder, or make room there"
+            f"{path} cannot be written: {_reason(error)}; choose another folder, or make room there"
         ) from None
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, or else its name, on one line of moderate length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]} ..."
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: The file; what was there before is replaced.
+        write: Writes the content into an open file.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    if in_bucket(path):
+        content = io.BytesIO()
+        write(content)
+        with writing(path):
+            path.write_bytes(content.getvalue())
+        return
+    with writing(path):
+        replace_file(path, write)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except errors_of(path) as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: If it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it holds no JSON ({one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
 def _prepare() -> None:
-    """Settings that the clients read when they are imported; the environment's own come first."""
-    # TensorFlow, where it is installed, would be asked instead, and has lost its buckets.
+    """Import the storage clients, with settings that they read then where none are given."""
+    # TensorFlow, where it is installed, would be used instead, and no longer reads buckets.
     os.environ.setdefault("EPATH_USE_TF", "false")
-    # Or gcsfs asks a second service, which knows of zonal buckets, and waits for it for a minute.
+    # Without this gcsfs asks a second service about zonal buckets and waits a minute for it.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec
@@ -103,19 +154,19 @@ def _prepare() -> None:
         raise UserError(
             "folders in a bucket need more packages: pip install 'vlae-jax[gcs]'"
         ) from None
-    # Other processes and TensorStore write there too: a listing that is kept would be wrong.
+    # Other processes and TensorStore write there too: a cached listing would be out of date.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
-    # What they log comes before the exception, which is told in one line.
+    # They log what they raise as well, and that is reported in one line.
     for name in ("gcsfs", "google"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 @functools.cache
-def _reach(bucket: str) -> None:
-    """Ask the bucket what may be done with it, once, and take no for an answer in seconds.
+def reach(bucket: str) -> None:
+    """Check once that a bucket exists and may be used, and fail within seconds if not.
 
-    What is used afterwards tries again for minutes, as it should in the middle of a run.
+    Later operations try again for minutes, as they should in the middle of a run.
     """
     from google.api_core import exceptions as answers
     from google.auth import exceptions as credentials

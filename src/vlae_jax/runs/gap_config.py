@@ -1,0 +1,40 @@
+"""How much work goes into measuring the gaps of a trained model; not a part of its run."""
+
+import dataclasses
+from typing import Literal
+
+from vlae_jax.errors import require_counts
+
+
+@dataclasses.dataclass(frozen=True)
+class GapConfig:
+    """Numbers of images, steps and samples in measuring the gaps."""
+
+    images: int = 50
+    """How many test images, from the first on."""
+    simulated_images: int = 20
+    """Images drawn from the model, for which log p(x) is also bounded from above."""
+    temperatures: int = 300
+    """Annealed importance sampling: steps from the start to the posterior."""
+    chains: int = 8
+    """Annealed importance sampling: chains an image."""
+    leapfrog: int = 10
+    """Leapfrog steps of one HMC transition."""
+    start: Literal["laplace", "prior"] = "laplace"
+    """Where the chains start: laplace, the Laplace posterior at a converged mode; or prior."""
+    family_steps: int = 500
+    """Steps of Adam in the search for the best posterior of the family."""
+    family_samples: int = 16
+    """Samples in each step of that search."""
+    elbo_samples: int = 2000
+    """Samples of each ELBO."""
+    search_steps: int = 50
+    """Steps after which a mode search counts as converged."""
+    batch: int = 10
+    """Images measured at once."""
+
+    def __post_init__(self) -> None:
+        counts = {field.name for field in dataclasses.fields(self)} - {"start"}
+        of_two = {"elbo_samples", "temperatures"}
+        require_counts(self, *sorted(counts - of_two))
+        require_counts(self, *sorted(of_two), least=2)
