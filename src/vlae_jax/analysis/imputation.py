@@ -13,6 +13,7 @@ from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
 from vlae_jax.models.systems import find_system
 from vlae_jax.models.trained import Pixels, Trained
 from vlae_jax.posterior import DiagonalPosterior, Posterior
+from vlae_jax.variational import variational_refine
 
 Missing = Bool[Array, "height width channel"]
 
@@ -78,6 +79,7 @@ def impute(
     *,
     num_steps: int = 20,
     num_samples: int = 200,
+    refine: bool = False,
 ) -> Imputation:
     """Fill in missing pixels by the Laplace posterior given the others, for any trained model.
 
@@ -93,6 +95,8 @@ def impute(
         missing: Booleans of the same shape.
         num_steps: Newton steps of the search.
         num_samples: Samples of the predictive distribution per image, at least 2.
+        refine: Move the Laplace posterior on, towards the Gaussian of largest ELBO, by as many
+            variational Newton steps as the inference section of the configuration has.
 
     Raises:
         ValueError: If `missing` has another shape, or there are too few samples.
@@ -105,7 +109,7 @@ def impute(
     def one(
         trained: Trained, pixels: Pixels, key: PRNGKeyArray, missing: Missing
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        return _impute_image(trained, pixels, missing, key, num_steps, num_samples)
+        return _impute_image(trained, pixels, missing, key, num_steps, num_samples, refine)
 
     return Imputation(*map_with_progress("imputing", trained, one, images, missing))
 
@@ -117,6 +121,7 @@ def _impute_image(
     key: PRNGKeyArray,
     num_steps: int,
     num_samples: int,
+    refine: bool,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """`impute` of one image: what is filled in, and how wrong it is."""
     keys, _, at = trained.observe(key, pixels, missing=missing)
@@ -125,6 +130,26 @@ def _impute_image(
     posterior, info = infer_posterior(
         expand, start, num_steps=num_steps, gradient="stop", repair=repair
     )
+    flags = {
+        "converged": info.converged,
+        "is_pd": info.is_pd,
+        "newton_decrement": info.newton_decrement,
+    }
+    if refine:
+        config = trained.config.inference
+        posterior, refined = variational_refine(
+            expand,
+            posterior,
+            keys.refinement,
+            num_steps=config.refine_steps,
+            num_samples=config.refine_samples,
+            repair=repair,
+        )
+        flags = {
+            "converged": refined.converged,
+            "is_pd": refined.is_pd,
+            "newton_decrement": refined.smoothed_decrement,
+        }
     predicted = _predict(trained, at.model, posterior, keys.use, num_samples)
     beside = _predict(trained, at.model, amortized, keys.use, num_samples)
     filled = {
@@ -132,9 +157,7 @@ def _impute_image(
         "std": jnp.where(missing, predicted.std, 0.0),
         "mean": posterior.mean,
         "covariance": posterior.covariance(),
-        "converged": info.converged,
-        "is_pd": info.is_pd,
-        "newton_decrement": info.newton_decrement,
+        **flags,
     }
     errors = {
         "num_missing": jnp.sum(missing),

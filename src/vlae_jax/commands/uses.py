@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import numpy as np
 import tyro
 
-from vlae_jax.commands.arguments import Folder
+from vlae_jax.commands.arguments import Folder, Inference, InferenceChoice
 from vlae_jax.commands.tables import (
     print_errors,
     print_means,
@@ -109,6 +109,8 @@ class _UseOnImages(_Use):
 class Encode(_UseOnImages):
     """Write the mean and covariance of each image's posterior."""
 
+    inference: Inference = dataclasses.field(default_factory=InferenceChoice)
+
     default_name: ClassVar[str] = "encoded.npz"
 
     def run(self) -> None:
@@ -116,7 +118,7 @@ class Encode(_UseOnImages):
         from vlae_jax.analysis.uses import encode
 
         target = self.target()
-        trained = self.load()
+        trained = self.inference.of(self.load())
         images = self.read(trained)
         arrays = encode(trained, images.pixels)
         self.write(target, {**arrays, **_named(images)})
@@ -136,6 +138,7 @@ class Reconstruct(_UseOnImages):
 
     every_step: bool = False
     """Also write the images at each step of the search."""
+    inference: Inference = dataclasses.field(default_factory=InferenceChoice)
 
     default_name: ClassVar[str] = "reconstructed.npz"
 
@@ -144,7 +147,7 @@ class Reconstruct(_UseOnImages):
         from vlae_jax.analysis.uses import reconstruct
 
         target = self.target()
-        trained = self.load()
+        trained = self.inference.of(self.load())
         images = self.read(trained)
         arrays = reconstruct(trained, images.pixels, every_step=self.every_step)
         self.write(target, {**arrays, **_named(images)})
@@ -205,6 +208,8 @@ class Impute(_UseOnImages):
     """Hide a rectangle: top, left, height and width in pixels."""
     steps: int = 20
     """Newton steps of the search."""
+    refine: bool = False
+    """Move the Laplace posterior on, towards the Gaussian of largest ELBO."""
     samples: int = 200
     """Samples of the predictive distribution per image."""
     seed: int = 0
@@ -240,6 +245,7 @@ class Impute(_UseOnImages):
             missing,
             num_steps=self.steps,
             num_samples=self.samples,
+            refine=self.refine,
         )
         is_known = self.mask is None or self.input is None
         arrays = {**arrays, "missing": missing, **(errors if is_known else {})}
@@ -274,6 +280,7 @@ class Score(_UseOnImages):
     are taken (looked for in the folder of the run's images)."""
     importance_samples: int = 500
     """K of the importance-weighted log-likelihood."""
+    inference: Inference = dataclasses.field(default_factory=InferenceChoice)
 
     default_name: ClassVar[str] = "scores.npz"
 
@@ -286,7 +293,8 @@ class Score(_UseOnImages):
         from vlae_jax.analysis.uses import auroc, score
 
         target = self.target()
-        trained = self.load().with_config("evaluation", importance_samples=self.importance_samples)
+        trained = self.inference.of(self.load())
+        trained = trained.with_config("evaluation", importance_samples=self.importance_samples)
         images = self.read(trained)
         others = None if self.against is None else self._others(trained)
         scores = score(trained, images.pixels)

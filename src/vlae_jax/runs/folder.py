@@ -199,9 +199,9 @@ class RunFolder:
         """
         return max((r["step"] for r in self.read_metrics() if r.get("best")), default=None)
 
-    def write_results(self, results: Mapping[str, Any]) -> None:
-        """Write results.json."""
-        self._write_json(self.results, results)
+    def write_results(self, results: Mapping[str, Any], choice: str = "") -> None:
+        """Write results.json, or results-CHOICE.json for another way to infer than the run's."""
+        self._write_json(_named(self.results, choice), results)
 
     def write_snapshots(self, arrays: Mapping[str, Any]) -> None:
         """Write snapshots.npz."""
@@ -211,13 +211,18 @@ class RunFolder:
         """Write gaps.json."""
         self._write_json(self.gaps, gaps)
 
-    def write_per_image(self, arrays: Mapping[str, Any]) -> None:
-        """Write per_image.npz."""
-        write_atomically(self.per_image, lambda file: np.savez_compressed(file, **arrays))
+    def write_per_image(self, arrays: Mapping[str, Any], choice: str = "") -> None:
+        """Write per_image.npz, or per_image-CHOICE.npz for another way to infer than the run's."""
+        path = _named(self.per_image, choice)
+        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
     def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         text = json.dumps(_plain(content), indent=2) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _named(path: Path, choice: str) -> Path:
+    return path.with_name(f"{path.stem}-{choice}{path.suffix}") if choice else path
 
 
 class MetricsLog:
