@@ -102,7 +102,7 @@ def test_the_bound_of_an_amortized_gaussian_is_the_evidence_less_its_divergence(
     assert (linear.log_prob() - expected > 5 * std / np.sqrt(2000)).all()
     assert_close(found.per_image["elbo"], expected, standard_error=std / np.sqrt(2000))
     error = found.per_image["log_prob_sampling_error"]
-    assert (error < 0.1).all()
+    assert (error < 0.3).all()
     assert_close(found.per_image["log_prob"], linear.log_prob(), standard_error=error)
     assert "unconverged" not in {metric.name for metric in found.metrics}
 
