@@ -88,11 +88,12 @@ def doubles(*arrays: Any) -> list[np.ndarray]:
 def linear_config(
     method: str = "vlae", *, latent: int = 3, preprocess: str = "raw", **evaluation: Any
 ) -> Config:
-    """Without hidden layers the decoder is affine: probabilistic PCA of the digits."""
+    """Without hidden layers the decoder is affine: probabilistic PCA of the digits. No epochs."""
     return Config(
         data=DataConfig(preprocess=preprocess),
         model=ModelConfig(latent=latent, hidden=()),
         inference=InferenceConfig(method=method, steps=1),
+        training=TrainingConfig(epochs=0),
         evaluation=EvaluationConfig(
             **{"importance_samples": 20, "chunk_size": 7, "test_images": 50, **evaluation}
         ),
