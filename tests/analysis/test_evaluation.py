@@ -4,147 +4,172 @@ import jax
 import numpy as np
 import pytest
 from arviz_stats.base import array_stats
+from builders import Linear, digits, linear_config, untrained
 from problems import assert_close
-from scipy.stats import multivariate_normal
 
 from vlae_jax.analysis.evaluation import describe, evaluate, pareto_k
 from vlae_jax.bounds import tail_size
-from vlae_jax.models.trained import build_experiment
-from vlae_jax.runs.config import Config, DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
+from vlae_jax.runs.config import Config, EvaluationConfig, InferenceConfig, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-
-def linear_experiment(method="vlae", **evaluation):
-    """Without hidden layers the decoder is affine: probabilistic PCA on real images."""
-    config = Config(
-        data=DataConfig(preprocess="raw"),
-        model=ModelConfig(latent=3, hidden=()),
-        inference=InferenceConfig(method=method, steps=1),
-        evaluation=EvaluationConfig(
-            **{"importance_samples": 20, "chunk_size": 7, "test_images": 50, **evaluation}
-        ),
-    )
-    return build_experiment(config)
+IMAGES = digits().test[:50]
 
 
-def by_name(experiment):
-    figures, _ = evaluate(experiment, experiment.initial_params)
-    return {figure.name: figure for figure in figures}
+def linear_model(method="vlae", **evaluation):
+    return untrained(linear_config(method, **evaluation))
+
+
+def by_name(trained):
+    return {metric.name: metric for metric in evaluate(trained, IMAGES).metrics}
+
+
+def per_image(trained):
+    return evaluate(trained, IMAGES).per_image
 
 
 @pytest.fixture(scope="module")
 def linear():
-    return linear_experiment()
+    return linear_model()
 
 
 @pytest.fixture(scope="module")
-def linear_figures(linear, quick_compile):
+def truth(linear):
+    return Linear(linear, IMAGES).log_prob()
+
+
+@pytest.fixture(scope="module")
+def linear_metrics(linear, quick_compile):
     return by_name(linear)
 
 
-def closed_form(experiment):
-    """log N(x; b, WᵀW + σ²I) of each test image, float64."""
-    model = experiment.merge(experiment.initial_params)
-    kernel = np.asarray(model.head.kernel[...], np.float64)
-    bias = np.asarray(model.head.bias[...], np.float64)
-    noise = float(np.exp(np.float64(model.log_var)))
-    pixels = experiment.dataset.test[:50].reshape(50, -1) / (experiment.dataset.levels - 1)
-    xs = pixels - np.asarray(experiment.preprocessor.mean, np.float64)
-    covariance = kernel.T @ kernel + noise * np.eye(kernel.shape[1])
-    return multivariate_normal(bias, covariance).logpdf(xs)
-
-
-def test_a_linear_decoder_is_evaluated_exactly(linear, linear_figures):
-    truth, figures = closed_form(linear), linear_figures
+def test_a_linear_decoder_is_evaluated_exactly(truth, linear_metrics):
+    metrics = linear_metrics
     for name in ("log_prob", "elbo"):
-        np.testing.assert_allclose(figures[name].value, truth.mean(), rtol=1e-5)
+        np.testing.assert_allclose(metrics[name].value, truth.mean(), rtol=1e-5)
         error = truth.std(ddof=1) / np.sqrt(50)
-        np.testing.assert_allclose(figures[name].standard_error, error, rtol=1e-4)
-    np.testing.assert_allclose(figures["inference_gap"].value, 0, atol=1e-3)
-    np.testing.assert_allclose(figures["ess"].value, 20, rtol=1e-4)
-    assert figures["unconverged"].value == figures["not_positive_definite"].value == 0
-    assert figures["not_finite"].value == 0
+        np.testing.assert_allclose(metrics[name].standard_error, error, rtol=1e-4)
+    np.testing.assert_allclose(metrics["inference_gap"].value, 0, atol=1e-3)
+    np.testing.assert_allclose(metrics["ess"].value, 20, rtol=1e-4)
+    assert metrics["unconverged"].value == metrics["not_positive_definite"].value == 0
+    assert metrics["not_finite"].value == 0
 
 
-def test_the_amortised_bound_lies_below_the_closed_form():
-    experiment = linear_experiment("vae", importance_samples=500)
-    truth = closed_form(experiment).mean()
-    figures = by_name(experiment)
-    assert figures["elbo"].value < figures["log_prob"].value < truth + 0.1
-    assert "unconverged" not in figures
+def test_a_search_without_steps_has_not_converged():
+    """What is left to gain is the distance of the encoder's guess from the mode, in nats."""
+    config = linear_config()
+    config = Config(
+        config.data, config.model, InferenceConfig(steps=0), evaluation=config.evaluation
+    )
+    trained = untrained(config)
+    linear, found = Linear(trained, IMAGES), evaluate(trained, IMAGES)
+    metrics = {metric.name: metric.value for metric in found.metrics}
+    decrements = linear.decrements(linear.guesses)
+    assert decrements.min() > 0.01
+    assert metrics["unconverged"] == 1 and metrics["not_positive_definite"] == 0
+    assert_close(found.per_image["newton_decrement"], decrements, rtol=1e-3)
+    assert_close(np.float64(metrics["newton_decrement"]), decrements.mean(), rtol=1e-3)
 
 
-def test_figures_do_not_depend_on_batch_and_chunk(linear_figures):
-    other = by_name(linear_experiment(evaluation_batch=23, chunk_size=20))
-    for name, figure in linear_figures.items():
+def test_shares_are_those_of_the_images_that_have_what_they_count(linear, monkeypatch):
+    """A tail that cannot be judged is left out; so is nothing else."""
+    some = np.array([-3.0, -2.0, np.nan, -np.inf])
+    measured = {
+        "log_prob": some,
+        "elbo": some - 1,
+        "pareto_k": np.array([0.1, 0.8, np.nan, 0.9]),
+        "converged": np.array([True, False, False, False]),
+        "is_pd": np.array([True, True, False, True]),
+    }
+    monkeypatch.setattr("vlae_jax.analysis.evaluation.measure", lambda *_, **__: measured)
+    metrics = by_name(linear)
+    for name, share, images in (
+        ("unreliable", 2 / 3, 3),
+        ("unconverged", 3 / 4, 4),
+        ("not_positive_definite", 1 / 4, 4),
+        ("not_finite", 1 / 2, 4),
+    ):
+        assert metrics[name].value == pytest.approx(share), name
+        assert (metrics[name].images, metrics[name].unit) == (images, "share")
+    assert (metrics["log_prob"].value, metrics["log_prob"].images) == (-2.5, 2)
+
+
+def test_the_bound_of_an_amortized_gaussian_is_the_evidence_less_its_divergence():
+    """In closed form, as is the spread of its samples; log p(x) is that of the weights alone."""
+    trained = linear_model("vae", importance_samples=2000, chunk_size=500)
+    linear, found = Linear(trained, IMAGES), evaluate(trained, IMAGES)
+    expected, std = linear.mean_field_elbo()
+    assert (linear.log_prob() - expected > 5 * std / np.sqrt(2000)).all()
+    assert_close(found.per_image["elbo"], expected, standard_error=std / np.sqrt(2000))
+    error = found.per_image["log_prob_sampling_error"]
+    assert (error < 0.3).all()
+    assert_close(found.per_image["log_prob"], linear.log_prob(), standard_error=error)
+    assert "unconverged" not in {metric.name for metric in found.metrics}
+
+
+def test_metrics_do_not_depend_on_batch_and_chunk(linear_metrics):
+    other = by_name(linear_model(evaluation_batch=23, chunk_size=20))
+    for name, metric in linear_metrics.items():
         # Twenty samples have no tail to judge an image by.
         images = 0 if name == "unreliable" else 50
-        assert figure.images == other[name].images == images
-        np.testing.assert_allclose(figure.value, other[name].value, rtol=1e-4, atol=1e-4)
+        assert metric.images == other[name].images == images
+        np.testing.assert_allclose(metric.value, other[name].value, rtol=1e-4, atol=1e-4)
 
 
-def test_raw_pixels_have_no_bits_per_dimension_and_dequantised_ones_do(linear_figures):
-    assert "bits_per_dim" not in linear_figures
+def test_raw_pixels_have_no_bits_per_dimension_and_dequantized_ones_do(linear_metrics):
+    assert "bits_per_dim" not in linear_metrics
     config = Config(
         model=ModelConfig(latent=2, hidden=(8,)),
-        evaluation=EvaluationConfig(importance_samples=10, test_images=20),
+        evaluation=EvaluationConfig(importance_samples=10),
     )
-    experiment = build_experiment(config)
-    bits = by_name(experiment)["bits_per_dim"].value
+    bits = by_name(untrained(config))["bits_per_dim"].value
     # An untrained model is no better than writing out 17 levels a pixel, and not absurdly worse.
     assert 2 < bits < np.log2(17)
 
 
-def test_results_say_what_they_depend_on(linear, linear_figures):
-    described = describe(linear, [*linear_figures.values()], seconds={"training": 1})
+def test_results_say_what_they_depend_on(linear, linear_metrics):
+    described = describe(linear, [*linear_metrics.values()], seconds={"evaluation": 1})
     assert described["run"]["dataset"] == "digits"
-    assert described["run"]["fingerprint"] == linear.dataset.fingerprint
+    assert described["run"]["fingerprint"] == digits().fingerprint
     assert described["versions"]["jax"] == jax.__version__
-    assert described["seconds"] == {"training": 1}
-    assert all(figure["split"] == "test" for figure in described["figures"])
+    assert described["seconds"] == {"training": 0, "evaluation": 1}
+    assert all(metric["split"] == "test" for metric in described["metrics"])
 
 
 # ---------------------------------------------------------------- proposals
 
 
-def per_image(experiment):
-    return evaluate(experiment, experiment.initial_params).per_image
-
-
 @pytest.fixture(scope="module")
 def with_its_posterior(quick_compile):
-    return per_image(linear_experiment(importance_samples=200, chunk_size=50))
+    return per_image(linear_model(importance_samples=200, chunk_size=50))
 
 
 @pytest.mark.parametrize("proposal", ["widened", "student_t"])
 def test_another_proposal_finds_the_same_log_prob_and_leaves_the_bound(
-    linear, with_its_posterior, proposal
+    truth, with_its_posterior, proposal
 ):
     """Within its own sampling error of the closed form, image by image."""
-    found = per_image(linear_experiment(importance_samples=200, chunk_size=50, proposal=proposal))
+    found = per_image(linear_model(importance_samples=200, chunk_size=50, proposal=proposal))
     error = found["log_prob_sampling_error"]
     assert (error > 0.005).all() and (error < 0.1).all()
-    assert_close(found["log_prob"], closed_form(linear), standard_error=error)
+    assert_close(found["log_prob"], truth, standard_error=error)
     assert (found["ess"] < 199).all()
     assert (found["pareto_k"] < 0.7).all()
     for name in ("elbo", "kl", "reconstruction"):
         assert_close(found[name], with_its_posterior[name])
-    assert_close(with_its_posterior["log_prob"], closed_form(linear))
+    assert_close(with_its_posterior["log_prob"], truth)
     assert (with_its_posterior["pareto_k"] < 0.7).all()
 
 
 @pytest.mark.parametrize("proposal", ["posterior", "widened", "student_t"])
 def test_a_flow_is_evaluated_with_every_proposal(proposal):
     """Another base under the same flow; the random encoder's is good enough for many samples."""
-    experiment = linear_experiment(
-        "vae_iaf", importance_samples=1000, chunk_size=500, proposal=proposal
-    )
-    found = per_image(experiment)
+    trained = linear_model("vae_iaf", importance_samples=1000, chunk_size=500, proposal=proposal)
+    found, truth = per_image(trained), Linear(trained, IMAGES).log_prob()
     error = found["log_prob_sampling_error"]
     assert (error < 0.3).all()
-    assert_close(found["log_prob"], closed_form(experiment), standard_error=error)
-    assert (found["elbo"] < found["log_prob"]).all()
+    assert_close(found["log_prob"], truth, standard_error=error)
+    assert (found["elbo"] < truth).all()
 
 
 # ---------------------------------------------------------------- the weights' tail

@@ -1,58 +1,21 @@
 """What the report draws, against plain numpy on a linear model."""
 
+import jax
 import numpy as np
 import pytest
+from builders import Linear, digits, linear_config, untrained
 from problems import assert_close
 
 from vlae_jax.analysis.snapshots import take_snapshots
-from vlae_jax.models.trained import build_experiment
-from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig
+from vlae_jax.data.preprocessing import fixed_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def linear_experiment(method):
-    """Without hidden layers the decoder is affine: probabilistic PCA on real images."""
-    return build_experiment(
-        Config(
-            data=DataConfig(preprocess="raw"),
-            model=ModelConfig(latent=3, hidden=()),
-            inference=InferenceConfig(method=method, steps=1),
-        )
-    )
-
-
-class Linear:
-    """The model of a `linear_experiment` and its posteriors, in float64 numpy."""
-
-    def __init__(self, experiment):
-        model = experiment.merge(experiment.initial_params)
-        self.kernel, self.bias = (
-            np.asarray(part[...], np.float64) for part in (model.head.kernel, model.head.bias)
-        )
-        self.encoder = [
-            np.asarray(part[...], np.float64) for part in (model.mean.kernel, model.mean.bias)
-        ]
-        self.variance = float(np.exp(np.float64(model.log_var)))
-        self.precision = np.eye(3) + self.kernel @ self.kernel.T / self.variance
-        self.mean = np.asarray(experiment.preprocessor.mean, np.float64)
-        pixels = experiment.dataset.test / (experiment.dataset.levels - 1)
-        self.xs = pixels.reshape(len(pixels), -1) - self.mean
-        self.guesses = self.xs @ self.encoder[0] + self.encoder[1]
-        pulls = (self.xs - self.bias) @ self.kernel.T / self.variance
-        self.modes = np.linalg.solve(self.precision, pulls.T).T
-
-    def decode(self, zs):
-        return zs @ self.kernel + self.bias
-
-    def pictures(self, zs):
-        return np.clip(self.decode(zs) + self.mean, 0, 1).reshape(*zs.shape[:-1], 8, 8, 1)
-
-
 @pytest.fixture(scope="module")
 def searched(quick_compile):
-    experiment = linear_experiment("vlae")
-    return Linear(experiment), take_snapshots(experiment, experiment.initial_params)
+    trained = untrained(linear_config("vlae"))
+    return Linear(trained, digits().test), take_snapshots(trained, digits().test)
 
 
 def test_snapshots_show_the_data_and_every_step(searched):
@@ -91,11 +54,44 @@ def test_interpolations_lead_from_one_posterior_mean_to_another(searched):
     assert_close(snapshots["interpolations"][:, 2], linear.pictures(0.75 * first + 0.25 * last))
 
 
+def test_prior_samples_are_decoded_from_standard_normal_codes(searched):
+    """Read off the pixels that are not clipped: 64 codes in three dimensions."""
+    linear, snapshots = searched
+    pictures = snapshots["prior_samples"].reshape(64, -1).astype(np.float64)
+    inside = ((pictures > 0) & (pictures < 1)).all(axis=0)
+    assert inside.sum() > 10
+    decoded = (pictures - linear.mean - linear.bias)[:, inside]
+    codes = np.linalg.lstsq(linear.kernel[:, inside].T, decoded.T)[0].T
+    assert_close(codes @ linear.kernel[:, inside], decoded, rtol=1e-3)
+    assert_close(codes.mean(axis=0), np.zeros(3), standard_error=1 / 64**0.5)
+    assert_close(codes.var(axis=0), np.ones(3), standard_error=(2 / 64) ** 0.5)
+
+
 def test_snapshots_of_a_flow_have_its_sampled_moments():
-    """One point instead of a path; the covariance is positive definite."""
-    experiment = linear_experiment("vae_iaf")
-    snapshots = take_snapshots(experiment, experiment.initial_params)
-    assert snapshots["reconstructions"].shape == (10, 1, 8, 8, 1)
-    assert snapshots["step_error"].shape == (250, 1)
-    assert snapshots["covariances"].shape == (10, 3, 3)
-    assert (np.linalg.eigvalsh(snapshots["covariances"]) > 0).all()
+    """Reflections of a diagonal Gaussian: both moments are known. One point instead of a path."""
+    trained, images = untrained(linear_config("vae_hf")), digits().test[:12]
+    snapshots = take_snapshots(trained, images)
+
+    @jax.jit
+    @jax.vmap
+    def reflect(key, pixels):
+        posterior = trained.infer(key, pixels).posterior
+        move = lambda z: posterior.flow(z, posterior.context)[0]  # noqa: E731
+        center = posterior.base.mean
+        return move(center), jax.jacfwd(move)(center), posterior.base.log_std
+
+    means, turns, log_stds = (np.float64(part) for part in reflect(fixed_keys(12), images))
+    linear = Linear(trained, images)
+    assert_close(log_stds, linear.log_stds, rtol=1e-4)
+    assert_close(
+        turns @ np.swapaxes(turns, 1, 2), np.broadcast_to(np.eye(3), (12, 3, 3)), rtol=1e-5
+    )
+    assert np.abs(turns - np.eye(3)).max() > 0.1
+    truth = np.einsum("nij,nj,nkj->nik", turns, np.exp(2 * log_stds), turns)[:10]
+    variances = np.diagonal(truth, axis1=1, axis2=2)
+    # Of a covariance from n Gaussian samples: (Σᵢᵢ Σⱼⱼ + Σᵢⱼ²) / n.
+    error = np.sqrt((variances[:, :, None] * variances[:, None, :] + truth**2) / 2000)
+    assert_close(snapshots["covariances"], truth, standard_error=error)
+    assert_close(snapshots["reconstructions"], linear.pictures(means[:10, None]), rtol=1e-4)
+    error = np.sqrt(np.mean((linear.decode(means) - linear.xs) ** 2, axis=1))
+    assert_close(snapshots["step_error"], error[:, None], rtol=1e-4)

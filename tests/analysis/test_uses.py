@@ -1,20 +1,38 @@
 """Uses of a trained run against the closed form of probabilistic PCA, and how they refuse."""
 
-import dataclasses
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands.test_commands import refused
+from builders import (
+    Linear,
+    digits,
+    linear_config,
+    refused,
+    small_config,
+    tiny_config,
+    tiny_images,
+    untrained,
+)
 from PIL import Image
 from problems import assert_close
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import norm
 
-from vlae_jax.data.supplied import read_images
-from vlae_jax.models.trained import build_experiment
-from vlae_jax.runs.config import Config, DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
+from vlae_jax.analysis.imputation import (
+    COVERAGES,
+    _inside,
+    impute,
+    missing_at_random,
+    missing_box,
+)
+from vlae_jax.analysis.uses import auroc, encode, reconstruct, sample, score
+from vlae_jax.commands.main import main
+from vlae_jax.data.sets import dataset_from_arrays
+from vlae_jax.data.supplied import read_images, read_missing
+from vlae_jax.models.trained import load, save
+from vlae_jax.runs.config import DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -23,41 +41,19 @@ COUNT, LATENT = 20, 5
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, quick_compile):
-    """The run folder of a probabilistic PCA of the digits, without evaluation and report."""
+    """The run folder of a probabilistic PCA of the digits."""
     folder = tmp_path_factory.mktemp("uses") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_evaluate_and_report", lambda *_: None)
-        cli.main(
-            [
-                *("train", "--method", "ppca", "--preprocess", "raw", "--latent", str(LATENT)),
-                *("--evaluation-batch", "20", "--run-dir", str(folder)),
-            ]
-        )
+    save(untrained(linear_config("ppca", latent=LATENT, evaluation_batch=20)), folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def loaded(run):
-    """Its experiment and parameters, read as the verbs read them."""
-    return verbs.Encode(run).load()
-
-
 @pytest.fixture
-def use(run, loaded, tmp_path, monkeypatch):
-    """A verb by its command line, without reading the run again: → the arrays it wrote."""
+def use(run, tmp_path):
+    """A command on the run: → the arrays it wrote."""
 
-    def load(self, **evaluation):
-        experiment, params = loaded
-        config = experiment.config
-        config = dataclasses.replace(
-            config, evaluation=dataclasses.replace(config.evaluation, **evaluation)
-        )
-        return experiment._replace(config=config), params
-
-    def call(verb, *arguments):
-        output = tmp_path / f"{verb}.npz"
-        monkeypatch.setattr(verbs._Use, "load", load)
-        cli.main([verb, str(run), *map(str, arguments), "--output", str(output), "--overwrite"])
+    def call(command, *arguments):
+        output = tmp_path / f"{command}.npz"
+        main([command, str(run), *map(str, arguments), "--output", str(output), "--overwrite"])
         with np.load(output) as archive:
             return dict(archive)
 
@@ -65,35 +61,23 @@ def use(run, loaded, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def truth(loaded):
+def truth(run):
     """The parts of the model and of the first test images, float64."""
-    return Linear(*loaded)
+    return Linear(load(run), digits().test[:COUNT])
 
 
-class Linear:
-    """p(x) of a probabilistic PCA, and of any of its pixels given others, by joint Gaussians."""
-
-    def __init__(self, experiment, params):
-        model = experiment.merge(params)
-        self.kernel = np.asarray(model.head.kernel[...], np.float64)
-        self.bias = np.asarray(model.head.bias[...], np.float64)
-        self.noise = np.exp(np.float64(model.log_var))
-        self.mean = np.asarray(experiment.preprocessor.mean, np.float64)
-        self.pixels = experiment.dataset.test[:COUNT]
-        self.xs = self.pixels.reshape(COUNT, -1) / 16 - self.mean
-        self.covariance = self.kernel.T @ self.kernel + self.noise * np.eye(64)
-
-    def given(self, seen):
-        """Mean and covariance of (z, x) for each image, from the pixels seen, (n, 64)."""
-        everything = np.block([[np.eye(LATENT), self.kernel], [self.kernel.T, self.covariance]])
-        means, covariances = [], []
-        for x, look in zip(self.xs, seen, strict=True):
-            at = LATENT + np.flatnonzero(look)
-            gain = np.linalg.solve(everything[np.ix_(at, at)], everything[at]).T
-            prior = np.concatenate([np.zeros(LATENT), self.bias])
-            means.append(prior + gain @ (x - self.bias)[look])
-            covariances.append(everything - gain @ everything[at])
-        return np.array(means), np.array(covariances)
+def given(linear, seen):
+    """Mean and covariance of (z, x) for each image, from the pixels seen, (n, dim)."""
+    kernel, latent = linear.kernel, linear.latent
+    everything = np.block([[np.eye(latent), kernel], [kernel.T, linear.covariance]])
+    means, covariances = [], []
+    for x, look in zip(linear.xs, seen, strict=True):
+        at = latent + np.flatnonzero(look)
+        gain = np.linalg.solve(everything[np.ix_(at, at)], everything[at]).T
+        prior = np.concatenate([np.zeros(latent), linear.bias])
+        means.append(prior + gain @ (x - linear.bias)[look])
+        covariances.append(everything - gain @ everything[at])
+    return np.array(means), np.array(covariances)
 
 
 def clipped_moments(mean, variance):
@@ -125,10 +109,10 @@ def assert_sampled(samples_mean, samples_variance, moments, count):
 def test_encode_gives_the_closed_form_posterior(run, truth, tmp_path):
     """From the command line to a file in the run folder, the run read from its folder."""
     copied = shutil.copytree(run, tmp_path / "run")
-    cli.main(["encode", str(copied), "--images", str(COUNT)])
+    main(["encode", str(copied), "--images", str(COUNT)])
     with np.load(copied / "encoded.npz") as archive:
         encoded = dict(archive)
-    means, covariances = truth.given(np.ones((COUNT, 64), bool))
+    means, covariances = given(truth, np.ones((COUNT, 64), bool))
     assert_close(encoded["mean"], means[:, :LATENT], rtol=1e-4)
     assert_close(encoded["covariance"], covariances[:, :LATENT, :LATENT], rtol=1e-4)
     assert encoded["converged"].all() and encoded["is_pd"].all()
@@ -136,7 +120,7 @@ def test_encode_gives_the_closed_form_posterior(run, truth, tmp_path):
 
 def test_reconstruct_decodes_the_posterior_mean(use, truth):
     found = use("reconstruct", "--images", COUNT, "--every-step")
-    means, _ = truth.given(np.ones((COUNT, 64), bool))
+    means, _ = given(truth, np.ones((COUNT, 64), bool))
     expected = means[:, :LATENT] @ truth.kernel + truth.bias + truth.mean
     pictures = np.clip(expected, 0, 1).reshape(truth.pixels.shape)
     assert_close(found["images"], truth.pixels / 16)
@@ -160,10 +144,11 @@ def test_samples_have_the_moments_of_the_model(use, truth):
     assert_close(found["expected"].reshape(count, 64), decoded, rtol=1e-4)
 
 
-def test_a_sample_does_not_depend_on_how_many_and_temperature_scales_it(loaded):
-    few, more = (applications.sample(*loaded, count, seed=3)["z"] for count in (3, 7))
+def test_a_sample_does_not_depend_on_how_many_and_temperature_scales_it(run):
+    trained = load(run)
+    few, more = (sample(trained, count, seed=3)["z"] for count in (3, 7))
     assert_close(more[:3], few)
-    half = applications.sample(*loaded, 3, seed=3, temperature=0.5)["z"]
+    half = sample(trained, 3, seed=3, temperature=0.5)["z"]
     assert_close(half, 0.5 * few)
 
 
@@ -172,7 +157,7 @@ def test_impute_is_the_conditional_gaussian(use, truth):
     found = use("impute", "--images", COUNT, "--samples", count, "--steps", 2, "--missing", 0.5)
     missing = found["missing"].reshape(COUNT, 64)
     assert (missing.sum(axis=1) == hidden).all() and (found["num_missing"] == hidden).all()
-    means, covariances = truth.given(~missing)
+    means, covariances = given(truth, ~missing)
     assert_close(found["mean"], means[:, :LATENT], rtol=1e-4)
     assert_close(found["covariance"], covariances[:, :LATENT, :LATENT], rtol=1e-4)
     # What the model says of the missing pixels, from what was found out about z.
@@ -203,35 +188,35 @@ def test_impute_is_the_conditional_gaussian(use, truth):
     assert found["squared_error_x"].mean() < found["encoder_squared_error_x"].mean()
 
 
-def test_what_is_hidden_is_what_was_asked_for(run, tmp_path):
+def test_what_is_hidden_is_what_was_asked_for(tmp_path):
     shape = (4, 8, 6, 3)
-    hidden = applications.missing_at_random(shape, 0.3, seed=1)
+    hidden = missing_at_random(shape, 0.3, seed=1)
     assert hidden.shape == shape and (hidden == hidden[..., :1]).all()
     assert (hidden[..., 0].sum(axis=(1, 2)) == 14).all()
     assert not (hidden[0] == hidden[1]).all()
     expected = np.zeros(shape, bool)
     expected[:, 5:7, 4:6] = True
     for box in ((5, 4, 2, 2), (5, 4, 2, 9)):
-        assert (verbs.Impute(run, missing_box=box)._missing(shape) == expected).all()
+        assert (missing_box(shape, box) == expected).all()
     one = expected[0, ..., 0]
     for mask in (one, 7 * expected[..., 0], expected[:1], expected[..., :1]):
         np.save(tmp_path / "mask.npy", mask)
-        assert (verbs.Impute(run, mask=tmp_path / "mask.npy")._missing(shape) == expected).all()
+        assert (read_missing(tmp_path / "mask.npy", shape[1:], 4) == expected).all()
     np.savez(tmp_path / "mask.npz", missing=one, images=one)
-    assert (verbs.Impute(run, mask=tmp_path / "mask.npz")._missing(shape) == expected).all()
+    assert (read_missing(tmp_path / "mask.npz", shape[1:], 4) == expected).all()
 
 
 @pytest.mark.parametrize("count", [2, 39, 200])
 def test_predictive_intervals_hold_one_more_draw_as_often_as_they_say(count):
     sets = 4000
     draws = jax.random.normal(jax.random.key(count), (count + 1, sets))
-    for probability in applications.COVERAGES:
-        held = np.asarray(applications._inside(draws[1:], draws[0], probability), np.float64)
+    for probability in COVERAGES:
+        held = np.asarray(_inside(draws[1:], draws[0], probability), np.float64)
         error = held.std() / sets**0.5
         assert_close(held.mean(), np.float64(probability), standard_error=error)
-        wide = applications._inside(draws[1:], jnp.full(sets, 9.0), probability)
+        wide = _inside(draws[1:], jnp.full(sets, 9.0), probability)
         assert count == 2 or (wide == 0).all()
-    assert count == 2 or (applications._inside(draws[1:], jnp.median(draws, axis=0), 0.5) > 0).all()
+    assert count == 2 or (_inside(draws[1:], jnp.median(draws, axis=0), 0.5) > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -239,19 +224,15 @@ def test_predictive_intervals_hold_one_more_draw_as_often_as_they_say(count):
     [("vlae", "logit", "tanh"), ("vae_iaf", "static_binary", "relu")],
 )
 def test_impute_takes_any_system_and_output(method, preprocess, activation):
-    experiment = build_experiment(
-        Config(
-            data=DataConfig(preprocess=preprocess),
-            model=ModelConfig(latent=3, hidden=(8,), activation=activation),
-            inference=InferenceConfig(method=method, steps=2),
-            evaluation=EvaluationConfig(evaluation_batch=5),
-        )
+    config = small_config(
+        data=DataConfig(preprocess=preprocess),
+        model=ModelConfig(latent=3, hidden=(8,), activation=activation),
+        inference=InferenceConfig(method=method, steps=2),
+        evaluation=EvaluationConfig(evaluation_batch=5),
     )
-    images = experiment.dataset.test[:5]
-    missing = applications.missing_at_random(images.shape, 0.4, seed=0)
-    arrays, errors = applications.impute(
-        experiment, experiment.initial_params, images, missing, num_steps=5, num_samples=40
-    )
+    images = digits().test[:5]
+    missing = missing_at_random(images.shape, 0.4, seed=0)
+    arrays, errors = impute(untrained(config), images, missing, num_steps=5, num_samples=40)
     assert all(np.isfinite(values).all() for values in [*arrays.values(), *errors.values()])
     assert arrays["is_pd"].all()
     is_binary = preprocess == "static_binary"
@@ -268,11 +249,10 @@ def test_scores_are_the_closed_form_and_tell_noise_from_digits(use, truth, tmp_p
     np.savez(tmp_path / "noise.npz", x=noise, y=np.zeros(30))
     few = ("--images", COUNT, "--importance-samples", 30)
     found = use("score", *few, "--against", tmp_path / "noise.npz")
-    closed = multivariate_normal(truth.bias, truth.covariance)
-    assert_close(found["log_prob"], closed.logpdf(truth.xs), rtol=1e-4)
-    assert_close(found["elbo"], closed.logpdf(truth.xs), rtol=1e-4)
-    others = noise[:COUNT].reshape(COUNT, 64) / 16 - truth.mean
-    assert_close(found["against_log_prob"], closed.logpdf(others), rtol=1e-4)
+    assert_close(found["log_prob"], truth.log_prob(), rtol=1e-4)
+    assert_close(found["elbo"], truth.log_prob(), rtol=1e-4)
+    others = truth.log_prob(truth.as_x(noise[:COUNT]))
+    assert_close(found["against_log_prob"], others, rtol=1e-4)
     # Low log densities are outlying: the wrong sign would give 0.
     assert found["auroc_log_prob"] > 0.99 and found["auroc_elbo"] > 0.99
     assert "bits_per_dim" not in found
@@ -290,14 +270,14 @@ def test_auroc_counts_pairs():
         "elbo": [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 0.5]],
     }
     expected = {name: float(np.mean(won)) for name, won in pairs.items()}
-    found = applications.auroc(inliers, outliers)
+    found = auroc(inliers, outliers)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert_close(np.float64(found[name]), np.float64(value))
-    for half in applications.auroc(inliers, inliers).values():
+    for half in auroc(inliers, inliers).values():
         assert_close(np.float64(half), np.float64(0.5))
     nothing = {"pareto_k": np.full(3, np.nan)}
-    assert applications.auroc(nothing, nothing) == {}
+    assert auroc(nothing, nothing) == {}
 
 
 def test_pictures_are_read_in_order_and_named(use, truth, tmp_path):
@@ -353,18 +333,13 @@ GOOD = np.zeros((3, 8, 8, 1), np.uint8)
         (np.array(["digits"], object), "cannot be read"),
     ],
 )
-def test_wrong_arrays_are_refused(use, tmp_path, capsys, array, message):
+def test_wrong_arrays_are_refused(run, tmp_path, capsys, array, message):
     np.save(tmp_path / "mine.npy", array)
-    use_refused(use, capsys, message, "encode", tmp_path / "mine.npy")
+    use_refused(run, capsys, message, "encode", tmp_path / "mine.npy")
 
 
-def use_refused(use, capsys, message, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        use(*arguments)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2
-    lines = [line for line in err.splitlines() if line.startswith("vlae_jax: error: ")]
-    assert len(lines) == 1 and message in lines[0], err
+def use_refused(run, capsys, message, command, *arguments):
+    assert message in refused(capsys, command, run, *arguments)
 
 
 def spoiled_files(folder):
@@ -394,9 +369,9 @@ def spoiled_files(folder):
         ("bright.png", "got 200"),
     ],
 )
-def test_unreadable_files_are_refused(use, tmp_path, capsys, name, message):
+def test_unreadable_files_are_refused(run, tmp_path, capsys, name, message):
     spoiled_files(tmp_path)
-    use_refused(use, capsys, message, "encode", tmp_path / name)
+    use_refused(run, capsys, message, "encode", tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -416,16 +391,16 @@ def test_unreadable_files_are_refused(use, tmp_path, capsys, name, message):
         (("score", "--against", "none.npz"), "does not exist"),
     ],
 )
-def test_wrong_options_are_refused(use, capsys, arguments, message):
-    use_refused(use, capsys, message, *arguments)
+def test_wrong_options_are_refused(run, capsys, arguments, message):
+    use_refused(run, capsys, message, *arguments)
 
 
-def test_another_data_set_of_other_images_is_refused(use, capsys, tmp_path, monkeypatch):
+def test_another_data_set_of_other_images_is_refused(run, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("VLAE_JAX_CACHE", str(tmp_path))
     large = np.zeros((20, 28, 28, 1), np.uint8)
     np.savez(tmp_path / "omniglot.npz", x_train=large, x_test=large)
     message = "omniglot: images must have shape 8 x 8 x 1, as those of the run, got 28 x 28 x 1"
-    use_refused(use, capsys, message, "score", "--against", "omniglot")
+    use_refused(run, capsys, message, "score", "--against", "omniglot")
 
 
 @pytest.mark.parametrize(
@@ -437,14 +412,14 @@ def test_another_data_set_of_other_images_is_refused(use, capsys, tmp_path, monk
         (np.ones((8, 8)), "booleans or integers"),
     ],
 )
-def test_wrong_masks_are_refused(use, capsys, tmp_path, mask, message):
+def test_wrong_masks_are_refused(run, capsys, tmp_path, mask, message):
     np.save(tmp_path / "mask.npy", mask)
     arguments = ("--images", 3, "--mask", tmp_path / "mask.npy")
-    use_refused(use, capsys, message, "impute", *arguments)
+    use_refused(run, capsys, message, "impute", *arguments)
 
 
 def test_output_is_refused_before_the_run_is_read(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verbs._Use, "load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("vlae_jax.models.trained.load", lambda *_: pytest.fail("loaded"))
     (tmp_path / "there.npz").write_text("precious")
     for output, message in (
         ("there.npz", "--overwrite replaces it"),
@@ -459,18 +434,73 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert "no run folder" in refused(capsys, "sample", tmp_path)
 
 
-@pytest.mark.parametrize("verb", ["encode", "reconstruct", "sample", "impute", "score"])
-def test_help_explains(verb, capsys):
+@pytest.mark.parametrize("command", ["encode", "reconstruct", "sample", "impute", "score"])
+def test_help_explains(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([verb, "--help"])
+        main([command, "--help"])
     assert stopped.value.code == 0
     assert "--overwrite" in capsys.readouterr().out
 
 
-def test_impute_refuses_masks_of_another_shape(loaded):
-    experiment, params = loaded
-    images = experiment.dataset.test[:2]
+def test_impute_refuses_masks_of_another_shape(run):
+    trained, images = load(run), digits().test[:2]
     with pytest.raises(ValueError, match="missing must have shape"):
-        applications.impute(experiment, params, images, jnp.zeros((2, 8, 8), bool))
+        impute(trained, images, np.zeros((2, 8, 8), bool))
     with pytest.raises(ValueError, match="at least 2"):
-        applications.impute(experiment, params, images, np.zeros(images.shape, bool), num_samples=1)
+        impute(trained, images, np.zeros(images.shape, bool), num_samples=1)
+
+
+@pytest.fixture(scope="module")
+def of_arrays(tmp_path_factory, quick_compile):
+    """A model of arrays that lie nowhere, some images like them, and where it was saved."""
+    images = tiny_images(0, 60)
+    trained = untrained(tiny_config("vlae"), dataset_from_arrays(images[:50]))
+    folder = tmp_path_factory.mktemp("arrays") / "run"
+    save(trained, folder)
+    return trained, images[50:], folder
+
+
+USES = {
+    "encode": (encode, {}, ()),
+    "reconstruct": (reconstruct, {"every_step": True}, ("--every-step",)),
+    "score": (score, {}, ("--importance-samples", 30)),
+    "sample": (lambda trained, _: sample(trained, 5, seed=2), {}, ("--count", 5, "--seed", 2)),
+    "impute": (
+        lambda trained, images: (
+            impute(
+                trained,
+                images,
+                missing_box(images.shape, (1, 1, 2, 1)),
+                num_steps=3,
+                num_samples=20,
+            ).arrays
+        ),
+        {},
+        ("--missing-box", 1, 1, 2, 1, "--steps", 3, "--samples", 20),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", USES)
+def test_a_moved_run_is_used_on_given_images_without_its_data_set(
+    of_arrays, command, tmp_path, monkeypatch
+):
+    """As the model is that was never in a folder."""
+    trained, images, folder = of_arrays
+    function, options, arguments = USES[command]
+    expected = function(trained, images, **options)
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "moved")
+    np.save(tmp_path / "mine.npy", images)
+
+    def refuse(*_, **__):
+        raise AssertionError("a data set was asked for")
+
+    for name in ("sets.load_dataset", "supplied.load_dataset", "supplied.dataset_from_arrays"):
+        monkeypatch.setattr(f"vlae_jax.data.{name}", refuse)
+    given = () if command == "sample" else (tmp_path / "mine.npy",)
+    output = tmp_path / "found.npz"
+    main([command, *map(str, (moved, *given, *arguments)), "--output", str(output)])
+    with np.load(output) as found:
+        assert set(expected) <= set(found)
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])

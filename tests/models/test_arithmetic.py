@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
+from builders import digits, doubles, untrained
 from flax import nnx
 from jax import lax
 from problems import assert_close
@@ -17,7 +18,6 @@ from vlae_jax.models.arithmetic import FULL, Rounded, arithmetic, in_full
 from vlae_jax.models.autoencoder import VariationalAutoencoder
 from vlae_jax.models.flows import HouseholderFlow, InverseAutoregressiveFlow, PlanarFlow
 from vlae_jax.models.networks import ConvEncoder, Doubling
-from vlae_jax.models.trained import build_experiment
 from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.training.step import Trainer
 
@@ -40,10 +40,6 @@ def assert_rounded(found, expected, error):
     off = np.abs(np.float64(found) - expected)
     assert np.all(off <= SLACK * error)
     assert np.max(off) > 1e-2 * np.max(error)
-
-
-def doubles(*arrays):
-    return [np.asarray(array, np.float64) for array in arrays]
 
 
 def make_model(precision, *, activation="relu", loud=10.0):
@@ -155,8 +151,8 @@ def dots(text):
     return [tuple(part.split("x") for part in pair) for pair in re.findall(pattern, text)]
 
 
-def small_experiment(precision, method="vlae"):
-    return build_experiment(
+def small_model(precision, method="vlae"):
+    return untrained(
         Config(
             model=ModelConfig(latent=LATENT, hidden=tuple(reversed(WIDTHS)), precision=precision),
             inference=InferenceConfig(method=method, steps=1),
@@ -167,7 +163,7 @@ def small_experiment(precision, method="vlae"):
 
 def test_a_training_step_multiplies_networks_in_bfloat16_and_the_rest_in_float32():
     """By its lowered program, before a compiler for any device has seen it."""
-    trainer = Trainer(small_experiment("bfloat16"))
+    trainer = Trainer(small_model("bfloat16"), digits())
     state = trainer.init()
     lowered = trainer.step.lower(state, *next(trainer.feed.arguments(0)))
     text = lowered.as_text()
@@ -195,7 +191,7 @@ def test_float32_is_what_it_was_without_the_option():
     assert plain == nnx.graphdef(in_full(make_model("bfloat16")))
     assert plain != nnx.graphdef(make_model("bfloat16"))
     assert tuple(FULL) == (lax.dot_general, lax.conv_general_dilated)
-    trainer = Trainer(small_experiment("float32", method="vae"))
+    trainer = Trainer(small_model("float32", method="vae"), digits())
     state = trainer.init()
     text = trainer.step.lower(state, *next(trainer.feed.arguments(0))).as_text()
     assert "bf16" not in text and dots(text)
@@ -210,8 +206,8 @@ def test_the_log_joint_is_float32s_and_the_precision_positive_definite():
     @jax.jit
     @jax.vmap
     def run(z):
-        values = [model.expansions(x)[0](z) for model in (rounded, full)]
-        _, info = infer_posterior(rounded.expansions(x)[0], z, num_steps=20)
+        values = [model.at(x).expansions()[0](z) for model in (rounded, full)]
+        _, info = infer_posterior(rounded.at(x).expansions()[0], z, num_steps=20)
         return values, info, jax.jacfwd(full.features)(z)
 
     (found, truth), info, jacobians = run(zs)
@@ -236,9 +232,9 @@ def test_the_hessian_of_a_smooth_network_is_not_rounded_and_its_repair_is():
 
     @jax.jit
     def run(z):
-        expand, repair = rounded.expansions(x)
-        others = full.expansions(x)[1](z), repair(z)
-        return expand(z), exact_expansion(full.log_joint(x))(z), others
+        expand, repair = rounded.at(x).expansions()
+        others = full.at(x).expansions()[1](z), repair(z)
+        return expand(z), exact_expansion(full.at(x).log_joint)(z), others
 
     found, truth, (repair, rounded_repair) = run(z)
     assert_close(found, truth)
@@ -267,13 +263,12 @@ def test_flows_of_rounded_networks_know_their_own_density(kind):
 
 
 def test_what_is_measured_is_measured_in_float32():
-    experiment = small_experiment("bfloat16")
-    params = experiment.initial_params
-    trained, measured = experiment.merge_for_training(params), experiment.merge(params)
+    model = small_model("bfloat16")
+    trained, measured = model.model_as_trained, model.model
     assert isinstance(trained.encoder.layers[0].dot_general, Rounded)
-    assert nnx.graphdef(measured) == small_experiment("float32").graphdef
+    assert nnx.graphdef(measured) == small_model("float32").graphdef
     for mine, theirs in zip(
-        jax.tree.leaves(params), jax.tree.leaves(nnx.state(measured)), strict=True
+        jax.tree.leaves(model.params), jax.tree.leaves(nnx.state(measured)), strict=True
     ):
         np.testing.assert_array_equal(mine, theirs)
 

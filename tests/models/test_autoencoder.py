@@ -39,14 +39,14 @@ def test_the_log_joint_is_prior_plus_likelihood(x):
     std = np.exp(0.5 * np.asarray(model.log_var))
     likelihood = stats.norm(np.asarray(model.decode(z)), std).logpdf(np.asarray(x)).sum()
     truth = likelihood + stats.norm.logpdf(np.asarray(z)).sum()
-    np.testing.assert_allclose(jax.jit(model.log_joint(x))(z), truth, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.at(x).log_joint)(z), truth, rtol=1e-5)
 
     model = make_model(likelihood="bernoulli")
     bits = (x > 0).astype(jnp.float32)
     probability = 1 / (1 + np.exp(-np.asarray(model.decode(z))))
     truth = stats.bernoulli(probability).logpmf(np.asarray(bits)).sum()
     truth += stats.norm.logpdf(np.asarray(z)).sum()
-    np.testing.assert_allclose(jax.jit(model.log_joint(bits))(z), truth, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.at(bits).log_joint)(z), truth, rtol=1e-5)
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
@@ -64,9 +64,9 @@ def test_what_is_not_observed_is_left_out(x, likelihood, activation):
         parts = stats.bernoulli(1 / (1 + np.exp(-eta))).logpmf(np.asarray(x))
     truth = parts[kept].sum() + stats.norm.logpdf(np.asarray(z)).sum()
     x = jnp.where(observed, x, jnp.nan)
-    log_joint = model.log_joint(x, observed=observed)
+    at = model.at(x, observed=observed)
+    log_joint, (expand, repair) = at.log_joint, at.expansions()
     np.testing.assert_allclose(log_joint(z), truth, rtol=1e-5)
-    expand, repair = model.expansions(x, observed=observed)
     assert (repair is None) is (activation == "relu")
     exact = jax.jit(exact_expansion(log_joint))(z)
     found = jax.jit(expand)(z)
@@ -80,7 +80,7 @@ def test_what_is_not_observed_is_left_out(x, likelihood, activation):
 def test_a_whitened_head_of_all_pixels_is_not_for_some(x):
     model = make_model()
     with pytest.raises(ValueError, match="not both"):
-        model.log_joint(x, model.whitened_head(), observed=x > 0)
+        model.at(x, head=model.whitened_head(), observed=x > 0)
 
 
 def test_draws_have_the_density_of_the_output(x):
@@ -105,7 +105,8 @@ def test_the_whitened_head_gives_the_same_log_joint(x, per_pixel):
     model, z = make_model(hidden=(7, 5), per_pixel=per_pixel), jnp.array([0.3, -1.0, 2.0])
     head = model.whitened_head()
     assert head.factor.shape == (7, 7)  # the decoder takes the widths reversed
-    np.testing.assert_allclose(model.log_joint(x, head)(z), model.log_joint(x)(z), rtol=1e-5)
+    with_head, without = model.at(x, head=head).log_joint, model.at(x).log_joint
+    np.testing.assert_allclose(with_head(z), without(z), rtol=1e-5)
 
 
 def test_there_is_a_whitened_head_only_where_it_saves_something():
@@ -124,8 +125,8 @@ def test_there_is_a_whitened_head_only_where_it_saves_something():
 def test_expansions_are_exact_whether_or_not_compression_pays(x, hidden, per_pixel, activation):
     model = make_model(hidden=hidden, per_pixel=per_pixel, activation=activation)
     z = jnp.array([0.3, -1.0, 2.0])
-    expand, repair = model.expansions(x)
-    truth = jax.jit(exact_expansion(model.log_joint(x)))(z)
+    expand, repair = model.at(x).expansions()
+    truth = jax.jit(exact_expansion(model.at(x).log_joint))(z)
     for found, true in zip(jax.jit(expand)(z), truth, strict=True):
         np.testing.assert_allclose(found, true, rtol=2e-4, atol=2e-4)
     smooth = activation not in PIECEWISE_LINEAR and hidden != ()
@@ -138,8 +139,8 @@ def test_bernoulli_expansions_are_exact(x):
     model = make_model(likelihood="bernoulli")
     bits = (x > 0).astype(jnp.float32)
     z = jnp.array([0.3, -1.0, 2.0])
-    truth = jax.jit(exact_expansion(model.log_joint(bits)))(z)
-    for found, true in zip(jax.jit(model.expansions(bits)[0])(z), truth, strict=True):
+    truth = jax.jit(exact_expansion(model.at(bits).log_joint))(z)
+    for found, true in zip(jax.jit(model.at(bits).expansions()[0])(z), truth, strict=True):
         np.testing.assert_allclose(found, true, rtol=2e-4, atol=2e-4)
 
 

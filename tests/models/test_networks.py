@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import untrained
 from flax import nnx
 from problems import FINITE_DIFFERENCE, assert_close, central_differences
 
@@ -13,7 +14,6 @@ from vlae_jax import exact_expansion
 from vlae_jax.errors import UserError
 from vlae_jax.models.autoencoder import VariationalAutoencoder
 from vlae_jax.models.networks import ConvEncoder, Doubling, halvings
-from vlae_jax.models.trained import build_experiment
 from vlae_jax.runs.config import Config, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -91,9 +91,12 @@ def test_every_pixel_reaches_the_code_and_is_reached_by_it(image_shape, channels
     x = jax.random.normal(jax.random.key(0), (np.prod(image_shape),))
     z = jnp.array([0.3, -1.0, 2.0])
 
+    def encode(x):
+        return model.at(x).mean, model.at(x).log_std
+
     @jax.jit
     def run(x, z):
-        return model.encode(x), model.decode(z), jax.jacrev(model.encode)(x), push(z)
+        return encode(x), model.decode(z), jax.jacrev(encode)(x), push(z)
 
     push = jax.jacfwd(model.decode)
     (mean, log_std), eta, slopes, jacobian = run(x, z)
@@ -121,13 +124,13 @@ def test_expansions_are_exact(x64, activation, likelihood):
     x = jax.random.normal(jax.random.key(0), (60,))
     x = (x > 0).astype(float) if likelihood == "bernoulli" else x
     z = jnp.array([0.3, -1.0, 2.0])
-    expand, repair = model.expansions(x)
+    log_joint, (expand, repair) = model.at(x).log_joint, model.at(x).expansions()
     assert model.whitened_head() is None
 
     @jax.jit
     def run(z):
         stand_in = expand(z) if repair is None else repair(z)
-        truth = exact_expansion(model.log_joint(x))(z)
+        truth = exact_expansion(log_joint)(z)
         eta, push = model.decode(z), jax.jacobian(model.decode)(z)
         return expand(z), truth, stand_in, eta, push
 
@@ -135,7 +138,7 @@ def test_expansions_are_exact(x64, activation, likelihood):
     assert_close(found, truth)
     assert_close(
         -found.precision,
-        central_differences(jax.grad(model.log_joint(x)), z),
+        central_differences(jax.grad(log_joint), z),
         rtol=FINITE_DIFFERENCE,
     )
     assert (repair is None) == (activation == "relu")
@@ -160,9 +163,9 @@ def test_the_decoder_starts_near_the_datas_mean_with_its_features_alive():
     assert 0.05 < jnp.sqrt(jnp.mean(etas**2)) < 0.15
 
 
-def conv_experiment(**model):
+def conv_model(**model):
     """On the 8 x 8 digits."""
-    return build_experiment(Config(model=ModelConfig(network="conv", **model)))
+    return untrained(Config(model=ModelConfig(network="conv", **model)))
 
 
 def test_sides_halve_rounding_up():
@@ -172,7 +175,7 @@ def test_sides_halve_rounding_up():
 @pytest.mark.parametrize(
     ("refuse", "message"),
     [
-        (functools.partial(conv_experiment, channels=(4,) * 4), "8 x 8 can be halved 3 times"),
+        (functools.partial(conv_model, channels=(4,) * 4), "8 x 8 can be halved 3 times"),
         (functools.partial(ModelConfig, network="conv", channels=()), "at least one number"),
         (functools.partial(ModelConfig, channels=(4, 0)), "channels must be at least 1"),
     ],

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import digits, doubles, untrained
 from problems import assert_close
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
@@ -11,7 +12,6 @@ from sklearn.decomposition import PCA
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.errors import UserError
 from vlae_jax.models.ppca import fit_ppca
-from vlae_jax.models.trained import build_experiment
 from vlae_jax.runs.presets import default_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -71,20 +71,17 @@ def test_as_many_latents_as_pixels_are_refused(xs, latent):
         fit_ppca(xs, latent)
 
 
-def test_an_experiments_network_is_the_fitted_model_of_its_training_images():
+def test_a_model_is_made_as_the_fitted_one_of_its_training_images():
     """Decoder, variance, and an encoder that gives the exact posterior, in float32."""
-    experiment = build_experiment(default_config(method="ppca"))
-    model = experiment.merge(experiment.initial_params)
-    train = experiment.dataset.train
-    apply = jax.vmap(experiment.preprocessor.apply)
+    trained, train = untrained(default_config(method="ppca")), digits().train
+    model = trained.model
+    apply = jax.vmap(trained.preprocessor.apply)
     xs = np.asarray(apply(fixed_keys(len(train)), jnp.asarray(train))[0], np.float64)
-    kernel, bias = (
-        np.asarray(part[...], np.float64) for part in (model.head.kernel, model.head.bias)
-    )
+    kernel, bias = doubles(model.head.kernel, model.head.bias)
     variance = float(np.exp(np.float64(model.log_var)))
     assert_close(np.float32(score(xs, kernel, bias, variance)), sklearn_score(xs, 16))
 
-    mean, log_std = jax.vmap(model.encode)(jnp.asarray(xs[:20], jnp.float32))
+    guess = jax.vmap(lambda x: model.at(x).guess)(jnp.asarray(xs[:20], jnp.float32))
     covariance = np.linalg.inv(np.eye(16) + kernel @ kernel.T / variance)
-    assert_close(mean, (xs[:20] - bias) @ kernel.T @ covariance / variance)
-    assert_close(np.exp(2 * log_std[0]), np.diag(covariance))
+    assert_close(guess.mean, (xs[:20] - bias) @ kernel.T @ covariance / variance)
+    assert_close(np.exp(2 * guess.log_std[0]), np.diag(covariance))

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions
 import pytest
+from builders import inferred_by
 from flax import nnx
 from problems import assert_close
 
 from vlae_jax.errors import UserError
 from vlae_jax.models.autoencoder import VariationalAutoencoder
 from vlae_jax.models.flows import FlowPosterior
-from vlae_jax.models.systems import SYSTEMS, find_system, semi_amortized_vae, vae, vlae
+from vlae_jax.models.systems import find_head, find_system, semi_amortized_vae, vae, vlae
 from vlae_jax.posterior import (
     ClosedFormPosterior,
     DiagonalPosterior,
@@ -22,6 +23,7 @@ from vlae_jax.posterior import (
     GaussianPosterior,
 )
 from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.runs.methods import METHODS
 from vlae_jax.training.objective import objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -37,7 +39,7 @@ def make(method="vlae", *, hidden=(7, 9), latent=LATENT, activation="relu", **in
         inference=InferenceConfig(method=method, **inference),
         training=TrainingConfig(epochs=0),
     )
-    spec = find_system(method)
+    head = find_head(method)
     model = VariationalAutoencoder(
         DIM,
         latent=latent,
@@ -45,10 +47,10 @@ def make(method="vlae", *, hidden=(7, 9), latent=LATENT, activation="relu", **in
         activation=activation,
         likelihood="gaussian",
         variance=np.ones(DIM),
-        posterior_head=spec.head and functools.partial(spec.head, config),
+        posterior_head=head and functools.partial(head, config),
         rngs=nnx.Rngs(0),
     )
-    return spec.build(config.inference), model
+    return functools.partial(find_system(method), config=config.inference), model
 
 
 @pytest.fixture
@@ -59,11 +61,11 @@ def x():
 # ---------------------------------------------------------------- what all systems have in common
 
 CASES = {
-    **{method: InferenceConfig(method=method, steps=2) for method in SYSTEMS},
+    **{method: InferenceConfig(method=method, steps=2) for method in METHODS},
     "sa_vae, stop": InferenceConfig(method="sa_vae", steps=2, gradient="stop"),
     "vlae, gradient search": InferenceConfig(steps=2, search="gradient", ascent_clip=1.0),
 }
-POINTS_OF_THE_PATH = {"sa_vae": 3, "vlae": 3, "ppca": 2}
+ITERATES = {"sa_vae": 3, "vlae": 3, "ppca": 2}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,12 +78,13 @@ def test_every_system_gives_samples_with_their_density_and_trains_what_it_has(na
     xs = jax.random.normal(KEY, (4, DIM))
 
     def value(params, x, key):
-        return objective(nnx.merge(graphdef, params), system, x, key)[0]
+        at = nnx.merge(graphdef, params).at(x)
+        return objective(inferred_by(system, at, key))[0]
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0, 0))
     def run(params, x, key):
-        inference = system(nnx.merge(graphdef, params), x, key)
+        inference = system(nnx.merge(graphdef, params).at(x), key)
         posterior = inference.posterior
         z, log_q = posterior.sample_and_log_prob(key)
         if isinstance(posterior, EvaluablePosterior):
@@ -91,12 +94,12 @@ def test_every_system_gives_samples_with_their_density_and_trains_what_it_has(na
             before, log_before = posterior.base.sample_and_log_prob(key)
             jacobian = jax.jacfwd(lambda z: posterior.flow(z, posterior.context)[0])(before)
             again = log_before - jnp.linalg.slogdet(jacobian)[1]
-        return z, log_q, again, inference.path, jax.grad(value)(params, x, key)
+        return z, log_q, again, inference.iterates, jax.grad(value)(params, x, key)
 
-    z, log_q, log_prob, path, grads = run(params, xs, jax.random.split(KEY, 4))
+    z, log_q, log_prob, iterates, grads = run(params, xs, jax.random.split(KEY, 4))
     assert z.shape == (4, LATENT)
     np.testing.assert_allclose(log_q, log_prob, rtol=1e-4, atol=1e-4)
-    assert path.shape == (4, POINTS_OF_THE_PATH.get(method, 1), LATENT)
+    assert iterates.shape == (4, ITERATES.get(method, 1), LATENT)
     flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(grads)}
     assert all(np.isfinite(grad).all() for grad in flat.values())
     # A Laplace posterior has no use for the encoder's own spread; all else must learn.
@@ -106,19 +109,19 @@ def test_every_system_gives_samples_with_their_density_and_trains_what_it_has(na
 
 
 def test_systems_give_their_kind_of_posterior(x):
-    amortised, searched = make("vae"), make("vlae", steps=3)
+    amortized, searched = make("vae"), make("vlae", steps=3)
 
     @jax.jit
     def both(x):
-        inferred = [system(model, x, KEY) for system, model in (amortised, searched)]
-        return inferred, amortised[1].encode(x)[0]
+        inferred = [system(model.at(x), KEY) for system, model in (amortized, searched)]
+        return inferred, amortized[1].at(x).mean
 
     (by_encoder, by_search), guess = both(x)
     assert isinstance(by_encoder.posterior, DiagonalPosterior)
-    np.testing.assert_array_equal(by_encoder.path[0], guess)
+    np.testing.assert_array_equal(by_encoder.iterates[0], guess)
     assert isinstance(by_search.posterior, GaussianPosterior)
-    assert by_search.path.shape == (4, 3)
-    np.testing.assert_array_equal(by_search.path[0], guess)
+    assert by_search.iterates.shape == (4, 3)
+    np.testing.assert_array_equal(by_search.iterates[0], guess)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():
@@ -129,7 +132,7 @@ def test_an_unknown_method_is_refused_with_the_nearest():
 def test_all_systems_start_from_the_same_weights():
     """What a system has besides is drawn last."""
     plain = jax.tree_util.tree_leaves_with_path(nnx.state(make("vae", hidden=())[1]))
-    for method in SYSTEMS:
+    for method in METHODS:
         state = nnx.state(make(method, hidden=())[1])
         leaves = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(state)}
         for path, leaf in plain:
@@ -139,8 +142,8 @@ def test_all_systems_start_from_the_same_weights():
 def test_the_full_covariance_starts_near_the_encoders_diagonal(x):
     """The factor is lower triangular; its diagonal is 1 / std, so its determinant the VAE's."""
     system, model = make("vae_full")
-    posterior = jax.jit(system)(model, x, KEY).posterior
-    chol, std = np.asarray(posterior.chol_precision), np.exp(np.asarray(model.encode(x)[1]))
+    posterior = jax.jit(lambda x: system(model.at(x), KEY))(x).posterior
+    chol, std = np.asarray(posterior.chol_precision), np.exp(np.asarray(model.at(x).log_std))
     assert isinstance(posterior, ClosedFormPosterior)
     np.testing.assert_array_equal(np.triu(chol, 1), 0)
     np.testing.assert_allclose(np.diag(chol), 1 / std, rtol=1e-5)
@@ -155,12 +158,13 @@ def test_any_latent_dimension_will_do(x, method):
         system, model = make(method, hidden=(7,), latent=latent, steps=2)
         graphdef, params = nnx.split(model)
         value, _ = jax.eval_shape(
-            lambda p, g=graphdef, s=system: objective(nnx.merge(g, p), s, x, KEY), params
+            lambda p, g=graphdef, s=system: objective(inferred_by(s, nnx.merge(g, p).at(x), KEY)),
+            params,
         )
         assert value.shape == ()
 
 
-# ---------------------------------------------------------------- semi-amortised
+# ---------------------------------------------------------------- semi-amortized
 
 
 def blind(model):
@@ -207,17 +211,17 @@ def test_ascent_of_an_elbo_without_a_likelihood_has_a_closed_form(x):
                 ascent_momentum=how.get("momentum", 0.0),
                 ascent_clip=how.get("clip"),
             )
-            found[name] = semi_amortized_vae(model, x, KEY, config)
-        return vae(model, x, KEY), found
+            found[name] = semi_amortized_vae(model.at(x), KEY, config)
+        return vae(model.at(x), KEY, InferenceConfig()), found
 
     start, found = run(x)
     mean, log_std = start.posterior
     for name, how in ASCENTS.items():
         refined = found[name]
         assert_close(list(refined.posterior), ascend(mean, log_std, **how))
-        np.testing.assert_array_equal(refined.path[0], mean)
-        np.testing.assert_array_equal(refined.path[-1], refined.posterior.mean)
-        assert refined.path.shape == (how["steps"] + 1, LATENT)
+        np.testing.assert_array_equal(refined.iterates[0], mean)
+        np.testing.assert_array_equal(refined.iterates[-1], refined.posterior.mean)
+        assert refined.iterates.shape == (how["steps"] + 1, LATENT)
         assert refined.amortization_loss == 0
     np.testing.assert_array_equal(found["none"].posterior, start.posterior)
     moved = np.ravel(found["clipped"].posterior) - np.ravel(start.posterior)
@@ -267,7 +271,7 @@ def test_ascent_climbs_to_the_best_mean_field_gaussian_of_a_linear_model(x):
             InferenceConfig(method="sa_vae", steps=T, ascent_rate=0.01, ascent_momentum=0.0)
             for T in counts
         ]
-        return [semi_amortized_vae(model, x, key, config).posterior for config in configs]
+        return [semi_amortized_vae(model.at(x), key, config).posterior for config in configs]
 
     posteriors = run(jax.random.split(KEY, 200))
     mode = mode_of(model, precision, x)
@@ -301,9 +305,9 @@ def test_an_unrolled_ascent_is_differentiated_and_a_stopped_one_is_not(x):
                 gradient=gradient,
             )
             model = nnx.merge(graphdef, params)
-            return semi_amortized_vae(model, x, KEY, config)
+            return semi_amortized_vae(model.at(x), KEY, config)
 
-        initial = DiagonalPosterior(*nnx.merge(graphdef, params).encode(x))
+        initial = nnx.merge(graphdef, params).at(x).guess
         jacobians = {
             gradient: jax.jacrev(lambda params, g=gradient: refine(params, g).posterior)(params)
             for gradient in ("auto", "stop")
@@ -343,10 +347,10 @@ def test_an_ascent_depends_on_its_own_example_alone(x):
     @jax.jit
     def run(x):
         def infer(xs, keys):
-            batched = jax.vmap(lambda x, key: system(model, x, key).posterior)
+            batched = jax.vmap(lambda x, key: system(model.at(x), key).posterior)
             return jax.tree.map(lambda a: a[0], batched(xs, keys))
 
-        alone = system(model, x, keys[0]).posterior
+        alone = system(model.at(x), keys[0]).posterior
         xs = jnp.concatenate([x[None], others])
         return alone, infer(xs[:1], keys[:1]), infer(xs, keys), infer(xs.at[1:].mul(3.0), keys)
 
@@ -358,16 +362,17 @@ def test_an_ascent_depends_on_its_own_example_alone(x):
 # ---------------------------------------------------------------- variational Laplace
 
 
-def test_the_amortisation_loss_is_the_excess_energy_of_the_first_guess(x):
+def test_the_amortization_loss_is_the_excess_energy_of_the_first_guess(x):
     """For a linear decoder the energy is quadratic, so the loss is the true difference."""
     _, model = make(hidden=())
     others = InferenceConfig(steps=1, gradient="unroll"), InferenceConfig(steps=0)
 
     @jax.jit
     def infer(x):
-        inference, log_joint = vlae(model, x, KEY, InferenceConfig(steps=1)), model.log_joint(x)
-        excess = log_joint(inference.posterior.mean) - log_joint(inference.path[0])
-        losses = [vlae(model, x, KEY, config).amortization_loss for config in others]
+        at = model.at(x)
+        inference = vlae(at, KEY, InferenceConfig(steps=1))
+        excess = at.log_joint(inference.posterior.mean) - at.log_joint(inference.iterates[0])
+        losses = [vlae(at, KEY, config).amortization_loss for config in others]
         return inference.amortization_loss, excess, losses
 
     loss, excess, losses = infer(x)
@@ -384,9 +389,9 @@ def test_the_encoder_learns_in_every_mode(x, steps, gradient):
     def objective(params):
         # A line search may rightly stay where it is; the paper's damping always moves.
         config = InferenceConfig(steps=steps, gradient=gradient, damping="paper")
-        inference = vlae(nnx.merge(graphdef, params), x, KEY, config)
+        inference = vlae(nnx.merge(graphdef, params).at(x), KEY, config)
         z, log_q = inference.posterior.sample_and_log_prob(jax.random.key(0))
-        bound = nnx.merge(graphdef, params).log_joint(x)(z) - log_q
+        bound = nnx.merge(graphdef, params).at(x).log_joint(z) - log_q
         return bound - inference.amortization_loss
 
     grads = nnx.merge(graphdef, jax.jit(jax.grad(objective))(params))
@@ -412,7 +417,7 @@ def test_gradient_search_ends_at_the_mode_of_a_linear_model_and_knows_how_it_mov
             config = InferenceConfig(
                 steps=500, search="gradient", gradient=gradient, ascent_rate=0.02
             )
-            inference = vlae(nnx.merge(graphdef, params), x, KEY, config)
+            inference = vlae(nnx.merge(graphdef, params).at(x), KEY, config)
             return direction @ inference.posterior.mean, inference
 
         differentiate = jax.grad(along, has_aux=True)
@@ -427,9 +432,9 @@ def test_gradient_search_ends_at_the_mode_of_a_linear_model_and_knows_how_it_mov
     assert inference.flags["converged"] and inference.flags["is_pd"]
     assert_close(inference.posterior.mean, mode)
     assert_close(inference.posterior.covariance(), np.linalg.inv(precision))
-    assert inference.path.shape == (501, LATENT)
-    assert_close(inference.path[-1], np.asarray(inference.posterior.mean))
-    moved = np.asarray(model.encode(x)[0]) - mode
+    assert inference.iterates.shape == (501, LATENT)
+    assert_close(inference.iterates[-1], np.asarray(inference.posterior.mean))
+    moved = np.asarray(model.at(x).mean) - mode
     assert_close(inference.amortization_loss, 0.5 * moved @ precision @ moved)
     truth = -np.asarray(direction) @ np.linalg.solve(precision, kernel) / variance
     for gradient in ("implicit", "unroll"):
@@ -439,7 +444,7 @@ def test_gradient_search_ends_at_the_mode_of_a_linear_model_and_knows_how_it_mov
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(slopes["stop"]))
 
 
-def test_gauss_newton_curvature_is_that_of_the_linearised_decoder(x):
+def test_gauss_newton_curvature_is_that_of_the_linearized_decoder(x):
     """Identity plus JᵀJ, for outputs of variance 1: whether or not the Hessian is positive."""
     system, model = make(activation="tanh", steps=1, curvature="gauss_newton")
     graphdef, params = nnx.split(model)
@@ -447,7 +452,7 @@ def test_gauss_newton_curvature_is_that_of_the_linearised_decoder(x):
     @jax.jit
     def run(x):
         model = nnx.merge(graphdef, params)
-        inference = system(model, x, KEY)
+        inference = system(model.at(x), KEY)
         return inference, jax.jacfwd(model.decode)(inference.posterior.mean)
 
     inference, jacobian = run(x)
@@ -458,7 +463,7 @@ def test_gauss_newton_curvature_is_that_of_the_linearised_decoder(x):
 
 def test_probabilistic_pca_is_exact_wherever_the_encoder_begins(x):
     model, precision = linear()
-    inference = jax.jit(find_system("ppca").build(InferenceConfig()))(model, x, KEY)
+    inference = jax.jit(lambda x: find_system("ppca")(model.at(x), KEY, InferenceConfig()))(x)
     assert_close(inference.posterior.mean, mode_of(model, precision, x), rtol=1e-4)
     assert_close(inference.posterior.covariance(), np.linalg.inv(precision), rtol=1e-4)
-    assert inference.path.shape == (2, LATENT)
+    assert inference.iterates.shape == (2, LATENT)

@@ -11,25 +11,25 @@ import tracemalloc
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import chex
 import numpy as np
 import pytest
+from builders import last_state, records, refused, untrained
 
-from vlae_jax.data.sets import load_dataset
-from vlae_jax.data.stored import StoredImages, value_counts
+from vlae_jax.data.sets import Availability, Dataset, availability, load_dataset
+from vlae_jax.data.stored import StoredImages, mean_image, value_counts
 from vlae_jax.errors import UserError
-from vlae_jax.models.trained import build_experiment
 from vlae_jax.parallel.placement import Placement
-from vlae_jax.runs.checkpoints import Checkpoints
 from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.training.batches import StreamedImages, epoch_order
 from vlae_jax.training.loop import FitOptions, fit
-from vlae_jax.training.step import Trainer, initial_state
+from vlae_jax.training.step import Trainer
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.usefixtures("make_trainer"),
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in ("array_record", "grain")),
         reason="needs the stream extra",
@@ -111,52 +111,54 @@ def config(root: Path, *, stream: bool) -> Config:
     )
 
 
-@pytest.fixture(scope="module")
-def resident(root):
-    return build_experiment(config(root, stream=False))
+class Disk:
+    """The images on disk, until some of them are lost: those of one batch."""
+
+    def __init__(self, stored: StoredImages) -> None:
+        self.stored = stored
+        self.lost: np.ndarray | None = None
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        if self.lost is not None and np.array_equal(rows, self.lost):
+            raise UserError("the disk is gone")
+        return self.stored[rows]
+
+    def images(self) -> StoredImages:
+        places = np.arange(len(self.stored))
+        return StoredImages(self.read, places, SHAPE, self.stored.value_counts)
+
+
+class Case(NamedTuple):
+    """Images, in memory or on disk, and how to train on them."""
+
+    config: Config
+    dataset: Dataset
+    trainer: Trainer
+    disk: Disk | None = None
+
+    def start(self, folder: Path, *, resume: bool = False) -> RunFolder:
+        fit(self.config, self.dataset, run_dir=folder, resume=resume, options=KEPT)
+        return RunFolder(folder)
 
 
 @pytest.fixture(scope="module")
-def streamed(root):
-    return build_experiment(config(root, stream=True))
+def resident(root, make_trainer):
+    kept, dataset = config(root, stream=False), load_dataset("doodles", root)
+    return Case(kept, dataset, make_trainer(untrained(kept, dataset), dataset))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_trainer_an_experiment():
-    """So that runs of one experiment compile one step."""
-    trainers = {}
-
-    def trainer(experiment, placement=None):
-        return trainers.setdefault(id(experiment), Trainer(experiment))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlae_jax.training.Trainer", trainer)
-        yield trainer
-
-
-def start(experiment, folder: Path, *, resume: bool = False) -> RunFolder:
-    run = RunFolder(folder)
-    if not resume:
-        run.create(experiment.config, overwrite=False)
-    fit(experiment, run, resume=resume, options=KEPT)
-    return run
-
-
-def last_state(experiment, run: RunFolder):
-    like = initial_state(experiment, Placement.here())
-    return Checkpoints(run.checkpoints, read_only=True).restore_last(like).state
-
-
-def records(run: RunFolder) -> list[dict]:
-    """All that was logged but times."""
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    times = ("seconds", "images_per_second")
-    return [{name: line[name] for name in line if name not in times} for line in lines]
+@pytest.fixture(scope="module")
+def streamed(root, make_trainer):
+    kept, dataset = config(root, stream=True), load_dataset("doodles", root, stream=True)
+    assert isinstance(dataset.train, StoredImages)
+    disk = Disk(dataset.train)
+    dataset = dataset._replace(train=disk.images())
+    return Case(kept, dataset, make_trainer(untrained(kept, dataset), dataset), disk)
 
 
 @pytest.fixture(scope="module")
 def whole(resident, tmp_path_factory) -> RunFolder:
-    return start(resident, tmp_path_factory.mktemp("whole") / "run")
+    return resident.start(tmp_path_factory.mktemp("whole") / "run")
 
 
 # The images
@@ -165,7 +167,7 @@ def whole(resident, tmp_path_factory) -> RunFolder:
 def test_a_streamed_set_is_the_one_in_memory(root, monkeypatch):
     """Read in chunks that end anywhere; the fingerprint allows to resume one with the other."""
     expected = load_dataset("doodles", root)
-    monkeypatch.setattr(data, "_BATCH", 7)
+    monkeypatch.setattr("vlae_jax.data.sets.BATCH", 7)
     found = load_dataset("doodles", root, stream=True)
     assert isinstance(found.train, StoredImages) and "streamed" in found.source
     assert (found.train.shape, found.train.dtype) == (expected.train.shape, np.uint8)
@@ -177,12 +179,13 @@ def test_a_streamed_set_is_the_one_in_memory(root, monkeypatch):
         assert getattr(found, name) == getattr(expected, name)
     np.testing.assert_array_equal(value_counts(found.train), value_counts(expected.train))
     np.testing.assert_array_equal(
-        data.mean_image(found.train), expected.train.mean(axis=0, dtype=np.float64)
+        mean_image(found.train), expected.train.mean(axis=0, dtype=np.float64)
     )
 
 
 def test_the_preprocessing_is_that_of_the_images_in_memory(resident, streamed):
-    chex.assert_trees_all_equal(streamed.preprocessor, resident.preprocessor)
+    found, expected = (case.trainer.trained.preprocessor for case in (streamed, resident))
+    chex.assert_trees_all_equal(found, expected)
 
 
 class Numbered:
@@ -204,16 +207,19 @@ class Numbered:
         return self.read(np.arange(self.length))
 
 
-def peak_of_streaming(monkeypatch, count: int) -> int:
+def peak_of_streaming(folder: Path, monkeypatch, count: int) -> int:
     """Bytes of what numpy and Python hold at most in loading and in the first steps."""
     parts = {"train": Numbered(count, (28, 28, 1)), "test": Numbered(10, (28, 28, 1))}
-    monkeypatch.setattr(data, "_stored", lambda *_: Path("folder"))
-    monkeypatch.setattr(data, "_open_builder", lambda _: None)
-    monkeypatch.setattr(data, "_PreparedPart", lambda _, __, split, ___: parts[split])
-    monkeypatch.setattr(data, "_BATCH", 100)
+    (folder / "dataset_info.json").write_text(json.dumps({"name": "mine", "version": "1.0.0"}))
+    for name, stand_in in (
+        ("open_builder", lambda _: None),
+        ("PreparedPart", lambda _, __, split, ___: parts[split]),
+        ("BATCH", 100),
+    ):
+        monkeypatch.setattr(f"vlae_jax.data.sets.{name}", stand_in)
     tracemalloc.start()
     try:
-        dataset = load_dataset("mine", "folder", validation_fraction=100 / count, stream=True)
+        dataset = load_dataset("mine", folder, validation_fraction=100 / count, stream=True)
         steps = StreamedImages(dataset.train, TRAINING, Placement.here()).arguments(0)
         for _ in range(20):
             next(steps)
@@ -223,10 +229,11 @@ def peak_of_streaming(monkeypatch, count: int) -> int:
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_images_but_by_their_places(monkeypatch):
-    peak_of_streaming(monkeypatch, 1_000)  # imports
+def test_memory_does_not_grow_with_the_images_but_by_their_places(tmp_path, monkeypatch):
+    peak_of_streaming(tmp_path, monkeypatch, 1_000)  # imports
     few, many = 5_000, 50_000
-    grown = peak_of_streaming(monkeypatch, many) - peak_of_streaming(monkeypatch, few)
+    few_peak, peak = (peak_of_streaming(tmp_path, monkeypatch, count) for count in (few, many))
+    grown = peak - few_peak
     assert grown / (many - few) < 40, "bytes an image, which has 784 pixels"
 
 
@@ -234,7 +241,7 @@ def test_memory_does_not_grow_with_the_images_but_by_their_places(monkeypatch):
 
 
 def test_a_feed_started_anywhere_gives_the_batches_of_the_order(streamed):
-    feed, train = Trainer(streamed).feed, streamed.dataset.train
+    feed, train = streamed.trainer.feed, streamed.dataset.train
     assert isinstance(feed, StreamedImages)
     first = int(np.random.default_rng().integers(0, 12))
     steps = feed.arguments(first)
@@ -278,10 +285,10 @@ import sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
-from vlae_jax.config import TrainingConfig
-from vlae_jax.data import StoredImages
-from vlae_jax.distributed import Placement
-from vlae_jax.feeding import StreamedImages, epoch_order
+from vlae_jax.data.stored import StoredImages
+from vlae_jax.parallel.placement import Placement
+from vlae_jax.runs.config import TrainingConfig
+from vlae_jax.training.batches import StreamedImages, epoch_order
 config, placement, places = TrainingConfig(batch_size=8, seed=2), Placement.of(), []
 def read(rows):
     places.extend(rows)
@@ -332,51 +339,39 @@ def test_two_processes_of_two_devices_make_one_batch():
 
 
 def test_a_streamed_run_is_the_run_in_memory_bit_for_bit(resident, streamed, whole, tmp_path):
-    run = start(streamed, tmp_path / "run")
+    run = streamed.start(tmp_path / "run")
     assert records(run) == records(whole)
-    chex.assert_trees_all_equal(last_state(streamed, run), last_state(resident, whole))
+    found, expected = last_state(streamed.trainer, run), last_state(resident.trainer, whole)
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_a_run_that_loses_its_images_is_resumed_exactly(
-    resident, streamed, whole, tmp_path, monkeypatch, one_trainer_an_experiment
+    resident, streamed, whole, tmp_path, monkeypatch
 ):
     """Broken off at any step by what cannot be read; resumed from disk and from memory."""
     lost = int(np.random.default_rng().integers(3, 15))
-    train = streamed.dataset.train
-    wanted = train._places[epoch_order(TRAINING, lost // 5, len(train))[lost % 5]]
-
-    def read(places):
-        if np.array_equal(places, wanted):
-            raise UserError("the disk is gone")
-        return train._read(places)
-
-    failing = StoredImages(read, train._places, SHAPE, train.value_counts)
+    print(f"lost at step {lost}")
+    order = epoch_order(TRAINING, lost // 5, len(streamed.dataset.train))[lost % 5]
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(one_trainer_an_experiment(streamed).feed, "_images", failing)
+        patch.setattr(streamed.disk, "lost", order)
         with pytest.raises(UserError, match="the disk is gone"):
-            start(streamed, run.path)
+            streamed.start(run.path)
     assert max(record["step"] for record in records(run)) == lost
-    for name, experiment in (("disk", streamed), ("memory", resident)):
-        assert experiment.config.differences(run.read_config()) == []
+    expected = last_state(resident.trainer, whole)
+    for name, case in (("disk", streamed), ("memory", resident)):
+        assert case.config.differences(run.read_config()) == []
         copy = RunFolder(shutil.copytree(run.path, tmp_path / name))
-        start(experiment, copy.path, resume=True)
+        case.start(copy.path, resume=True)
         assert records(copy) == records(whole)
-        chex.assert_trees_all_equal(last_state(resident, copy), last_state(resident, whole))
+        chex.assert_trees_all_equal(last_state(case.trainer, copy), expected)
 
 
 # What is said
 
 
-def refused(capfd, *arguments: object) -> str:
-    """The one line a wrong call gets, its exit code checked."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", *map(str, arguments), "--stream"])
-    assert stopped.value.code == 2
-    err = capfd.readouterr().err
-    assert "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if line.startswith("vlae_jax: error: ")]
-    return line
+def train_refused(capfd, *arguments: object) -> str:
+    return refused(capfd, "train", *arguments, "--stream")
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -402,7 +397,7 @@ def test_a_damaged_shard_is_one_line(tmp_path, capfd, how):
     folder = prepare(tmp_path / "data")
     spoil(folder, how)
     run = ("--dataset", "doodles", "--data-dir", tmp_path / "data", "--run-dir", tmp_path / "run")
-    assert f"cannot read the train split of {folder}" in refused(capfd, *run)
+    assert f"cannot read the train split of {folder}" in train_refused(capfd, *run)
     assert not (tmp_path / "run").exists()
 
 
@@ -418,7 +413,7 @@ def test_what_cannot_be_streamed_is_said(root, tmp_path, capfd, monkeypatch):
         (("--dataset", "digits"), "always in memory"),
         (("--dataset", "doodles"), "unknown data set 'doodles'"),
     ):
-        assert said in refused(capfd, *arguments)
-    monkeypatch.setattr(data, "_installed", lambda module: module != "grain")
-    assert "needs grain: pip install 'vlae-jax[stream]'" in refused(capfd, *own, root)
-    assert data.availability("doodles", root, stream=True) is data.Availability.NEEDS_TFDS
+        assert said in train_refused(capfd, *arguments)
+    monkeypatch.setattr("vlae_jax.data.sets.installed", lambda module: module != "grain")
+    assert "needs grain: pip install 'vlae-jax[stream]'" in train_refused(capfd, *own, root)
+    assert availability("doodles", root, stream=True) is Availability.NEEDS_TFDS
