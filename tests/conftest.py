@@ -24,10 +24,10 @@ gc.set_threshold(50_000, 20, 100)
 
 @pytest.fixture(scope="module")
 def quick_compile():
-    """Compile with few optimisations: the core's tests compile for minutes and run for seconds.
+    """Compile with few optimizations: the core's tests compile for minutes and run for seconds.
 
     One test runs a full-size step, in a process of its own, with all of them. What was compiled
-    before goes: the setting is not part of JAX's keys, and the rounding of an initialiser would
+    before goes: the setting is not part of JAX's keys, and the rounding of an initializer would
     depend on which modules ran earlier in this process.
     """
     before = jax.config.read("jax_disable_most_optimizations")

@@ -81,7 +81,7 @@ def require_seed(seed: int) -> None:
 
 
 def one_line(error: Exception, length: int = 200) -> str:
-    """What an error says, or else its name, on one line of at most about this length."""
+    """The message of an error, or else its type, on one line of at most about this length."""
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) <= length:
         return text

@@ -1,4 +1,4 @@
-"""How long work shows itself: a live line on a terminal, plain lines anywhere else."""
+"""Progress of long work: a live line on a terminal, plain lines anywhere else."""
 
 import contextlib
 import sys
@@ -16,7 +16,7 @@ _PLAIN_SECONDS = 10.0
 class ProgressLine:
     """Progress of `total` steps, of which `start` are done. A context manager.
 
-    A quiet one prints nothing, in a process beside the first.
+    With `quiet` nothing is printed, for the processes after the first.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ProgressLine:
 
 @contextlib.contextmanager
 def counting(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Progress of `total` images: gives the function to call with the number finished."""
+    """Show the progress of `total` images; yields a function of the number finished."""
     with ProgressLine(what, total, quiet=quiet) as progress:
         began = time.monotonic()
 

@@ -89,7 +89,7 @@ def check_numpyro_model(module, figures):
 
 
 def check_optimistix_search(module, figures):
-    """The learned prior has more evidence than narrow and wide ones, and than its neighbours."""
+    """The learned prior has more evidence than narrow and wide ones, and than its neighbors."""
     learned = float(figures["log_scale"])
     assert figures["evidence"][1] > max(figures["evidence"][0], figures["evidence"][2]) + 1.0
     assert figures["held_out"][1] > max(figures["held_out"][0], figures["held_out"][2])

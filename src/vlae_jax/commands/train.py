@@ -10,6 +10,7 @@ import tyro
 
 from vlae_jax.commands.arguments import Folder, Inference, InferenceChoice
 from vlae_jax.commands.tables import print_metrics
+from vlae_jax.data.formats import installed
 from vlae_jax.errors import UserError, require_counts
 from vlae_jax.parallel.options import DistributedConfig
 from vlae_jax.runs.config import Config, EvaluationConfig, Proposal
@@ -61,7 +62,8 @@ class Train:
 
     def run(self) -> None:
         """Train, evaluate and report."""
-        writer_class = _event_writer_class() if self.tensorboard else None
+        if self.tensorboard:
+            _require_tensorboard()
         config = _with_absolute_data_dir(self.config)
         run = RunFolder(self.run_dir or self.runs_dir / config.run_name)
         if self.tensorboard and in_bucket(run.path):
@@ -79,17 +81,18 @@ class Train:
             dataset = processes.together(lambda: as_dataset(None, config.data))
             if processes.is_first():
                 print(f"run folder: {run.path}", flush=True)
-            with contextlib.ExitStack() as open_files:
-                writer = None
-                if writer_class and processes.is_first():
-                    writer = open_files.enter_context(writer_class(str(run.path / "tensorboard")))
+            with contextlib.closing(_EventFiles(run.path / "tensorboard")) as events:
                 trained = fit(
                     config,
                     dataset,
                     run_dir=run.path,
                     resume=resume,
                     overwrite=self.overwrite,
-                    options=FitOptions(self.log_every, self.checkpoint_every, writer),
+                    options=FitOptions(
+                        self.log_every,
+                        self.checkpoint_every,
+                        events if self.tensorboard else None,
+                    ),
                     placement=placement,
                 )
             images = dataset.first_test_images(config.evaluation.test_images)
@@ -196,11 +199,27 @@ def _evaluate_and_report(
     processes.on_first(write)
 
 
-def _event_writer_class() -> "type[SummaryWriter]":
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "--tensorboard needs tensorboardX: pip install 'vlae-jax[tensorboard]'"
-        ) from None
-    return SummaryWriter
+class _EventFiles:
+    """TensorBoard event files, opened with the first scalar: a new run needs an empty folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def add_scalar(self, tag: str, value: float, global_step: int) -> None:
+        """Log one value."""
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder))
+        self._writer.add_scalar(tag, value, global_step)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _require_tensorboard() -> None:
+    if not installed("tensorboardX"):
+        raise UserError("--tensorboard needs tensorboardX: pip install 'vlae-jax[tensorboard]'")

@@ -1,6 +1,6 @@
-"""Where a data set is looked for, and the line that says what was wanted when nothing is found.
+"""The search for a data set's files, and the message when they are not found.
 
-Only names of files and what `dataset_info.json` says are looked at: nothing here reads an image.
+Only the names of files and the content of `dataset_info.json` count: no image is read.
 """
 
 import functools
@@ -22,7 +22,7 @@ from vlae_jax.errors import UserError, nearest
 
 
 def find_source(name: str, data_dir: str | Path | None) -> Source | None:
-    """Where a data set can be read: in `data_dir` alone, or in the cache if that is None.
+    """Find the place of a data set: in `data_dir` alone, or in the cache if that is None.
 
     Returns:
         None if it is not there.
@@ -151,7 +151,7 @@ def _named_for_another(name: str, path: Path) -> bool:
 
 
 def _description(file: Path) -> dict[str, Any]:
-    """What a `dataset_info.json` says; nothing if it cannot be read, for it may be any file."""
+    """The content of a `dataset_info.json`; empty if it is damaged or another kind of file."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -66,7 +66,7 @@ class Dataset(NamedTuple):
     levels: int
     """How many values a pixel may take, from 0: 256, or 17 for digits."""
     source: str
-    """Where the images came from, for people."""
+    """A description of the images' origin, for people."""
     fingerprint: str
     """First 16 hex digits of the SHA-256 of shapes and pixels, before validation is set aside."""
 
@@ -84,7 +84,7 @@ class Dataset(NamedTuple):
 
 
 class Availability(enum.IntEnum):
-    """What it takes to read a data set. The numbers are exit codes of `prepare --check`."""
+    """How available a data set is. The numbers are exit codes of `prepare --check`."""
 
     READABLE = 0
     NEEDS_TFDS = 3
@@ -182,7 +182,7 @@ def is_available(name: str, data_dir: str | Path | None = None, *, stream: bool 
 def availability(
     name: str, data_dir: str | Path | None = None, *, stream: bool = False
 ) -> Availability:
-    """What it takes to read the data on this machine.
+    """Tell whether the data can be read on this machine, and if not, what that needs.
 
     Imports neither TensorFlow nor tensorflow-datasets.
 

@@ -44,9 +44,9 @@ class CheckpointInfo(NamedTuple):
     epoch: float
     """Passes over the training images so far."""
     best_step: int | None
-    """The step of the best validation ELBO so far, if there was one."""
+    """The step of the best validation ELBO so far; None before the first."""
     best_bound: float
-    """That ELBO, nats."""
+    """The best validation ELBO, nats."""
     model: dict[str, Any]
     """Images and structure of the model, as `models.trained.describe` gives them."""
 

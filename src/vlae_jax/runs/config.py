@@ -67,7 +67,7 @@ class ModelConfig:
     """Dimensions of the latent space."""
     network: Literal["mlp", "conv"] = "mlp"
     """mlp: fully connected. conv: convolutions between the image and the hidden layers, for any
-    size of image, grey or in color."""
+    size of image, gray or in color."""
     channels: tuple[int, ...] = (32, 64)
     """conv: the encoder's channels after each convolution, which halves the image (the decoder
     takes them reversed)."""

@@ -1,4 +1,4 @@
-"""How much work goes into measuring the gaps of a trained model; not a part of its run."""
+"""Settings of the measurement of gaps, which are not part of the configuration of a run."""
 
 import dataclasses
 from typing import Literal
@@ -11,7 +11,7 @@ class GapConfig:
     """Numbers of images, steps and samples in measuring the gaps."""
 
     images: int = 50
-    """How many test images, from the first on."""
+    """Number of test images, from the first on."""
     simulated_images: int = 20
     """Images drawn from the model, for which log p(x) is also bounded from above."""
     temperatures: int = 300
@@ -21,7 +21,7 @@ class GapConfig:
     leapfrog: int = 10
     """Leapfrog steps of one HMC transition."""
     start: Literal["laplace", "prior"] = "laplace"
-    """Where the chains start: laplace, the Laplace posterior at a converged mode; or prior."""
+    """Start of the chains: laplace, the Laplace posterior at a converged mode; or prior."""
     family_steps: int = 500
     """Steps of Adam in the search for the best posterior of the family."""
     family_samples: int = 16

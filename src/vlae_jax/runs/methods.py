@@ -1,8 +1,8 @@
-"""The inference systems by name: one entry each, with all that the rest of the package asks of it.
+"""The inference systems by name: one entry each, with all that the rest of the package needs.
 
-A new system is one function, whose place is named here, and one entry. Functions are named by
-their place, `package.module:function`, so that this table is read where nothing of Flax or JAX is
-needed: by the report, by `--help`. A system of your own may be added to `METHODS` at run time.
+A new system is one function and one entry here. An entry names its functions by their place,
+`package.module:function`, so that reports and `--help` can read this table without importing Flax
+or JAX. A system of your own may be added to `METHODS` at run time.
 """
 
 from typing import NamedTuple
@@ -16,17 +16,17 @@ class Method(NamedTuple):
     """One inference system: its names, its functions and its properties."""
 
     label: str
-    """Its name in tables and pictures."""
+    """The name in tables and pictures."""
     system: str
     """Place of the function that infers: (observation, key, inference configuration) →
     `vlae_jax.models.systems.Inference`."""
     color: str
-    """Its color in every picture; steps T are shades of it. From Okabe and Ito's palette, which is
-    told apart with every common color vision."""
+    """The color in every picture, of which different T are shades. From the palette of Okabe and
+    Ito, whose colors are told apart with every common color vision."""
     has_steps: bool = True
-    """Whether it takes steps T."""
+    """Whether the system takes steps T."""
     is_flow: bool = False
-    """Whether its posterior has a density at its own samples alone."""
+    """Whether the posterior's density is known only at its own samples."""
     head: str | None = None
     """Place of the function that makes the part of the network that only this system has:
     (configuration, number of the encoder's features, random streams) → module."""

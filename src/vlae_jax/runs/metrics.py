@@ -12,7 +12,7 @@ class Quantity(NamedTuple):
     """Label, unit and meaning of one measured quantity."""
 
     label: str
-    """Its name in tables and pictures."""
+    """The name in tables and pictures."""
     unit: str = "nats"
     """"nats" (for each image), "bits/dim", "share" (of images), "samples" or "number"."""
     outlying: int = 0

@@ -27,7 +27,7 @@ _PERMISSIONS = {
     *(f"storage.objects.{action}" for action in ("create", "delete", "get", "list")),
 }
 _SECONDS = 10
-"""How long one answer of the storage service may take at the first question."""
+"""Time limit of the check whether a bucket can be used."""
 
 
 def as_folder(name: str | os.PathLike[str]) -> Path:
