@@ -29,9 +29,9 @@ COLUMNS = {
 PAIRED = {"log_prob": "log p(x) − baseline", "elbo": "ELBO − baseline"}
 GAPS = {
     "log_prob_ais": "log p(x), AIS",
-    "amortised_elbo": "ELBO",
+    "amortized_elbo": "ELBO",
     "approximation_gap": "approximation gap",
-    "amortisation_gap": "amortisation gap",
+    "amortization_gap": "amortization gap",
     "non_convergence_gap": "of it non-convergence",
     "bdmc_gap": "AIS sandwich, simulated",
 }
@@ -192,7 +192,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             bound, log_prob = measured(runs, "elbo"), measured(runs, "log_prob")
             axes.plot([bound[0], log_prob[0]], [row, row], color=FAINT, linewidth=1.0, zorder=1)
             # Where the two are equal, the one behind is seen around the other.
-            for (value, error), colour, size, label in (
+            for (value, error), color, size, label in (
                 (bound, ORANGE, 6.0, "ELBO"),
                 (log_prob, BLUE, 3.8, "log p(x), importance weighted"),
             ):
@@ -202,7 +202,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
                     # All systems share the images, so that an error over them says nothing here.
                     xerr=error if len(runs) > 1 else None,
                     fmt="o",
-                    color=colour,
+                    color=color,
                     markersize=size,
                     elinewidth=1.2,
                     label=label if row == 0 else None,
