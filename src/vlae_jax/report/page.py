@@ -71,8 +71,8 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem;
 th, td { padding: 7px 8px; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
-td.left { overflow-wrap: anywhere; min-width: 4.5rem; }
-td.left:first-child { min-width: 6.5rem; }
+td.left { overflow-wrap: anywhere; min-width: 5.5rem; }
+td.left:first-child { min-width: 7.5rem; }
 td.right { white-space: nowrap; }
 td small { display: block; color: var(--soft); font-size: .8rem; }
 tr:last-child td { border-bottom: 0; }
