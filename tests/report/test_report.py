@@ -293,7 +293,9 @@ def test_printing_breaks_no_number_whatever_the_width(run, width, terminal):
     for cell in table_cells(run)[0].values():
         assert printed.count(cell) >= 5, cell
     if terminal:
-        assert max(cell_len(re.sub(r"\x1b.*?m", "", line)) for line in printed.splitlines()) <= width
+        assert (
+            max(cell_len(re.sub(r"\x1b.*?m", "", line)) for line in printed.splitlines()) <= width
+        )
 
 
 def test_of_two_metrics_the_one_with_more_samples_counts_and_only_on_test(tmp_path):
