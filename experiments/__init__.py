@@ -1,1 +1,1 @@
-"""Studies: each a module that runs its experiments and prints their table."""
+"""Studies: comparisons of systems, run by `python -m experiments NAME`."""

@@ -1,40 +1,39 @@
-"""What the mistakes of the published code cost: SA-VAE and IAF with and without each, on digits.
+"""The mistakes of the published code, made on purpose as systems beside those of the package.
 
-.venv/bin/python -m experiments.repairs --jobs 2
-
-The mistakes are made here, on purpose, as systems beside those of the package. Run with `train` as
-the first argument the module is `vlae_jax` with these systems added.
+`python -m experiments repairs` compares SA-VAE and IAF with and without each of them. This module
+itself is `vlae_jax` with these systems added: `python -m experiments.repairs train ...`.
 """
 
-import functools
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PRNGKeyArray
 
-from experiments.study import Study, main
-from experiments.systems import ASCENT
-from vlae_jax.commands import main
-from vlae_jax.models import systems
+from vlae_jax.commands.main import main
+from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.flows import FlowPosterior
+from vlae_jax.models.systems import Inference, ascent_optimizer, flow_vae, semi_amortized_vae
+from vlae_jax.runs.config import InferenceConfig
+from vlae_jax.runs.methods import METHODS
 
 BATCH = 64
+CLIP = 5.0
 
 
 def descending() -> optax.GradientTransformation:
-    """Turn the ascent around: the loss is ascended."""
+    """Reverse the ascent, which was given the gradient of the loss."""
     return optax.scale(-1.0)
 
 
 def batch_mean() -> optax.GradientTransformation:
-    """Take the gradient of the batch's mean loss, where each image's own was meant."""
+    """Divide the gradient of each image by the batch, as the mean loss of a batch does."""
     return optax.scale(1.0 / BATCH)
 
 
-def inverted_clip(clip: float) -> optax.GradientTransformation:
-    """Divide by the square of the norm: the longer the gradient, the shorter the step."""
+def inverted_clip(clip: float = CLIP) -> optax.GradientTransformation:
+    """Divide by the square of the norm, so that a longer gradient gives a shorter step."""
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         square = optax.tree.norm(grads) ** 2
@@ -44,57 +43,57 @@ def inverted_clip(clip: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _wrong_ascent(mistakes: tuple[optax.GradientTransformation, ...]) -> systems.SystemSpec:
-    def build(config: Any) -> systems.System:
-        optimizer = optax.chain(*mistakes, systems.ascent_optimizer(config))
-        return functools.partial(systems.semi_amortized_vae, config=config, optimizer=optimizer)
-
-    return systems.SystemSpec(build)
+def sa_vae_descending(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
+    """SA-VAE that descends its bound."""
+    return _wrong_ascent(at, key, config, descending())
 
 
-def blind_flow_vae(model: Any, x: Any, key: Any) -> systems.Inference:
+def sa_vae_batch_mean(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
+    """SA-VAE with its rate divided by the batch."""
+    return _wrong_ascent(at, key, config, batch_mean())
+
+
+def sa_vae_inverted_clip(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
+    """SA-VAE with its clipping inverted."""
+    return _wrong_ascent(at, key, config, inverted_clip())
+
+
+def sa_vae_all_three(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
+    """SA-VAE with all three mistakes."""
+    return _wrong_ascent(at, key, config, batch_mean(), inverted_clip(), descending())
+
+
+def _wrong_ascent(
+    at: Observation,
+    key: PRNGKeyArray,
+    config: InferenceConfig,
+    *mistakes: optax.GradientTransformation,
+) -> Inference:
+    optimizer = optax.chain(*mistakes, ascent_optimizer(config))
+    return semi_amortized_vae(at, key, config, optimizer)
+
+
+def vae_iaf_blind(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
     """An autoregressive flow whose masks shut the context out: one map for all images."""
-    inference = systems.flow_vae(model, x, key)
+    inference = flow_vae(at, key, config)
+    assert isinstance(inference.posterior, FlowPosterior)
     blind = jnp.zeros_like(inference.posterior.context)
-    posterior = inference.posterior._replace(context=blind)
-    assert isinstance(posterior, FlowPosterior)
-    return inference._replace(posterior=posterior)
+    return inference._replace(posterior=inference.posterior._replace(context=blind))
 
 
-CLIP = 5.0
 WRONG = {
-    "sa_vae_descending": _wrong_ascent((descending(),)),
-    "sa_vae_batch_mean": _wrong_ascent((batch_mean(),)),
-    "sa_vae_inverted_clip": _wrong_ascent((inverted_clip(CLIP),)),
-    "sa_vae_all_three": _wrong_ascent((batch_mean(), inverted_clip(CLIP), descending())),
-    "vae_iaf_blind": systems.SYSTEMS["vae_iaf"]._replace(build=lambda config: blind_flow_vae),
+    **{
+        name: METHODS["sa_vae"]._replace(system=f"experiments.repairs:{name}")
+        for name in (
+            "sa_vae_descending",
+            "sa_vae_batch_mean",
+            "sa_vae_inverted_clip",
+            "sa_vae_all_three",
+        )
+    },
+    "vae_iaf_blind": METHODS["vae_iaf"]._replace(system="experiments.repairs:vae_iaf_blind"),
 }
 
-STUDY = Study(
-    "repairs",
-    "what the published mistakes cost",
-    {
-        "VAE": ["--method", "vae"],
-        "SA-VAE": ["--method", "sa_vae", *ASCENT],
-        "SA-VAE, clipped at 5": ["--method", "sa_vae", *ASCENT, "--ascent-clip", "5"],
-        "SA-VAE, descending": ["--method", "sa_vae_descending", *ASCENT],
-        "SA-VAE, rate over the batch": ["--method", "sa_vae_batch_mean", *ASCENT],
-        "SA-VAE, clip inverted": ["--method", "sa_vae_inverted_clip", *ASCENT],
-        "SA-VAE, all three": ["--method", "sa_vae_all_three", *ASCENT],
-        "VAE+IAF": ["--method", "vae_iaf"],
-        "VAE+IAF, blind to the image": ["--method", "vae_iaf_blind"],
-    },
-    [
-        *("--dataset", "digits", "--steps", "4", "--epochs", "1000", "--patience", "60"),
-        *("--batch-size", str(BATCH), "--log-every", "1000"),
-    ],
-    seeds=(0, 1, 2, 3, 4),
-    command=("-m", "experiments.repairs", "train"),
-)
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["train"]:
-        systems.SYSTEMS.update(WRONG)
-        cli.main(sys.argv[1:])
-    else:
-        main(STUDY)
+    METHODS.update(WRONG)
+    main()

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -16,39 +16,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.study import RESULTS
+from vlae_jax.report.groups import over_seeds
+from vlae_jax.report.style import BLUE, DPI, FAINT, INK, ORANGE, STYLE, minus
+from vlae_jax.runs.metrics import QUANTITIES
 
 README = Path(__file__).parent / "README.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-COLUMNS = {
-    "log_prob": "log p(x)",
-    "elbo": "ELBO",
-    "inference_gap": "gap",
-    "bits_per_dim": "bits/dim",
-    "unreliable": "k̂ > 0.7",
-}
-PAIRED = {"log_prob": "log p(x) − baseline", "elbo": "ELBO − baseline"}
-GAPS = {
-    "log_prob_ais": "log p(x), AIS",
-    "amortised_elbo": "ELBO",
-    "approximation_gap": "approximation gap",
-    "amortisation_gap": "amortisation gap",
-    "non_convergence_gap": "of it non-convergence",
-    "bdmc_gap": "AIS sandwich, simulated",
-}
-BLUE, ORANGE, INK, FAINT = "#0072B2", "#D55E00", "#222222", "#888888"
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "x",
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "axes.edgecolor": FAINT,
-    "ytick.left": False,
-}
+COLUMNS = ("log_prob", "elbo", "inference_gap", "bits_per_dim", "unreliable")
+PAIRED = ("log_prob", "elbo")
+GAPS = (
+    *("log_prob_ais", "amortized_elbo", "approximation_gap", "amortization_gap"),
+    *("non_convergence_gap", "bdmc_gap"),
+)
 
 
 def main() -> None:
@@ -67,7 +46,7 @@ def main() -> None:
 
 
 def put(text: str, mark: str, content: str) -> str:
-    """The page with what stands between a mark and the next end replaced."""
+    """Replace the content between a mark and the next end mark of a page."""
     start = f"<!-- {mark} -->\n"
     if start not in text:
         raise SystemExit(f"{README} has no place for {mark}: {start.strip()} ... <!-- end -->")
@@ -76,25 +55,24 @@ def put(text: str, mark: str, content: str) -> str:
     return f"{before}{start}{content}\n<!-- end -->{after}"
 
 
-def gap_table(record: Mapping[str, Any]) -> str:
-    """Where the bounds of the first seed lose their nats, for the runs that were measured."""
-    head = ["system", *GAPS.values()]
-    lines = [head, ["---"] * len(head)]
-    for label, runs in by_label(record).items():
-        found = runs[0].get("gaps")
-        if found:
-            cells = [
-                words(found[name][0], math.nan if found[name][1] is None else found[name][1])
-                if name in found
-                else ""
-                for name in GAPS
-            ]
-            lines.append([label, *cells])
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def gap_table(record: Mapping[str, Any]) -> str:
+    """The parts of the gap for the first seed of each variant whose gaps were measured."""
+    rows = []
+    for label, runs in by_label(record).items():
+        if runs[0].get("gaps"):
+            cells = (words(*average(runs[:1], "gaps", name)) for name in GAPS)
+            rows.append([label, *cells])
+    return markdown(["system", *(QUANTITIES[name].label for name in GAPS)], rows)
+
+
 def by_label(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each variant, in the study's order; those that have none are left out."""
+    """The runs of each variant in the study's order, without variants that have none."""
     grouped = {
         label: [r for r in record["runs"] if r["label"] == label] for label in record["variants"]
     }
@@ -102,36 +80,28 @@ def by_label(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """One row a variant, in Markdown."""
-    titles = COLUMNS | {name: name for name in record.get("shares", ())}
-    columns = [name for name in titles if any(name in r["figures"] for r in record["runs"])]
-    head = [
-        "system",
-        *(titles[name] for name in columns),
-        *PAIRED.values(),
-        "epochs",
-        "training s",
-    ]
+    """One row for each variant."""
+    shares = record.get("shares", ())
+    names = [n for n in (*COLUMNS, *shares) if any(n in r["metrics"] for r in record["runs"])]
+    head = ["system", *(QUANTITIES[name].label for name in names)]
+    head += [f"{QUANTITIES[name].label} − baseline" for name in PAIRED]
+    head += ["epochs", "training s"]
     several = len({run["seed"] for run in record["runs"]}) > 1
     head += ["seeds"] if several else []
-    shares = ("unreliable", *record.get("shares", ()))
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for label, runs in by_label(record).items():
-        cells = [
-            label,
-            *(words(*measured(runs, name), share=name in shares) for name in columns),
-        ]
-        cells += [words(*paired(runs, name)) for name in PAIRED]
-        cells += [
-            f"{mean(r['epoch'] for r in runs):.0f}",
-            f"{mean(r['seconds'] for r in runs):.0f}",
-        ]
-        lines.append(cells + ([str(len(runs))] if several else []))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        row = [label]
+        for name in names:
+            share = QUANTITIES[name].unit == "share"
+            row.append(words(*average(runs, "metrics", name), share=share))
+        row += [words(*average(runs, "paired", name)) for name in PAIRED]
+        row += [f"{mean(run[name] for run in runs):.0f}" for name in ("epoch", "seconds")]
+        rows.append(row + ([str(len(runs))] if several else []))
+    return markdown(head, rows)
 
 
 def provenance(record: Mapping[str, Any]) -> str:
-    """What a table was measured with."""
+    """Images, seeds, dates, machines, versions and options behind a table."""
     first = record["runs"][0]
     versions = first["versions"]
     dates = sorted({run["date"] for run in record["runs"]})
@@ -146,27 +116,17 @@ def provenance(record: Mapping[str, Any]) -> str:
     )
 
 
-def measured(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
-    """Mean and standard error: over seeds, or over images where there is one seed."""
-    found = [run["figures"][name] for run in runs if name in run["figures"]]
-    found = [(value, error) for value, error in found if value is not None]
-    if not found:
-        return math.nan, math.nan
-    values = [value for value, _ in found]
-    if len(values) == 1:
-        return values[0], math.nan if found[0][1] is None else found[0][1]
-    return mean(values), stdev(values) / math.sqrt(len(values))
+def average(runs: Sequence[Mapping[str, Any]], kind: str, name: str) -> tuple[float, float]:
+    """Mean and standard error over seeds, or over images where there is one seed.
 
-
-def paired(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
-    """Mean difference to the baseline: over seeds of the same number, or over the same images."""
-    found = [run["paired"][name] for run in runs if name in run["paired"]]
-    if not found:
-        return math.nan, math.nan
-    if len(found) == 1:
-        return found[0][0], found[0][1]
-    values = [value for value, _ in found]
-    return mean(values), stdev(values) / math.sqrt(len(values))
+    Args:
+        runs: Records of runs.
+        kind: "metrics", "paired" for differences to the baseline, or "gaps".
+        name: The quantity; without a value of it mean and error are NaN.
+    """
+    found = [run[kind][name] for run in runs if name in run[kind]]
+    pairs = [(value, math.nan if error is None else error) for value, error, *_ in found]
+    return over_seeds([pair for pair in pairs if pair[0] is not None])
 
 
 def words(value: float, error: float, *, share: bool = False) -> str:
@@ -176,50 +136,53 @@ def words(value: float, error: float, *, share: bool = False) -> str:
     if share:
         return f"{100 * value:.0f} %"
     if math.isnan(error) or error == 0:
-        return f"{value:.2f}".replace("-", "−")
+        return minus(f"{value:.2f}")
     digits = min(3, max(1, 1 - math.floor(math.log10(error))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+    return minus(f"{value:.{digits}f} ± {error:.{digits}f}")
+
+
+def bounds(runs: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """ELBO and log p(x) of a variant, each with its error."""
+    return average(runs, "metrics", "elbo"), average(runs, "metrics", "log_prob")
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Plot the ELBO and log p(x) of every variant: the distance of the two dots is the gap."""
     groups = by_label(record)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 1.1 + 0.23 * len(groups)), dpi=150, layout="constrained")
+    rows = {"axes.spines.left": False, "axes.grid.axis": "x", "ytick.left": False}
+    with matplotlib.rc_context(STYLE | rows):
+        figure = Figure(figsize=(7.2, 1.1 + 0.23 * len(groups)), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for row, runs in enumerate(groups.values()):
-            bound, log_prob = measured(runs, "elbo"), measured(runs, "log_prob")
+            bound, log_prob = bounds(runs)
             axes.plot([bound[0], log_prob[0]], [row, row], color=FAINT, linewidth=1.0, zorder=1)
-            # Where the two are equal, the one behind is seen around the other.
-            for (value, error), colour, size, label in (
+            # Where the two are equal, the larger dot is seen around the smaller one.
+            for (value, error), color, size, label in (
                 (bound, ORANGE, 6.0, "ELBO"),
                 (log_prob, BLUE, 3.8, "log p(x), importance weighted"),
             ):
                 axes.errorbar(
                     value,
                     row,
-                    # All systems share the images, so that an error over them says nothing here.
+                    # An error over images, which all systems share, would mislead here.
                     xerr=error if len(runs) > 1 else None,
                     fmt="o",
-                    color=colour,
+                    color=color,
                     markersize=size,
                     elinewidth=1.2,
                     label=label if row == 0 else None,
                 )
-        # A system far below the others would press these together.
+        # A system far below the others would press these together, so its ELBO is cut off.
         unit = "nats per image"
-        values = sorted(measured(runs, "elbo")[0] for runs in groups.values())
-        best = max(measured(runs, "log_prob")[0] for runs in groups.values())
+        elbos = {name: bounds(runs)[0][0] for name, runs in groups.items()}
+        values = sorted(elbos.values())
+        best = max(bounds(runs)[1][0] for runs in groups.values())
         low = values[len(values) // 8] if len(values) > 8 else values[0]
         cut = best - 1.6 * (best - low)
         if values[0] < cut:
             axes.set_xlim(left=cut)
-            outside = [
-                f"{name} ({words(measured(runs, 'elbo')[0], math.nan)})"
-                for name, runs in groups.items()
-                if measured(runs, "elbo")[0] < cut
-            ]
+            outside = [f"{n} ({words(v, math.nan)})" for n, v in elbos.items() if v < cut]
             unit += f"\nELBO outside on the left: {', '.join(outside)}"
         axes.set_yticks(range(len(groups)), list(groups), color=INK)
         axes.set_ylim(len(groups) - 0.4, -0.6)

@@ -1,12 +1,10 @@
-"""What the studies share: run every variant with every seed, once, and keep a record.
+"""Running a study: every variant with every seed, once, and a record of the results.
 
-A study is a module with a `STUDY`; `python -m experiments.NAME` runs it. What was measured goes to
-`experiments/results/NAME.json`, from which `make report` sets the tables and draws the plots.
+The record is `experiments/results/NAME.json`; `make report` sets the tables of it and draws the
+plots.
 """
 
-import argparse
 import concurrent.futures
-import dataclasses
 import datetime
 import json
 import os
@@ -15,92 +13,80 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from experiments.studies import STUDIES, Study
+from vlae_jax.report.groups import paired_difference
+from vlae_jax.runs.records import Run, read_run
 
 RESULTS = Path(__file__).parent / "results"
 PAIRED = ("log_prob", "elbo", "inference_gap")
 """Quantities whose difference to the baseline is taken image by image."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Variants of `vlae_jax train` that are compared."""
+def run_study(
+    name: str,
+    folder: Path,
+    *,
+    labels: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    data_dir: str | None = None,
+    jobs: int = 1,
+) -> None:
+    """Train the variants of a study with their seeds, and record the finished runs.
 
-    name: str
-    title: str
-    variants: Mapping[str, Sequence[str]]
-    """Label → options; the first is the baseline that paired differences refer to."""
-    common: Sequence[str]
-    """Options of all variants, before their own."""
-    seeds: Sequence[int] = (0,)
-    """Each variant is trained with each."""
-    baselines: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Label → the label it is compared with instead."""
-    shares: Sequence[str] = ()
-    """Shares of images in the table besides those of every study."""
-    command: Sequence[str] = ("-m", "vlae_jax", "train")
-    """What takes the options, after the Python interpreter."""
+    A finished run is not repeated, and an interrupted one is resumed. With several jobs each run
+    has one CPU core to itself, so that training times can be compared.
 
-
-def main(study: Study) -> None:
-    """Run a study from the command line.
-
-    A run that is finished is not repeated, one that was broken off is resumed. With --jobs each
-    run has one CPU core to itself, so that their training times can be compared.
+    Args:
+        name: A key of `STUDIES`.
+        folder: For the run folders.
+        labels: Variants to train; all of them if none is named.
+        seeds: Seeds to train with; those of the study if none is named.
+        data_dir: Folder with the images, if they are not in the cache.
+        jobs: Number of runs at a time.
     """
-    parser = argparse.ArgumentParser(description=f"Run the study '{study.title}'.")
-    parser.add_argument("--data-dir", help="where the images are, if not in the cache")
-    parser.add_argument("--folder", type=Path, default=Path("runs") / study.name, help="for runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--only", nargs="+", choices=study.variants, help="these variants")
-    parser.add_argument("--seeds", nargs="+", type=int, default=study.seeds, help="these seeds")
-    arguments = parser.parse_args()
-    if arguments.jobs < 1:
-        parser.error("--jobs must be at least 1")
-    place = ["--data-dir", arguments.data_dir] if arguments.data_dir else []
-    wanted = [
-        (label, seed) for seed in arguments.seeds for label in arguments.only or study.variants
-    ]
+    study = STUDIES[name]
+    place = ["--data-dir", data_dir] if data_dir else []
+    wanted = [(label, seed) for seed in seeds or study.seeds for label in labels or study.variants]
     writing = threading.Lock()
     cores: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    for index in range(arguments.jobs):
-        cores.put(_core(index) if arguments.jobs > 1 else None)
+    for index in range(jobs):
+        cores.put(_core(index) if jobs > 1 else None)
 
     def run(label: str, seed: int) -> None:
         core = cores.get()
         try:
-            _train(study, arguments.folder, label, seed, place, core)
+            _train(study, folder, label, seed, place, core)
             with writing:
-                collect(study, arguments.folder)
+                collect(name, folder)
         finally:
             cores.put(core)
 
-    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(run, label, seed) for label, seed in wanted]:
             done.result()
 
 
-def collect(study: Study, folder: Path) -> None:
-    """Write down what the finished runs of a study have measured.
+def collect(name: str, folder: Path) -> None:
+    """Record the results of the finished runs of a study.
 
-    What is on record of runs that are no longer in the folder stays there.
+    The record keeps the results of runs that are no longer in the folder.
     """
-    path = RESULTS / f"{study.name}.json"
+    study, path = STUDIES[name], RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {"runs": []}
     on_record = {(run["label"], run["seed"]): run for run in before["runs"]}
     found = {(run["label"], run["seed"]): run for run in _runs(study, folder)}
-    for key, run in found.items():
-        # Collected again, a run is as old as it was.
-        known = on_record.get(key, {})
-        if known.get("figures") == run["figures"]:
-            run |= {name: known[name] for name in ("date", "hardware")}
+    for place, run in found.items():
+        # A run that is collected again keeps its date.
+        known = on_record.get(place, {})
+        if known.get("metrics") == run["metrics"]:
+            run |= {key: known[key] for key in ("date", "hardware")}
     merged = on_record | found
     record = {
-        "name": study.name,
+        "name": name,
         "title": study.title,
         "common": list(study.common),
         "variants": list(study.variants),
@@ -112,65 +98,54 @@ def collect(study: Study, folder: Path) -> None:
         ],
     }
     RESULTS.mkdir(exist_ok=True)
-    unfinished = RESULTS / f".{study.name}.{os.getpid()}"
+    unfinished = RESULTS / f".{name}.{os.getpid()}"
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(path)
 
 
 def _runs(study: Study, folder: Path) -> Iterator[dict[str, Any]]:
-    """What is to be recorded of the finished runs in a folder."""
+    """The records of the finished runs in a folder."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     for label, options in study.variants.items():
         for path in sorted(folder.glob(f"{_file_name(label)}-seed*")):
             if not (path / "results.json").exists():
                 continue
-            results = json.loads((path / "results.json").read_text())
-            seed = results["run"]["seed"]
+            run = read_run(path)
+            results = run.results or {}
             other = study.baselines.get(label, next(iter(study.variants)))
-            baseline = folder / f"{_file_name(other)}-seed{seed}"
+            baseline = folder / f"{_file_name(other)}-seed{run.seed}"
             yield {
                 "label": label,
-                "seed": seed,
+                "seed": run.seed,
                 "options": list(options),
-                "steps": results["run"]["steps"],
-                "figures": {
-                    figure["name"]: [figure["value"], figure["standard_error"]]
-                    for figure in results["figures"]
+                "steps": run.steps,
+                "metrics": {
+                    m["name"]: [m["value"], m["standard_error"]] for m in results["metrics"]
                 },
-                "paired": _paired(path, baseline) if path != baseline else {},
-                "gaps": _gaps(path),
-                "images": results["figures"][0]["images"],
-                "samples": results["figures"][0]["samples"],
+                "paired": _paired(run, baseline) if path != baseline else {},
+                "gaps": {
+                    m["name"]: [m["value"], m["standard_error"], m["images"]]
+                    for m in (run.gaps or {}).get("metrics", [])
+                },
+                "images": results["metrics"][0]["images"],
+                "samples": results["metrics"][0]["samples"],
                 "epoch": results["checkpoint"]["epoch"],
                 "seconds": results["seconds"]["training"],
                 "versions": results["versions"],
                 "device": results["device"],
                 "date": today,
                 "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-                "fingerprint": results["run"]["fingerprint"],
+                "fingerprint": run.fingerprint,
             }
 
 
-def _gaps(path: Path) -> dict[str, list[float]]:
-    """What `vlae_jax gap` measured of a run, if it was asked to."""
-    if not (path / "gaps.json").exists():
-        return {}
-    figures = json.loads((path / "gaps.json").read_text())["figures"]
-    return {f["name"]: [f["value"], f["standard_error"], f["images"]] for f in figures}
-
-
-def _paired(path: Path, baseline: Path) -> dict[str, list[float]]:
+def _paired(run: Run, baseline: Path) -> dict[str, list[float]]:
     """Mean difference to the baseline over the same test images, with its standard error."""
     if not (baseline / "per_image.npz").exists():
         return {}
-    differences = {}
-    with np.load(path / "per_image.npz") as mine, np.load(baseline / "per_image.npz") as theirs:
-        for name in PAIRED:
-            if mine[name].shape == theirs[name].shape:
-                values = mine[name].astype(np.float64) - theirs[name]
-                error = values.std(ddof=1) / np.sqrt(len(values))
-                differences[name] = [float(values.mean()), float(error)]
-    return differences
+    other = read_run(baseline)
+    found = {name: paired_difference(run, other, name) for name in PAIRED}
+    return {name: [d.mean, d.standard_error] for name, d in found.items() if d is not None}
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""One latent dimension, two data dimensions: the mode search drawn in data space.
+"""The mode search drawn in data space, for one latent and two data dimensions.
 
 .venv/bin/python -m experiments.toys      (writes docs/images/toys.png)
 """
@@ -17,8 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import vlae_jax as vl
-from experiments.report import BLUE, FAINT, IMAGES, INK, ORANGE, STYLE
+from experiments.report import IMAGES
 from vlae_jax.models.ppca import fit_ppca
+from vlae_jax.report.style import BLUE, DPI, FAINT, INK, ORANGE, STYLE
 
 POINTS, STEPS, HIDDEN = 600, 4, 24
 STD = 0.12
@@ -53,7 +54,7 @@ def expansion(params: Any, x: jax.Array) -> vl.Expansion:
 
 
 def train(xs: jax.Array, key: jax.Array) -> Any:
-    """Train the ReLU model: the ELBO of the Laplace posterior, found from several first guesses."""
+    """Train the ReLU model by the ELBO of the Laplace posterior, with several first guesses."""
     first, second = jax.random.split(key)
     params = {
         "hidden": [(jax.random.normal(first, (1, HIDDEN)), jnp.linspace(-2, 2, HIDDEN))],
@@ -94,9 +95,9 @@ def draw(
     offsets: Sequence[float],
     asides: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> None:
-    """Data, decoder, and the searches of a few points from poor first guesses.
+    """Draw data, decoder, and the searches of a few points from poor first guesses.
 
-    On a straight line searches would hide each other: each is drawn `aside` of it, upwards.
+    Searches on a straight line would hide each other, so each is drawn `aside` of it, upwards.
     """
     zs = jnp.linspace(-2.8, 2.8, 400)[:, None]
     curve = jax.vmap(lambda z: decode(params, z))(zs)
@@ -156,11 +157,11 @@ def main(folder: Path = IMAGES) -> None:
         "log_var": jnp.log(fitted.variance),
     }
     relu = train(jnp.asarray(bent), jax.random.key(0))
-    # The first points drawn are the ones searched for: far apart, to be told apart.
+    # The first points are those whose searches are drawn, so they lie far apart.
     straight = np.concatenate([spread(straight, straight[:, 0]), straight])
     bent = np.concatenate([spread(bent, np.arctan2(bent[:, 1], bent[:, 0])), bent])
-    with matplotlib.rc_context({**STYLE, "axes.spines.left": True, "ytick.left": True}):
-        figure = Figure(figsize=(8.0, 4.2), dpi=150, layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.0, 4.2), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
         draw(

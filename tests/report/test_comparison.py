@@ -13,20 +13,19 @@ from report.test_report import (
     write_run,
 )
 
+from vlae_jax.commands.main import main
 from vlae_jax.errors import UserError
 from vlae_jax.report import write_comparison
-from vlae_jax.report.comparison import (
+from vlae_jax.report.comparison import draw_all_steps, draw_posteriors, draw_training
+from vlae_jax.report.groups import baseline_of, sort_runs
+from vlae_jax.report.rows import (
     draw_all_gaps,
-    draw_all_steps,
     draw_differences,
     draw_log_likelihood,
-    draw_posteriors,
     draw_reliabilities,
-    draw_training,
 )
-from vlae_jax.report.files import read_runs
-from vlae_jax.report.groups import baseline_of, sort_runs
 from vlae_jax.report.table import seed_rows
+from vlae_jax.runs.records import read_runs
 
 PICTURES = {
     *("log_likelihood.png", "paired_differences.png", "gaps.png", "pareto_k.png", "steps.png"),
@@ -55,11 +54,11 @@ def add_run(
     log_prob = np.asarray(log_prob, float)
     finite = log_prob[np.isfinite(log_prob)]
     error = finite.std(ddof=1) / np.sqrt(len(finite))
-    figures = (
+    metrics = (
         ("log_prob", finite.mean(), error, "nats", len(finite), 100),
         ("elbo", finite.mean() - 1.0, error, "nats", len(finite), 100),
     )
-    results = make_results(figures)
+    results = make_results(metrics)
     results["run"] = {"fingerprint": fingerprint}
     per_image = {"log_prob": log_prob, "elbo": log_prob - 1.0} | more.pop("per_image", {})
     name = f"{method}-T{steps}-{seed}-{len(list(folder.iterdir()))}"
@@ -79,7 +78,7 @@ def problem_of(folder):
 
 
 def dots(axes):
-    """Centre and half width of the error bar for each row with one, by row."""
+    """Center and half width of the error bar for each row with one, by row."""
     found = {}
     for container in axes.containers:
         line, _, bars = container.lines
@@ -161,8 +160,8 @@ def test_configurations_are_told_apart_by_what_differs(folder):
         ("VLAE, T = 8 (damping line search)", [0, 1]),
         ("VLAE, T = 8 (damping paper)", [0]),
     ]
-    colours = [c.colour for c in configurations]
-    assert colours[2] == colours[3] == "#0072b2" and len(set(colours)) == 3
+    colors = [c.color for c in configurations]
+    assert colors[2] == colors[3] == "#0072b2" and len(set(colors)) == 3
     assert configurations[2].marker != configurations[3].marker
 
 
@@ -232,7 +231,7 @@ def test_histograms_take_the_seeds_together(folder):
 
 def test_gaps_of_several_seeds_are_averaged(folder):
     for seed, size in enumerate((1.0, 3.0)):
-        gaps = {"approximation_gap": (size, 0.1), "amortisation_gap": (2 * size, 0.1)}
+        gaps = {"approximation_gap": (size, 0.1), "amortization_gap": (2 * size, 0.1)}
         add_run(folder, "vae", seed, [-1.0, -2.0], gaps=gaps)
     add_run(folder, "sa_vae", 0, [-1.0, -2.0])
     figure, _ = draw_all_gaps(problem_of(folder))
@@ -260,7 +259,7 @@ def test_training_curves_stand_against_epochs_and_time(folder):
 
 def complete(folder, method, seed, **more):
     per_image = {"pareto_k": np.array([0.3, 0.8])}
-    gaps = {"approximation_gap": (1.0, 0.1), "amortisation_gap": (2.0, 0.1)}
+    gaps = {"approximation_gap": (1.0, 0.1), "amortization_gap": (2.0, 0.1)}
     metrics = [{**record, "seconds": record["epoch"]} for record in make_metrics()]
     snapshots = make_snapshots() | {"step_error": np.ones((4, 3))}
     more = {"per_image": per_image, "gaps": gaps, "metrics": metrics, "snapshots": snapshots} | more
@@ -296,11 +295,11 @@ def test_each_data_set_has_pictures_of_its_own(folder, tmp_path):
 
 def test_the_command_line_puts_the_comparison_where_it_is_told(folder, tmp_path, capsys):
     runs = [str(add_run(folder, method, 0, [-1.0, -2.0])) for method in ("vae", "vlae")]
-    cli.main(["report", *runs, "--output", str(tmp_path / "out")])
+    main(["report", *runs, "--output", str(tmp_path / "out")])
     assert f"comparison: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
     assert (tmp_path / "out" / "paired_differences.png").exists()
     # A run alone, even if named twice, has nothing to be compared with.
-    cli.main(["report", runs[0], runs[0], "--output", str(tmp_path / "none")])
+    main(["report", runs[0], runs[0], "--output", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
 
 
@@ -309,7 +308,7 @@ def test_wrong_use_is_one_line(folder, tmp_path):
         write_comparison([], tmp_path / "out")
     run = add_run(folder, "vae", 0, [-1.0, -2.0])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_comparison([run, add_run(folder, "vlae", 0, [-1.0, -2.0])], tmp_path / "file")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "training": None}))

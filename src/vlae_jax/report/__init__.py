@@ -2,18 +2,18 @@
 
 Nothing here needs JAX: a run folder copied to any machine can be drawn there again.
 
-| file in the run folder | what is drawn from it |
+| file in the run folder | drawn from it |
 |---|---|
-| `config.json` | who the run is; the one file that must be there |
+| `config.json` | names and settings; the one file that must be there |
 | `metrics.jsonl` | the training curve |
 | `results.json` | the tables, the log-likelihood of systems side by side |
 | `per_image.npz` | Pareto k̂, paired differences between systems |
 | `snapshots.npz` | reconstructions, prior samples, interpolations, posteriors, refinement |
 | `gaps.json` | the inference gap and its parts |
 
-Rooms, each importing only those before it: `style`, `files`, `groups` (which runs belong together),
-`panels` (what several pictures share), `figures` (of one run), `comparison` (of several), `table`,
-`page`.
+Modules, each importing only those before it: `style`, `groups` (which runs belong together),
+`panels` (parts of pictures), `figures` (pictures of one run), `rows` and `comparison` (pictures of
+several runs), `table`, `page`.
 """
 
 from vlae_jax.report.figures import draw_figures

@@ -11,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vlae_jax.report.files import Run, number, read_run, write_file
 from vlae_jax.report.panels import (
     GAP_WORDS,
     K_LABEL,
-    colour_limit,
+    K_WORDS,
+    color_bar,
+    color_limit,
     deviation_strip,
     draw_gaps,
     draw_tails,
@@ -39,24 +40,28 @@ from vlae_jax.report.style import (
     enlarge,
     minus,
     mosaic,
+    save,
+    suptitle,
     write_message,
 )
+from vlae_jax.runs.metrics import QUANTITIES
+from vlae_jax.runs.records import Run, number, read_run
 
 SHOWN_IMAGES, SHOWN_STEPS, SHOWN_SAMPLES, SHOWN_POSTERIORS = 10, 9, 100, 6
 
 
 def draw_figures(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """Draw what a run folder has the data for, into its folder `figures`.
+    """Draw the pictures of a run into the folder `figures` of its run folder.
 
     `reconstructions.png`, `step_log_joint.png`, `posterior_covariances.png`, `prior_samples.png`,
-    `interpolations.png`, `pareto_k.png`, `gaps.png` and `training_curve.png`. The same files give
-    the same bytes.
+    `interpolations.png`, `pareto_k.png`, `gaps.png` and `training_curve.png`. Equal files give
+    equal bytes.
 
     Args:
         run_dir: Folder of one run.
 
     Returns:
-        The files written. A figure whose input is missing is left out.
+        The files written. A picture whose data are missing is left out.
 
     Raises:
         UserError: If there is no such run, or one of its files is damaged.
@@ -69,7 +74,7 @@ def save_pictures(run: Run) -> list[tuple[Path, Picture]]:
     """Draw and write the pictures of a run, in the order of the page."""
     saved = [(run.path / "figures" / f"{picture.name}.png", picture) for picture in _pictures(run)]
     for path, picture in saved:
-        write_file(path, picture.png)
+        save(path, picture.png)
     return saved
 
 
@@ -88,12 +93,12 @@ def _pictures(run: Run) -> list[Picture]:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Pick at most so many of 0..count-1, evenly spread, first and last among them."""
+    """Pick at most `most` of 0..count-1, evenly spread, the first and the last among them."""
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, most)).tolist()})
 
 
 def _log_joints(run: Run) -> tuple[np.ndarray, str]:
-    """Log joints (n, steps + 1) of the images whose search stayed finite, and words on how many."""
+    """Log joints (n, steps + 1) of images whose search stayed finite, and their number in words."""
     paths = np.asarray(run.snapshots.get("step_log_joint", np.empty((0, 1))), np.float64)
     finite = np.isfinite(paths).all(axis=1)
     words = f"mean over {finite.sum()} test images"
@@ -156,7 +161,7 @@ def _draw_prior_samples(run: Run) -> tuple[Figure, str] | None:
 
 
 def _columns(count: int) -> int:
-    """Choose the columns of a grid near square, without a ragged last row where possible."""
+    """Choose the columns of a nearly square grid, with a full last row where possible."""
     root = math.ceil(math.sqrt(count))
     full = [columns for columns in range(root, 2 * root + 1) if count % columns == 0]
     return full[0] if full else root
@@ -168,7 +173,7 @@ def _draw_posteriors(run: Run) -> tuple[Figure, str] | None:
         return None
     count = min(len(covariances), len(data), SHOWN_POSTERIORS)
     correlations, deviations = ordered_correlations(covariances[:count])
-    limit = colour_limit(correlations)
+    limit = color_limit(correlations)
     latent = deviations.shape[1]
     scale = max(1, round(300 / latent))
     picture, side = enlarge(data[0], 112).shape[1], scale * latent
@@ -185,19 +190,16 @@ def _draw_posteriors(run: Run) -> tuple[Figure, str] | None:
         mappable = heat_map(axes, correlations[index], limit)
         deviation_strip(sheet.axes(x, y + side + 12, side, 46), deviations, index)
     axes = sheet.axes(columns * step_x + 8, 76, 16, side)
-    colours = sheet.figure.colorbar(mappable, cax=axes, extend="max" if limit < 1 else "neither")
-    colours.set_ticks([-limit, 0.0, limit])
-    colours.set_label("correlation", color=FAINT)
-    colours.outline.set_visible(False)
+    color_bar(sheet, axes, mappable, limit)
     return sheet.figure, (
         f"Posterior correlations of the {latent} latent dimensions for {count} test images, "
-        "in one order for all: by mean posterior variance, so that the dimensions the data "
-        "inform come first and those left at the prior, with standard deviation 1 (strip), last."
+        "ordered by mean posterior variance: dimensions that the data inform come first, those "
+        "left at the prior, with standard deviation 1 (strip), come last."
     )
 
 
 def draw_steps(run: Run) -> tuple[Figure, str] | None:
-    """Reconstruction error and log joint against steps, with their spread over images."""
+    """Draw reconstruction error and log joint against steps, with their spread over images."""
     paths, words = _log_joints(run)
     if not len(paths) or paths.shape[1] < 2:
         return None
@@ -211,16 +213,14 @@ def draw_steps(run: Run) -> tuple[Figure, str] | None:
         axes.set_ylabel("RMSE, model space")
         axes.set_title("Reconstruction error")
     _band(first, behind)
-    # Newton's steps shrink by orders of magnitude: a linear axis would show the first alone.
+    # Newton steps shrink by orders of magnitude, so a linear axis would show only the first.
     if np.ptp(np.quantile(behind, [0.1, 0.5, 0.9], axis=0)) > 0.2:
         first.set_yscale("symlog", linthresh=0.1, linscale=0.5)
         first.yaxis.set_major_formatter(lambda value, _: minus(f"{value:g}"))
     first.axhline(0.0, color=FAINT, linewidth=0.8)
     first.set_ylabel(r"$\log p(x, z_t) - \log p(x, z_T)$, nats")
     first.set_title("Log joint, less its final value" if panels > 1 else "")
-    figure.suptitle(
-        f"Refinement · {run.subject}", x=0.01, ha="left", size=10.0, weight="bold", parse_math=False
-    )
+    suptitle(figure, f"Refinement · {run.subject}")
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     caption = (
         f"Log joint at each step t, less its final value: from the encoder's guess to the end it "
@@ -236,7 +236,7 @@ def draw_steps(run: Run) -> tuple[Figure, str] | None:
 
 
 def _band(axes: Axes, paths: np.ndarray) -> None:
-    """Median and 10-90 % of images at each step, from paths (images, steps + 1)."""
+    """Draw the median and the middle 80 % of images at each step of paths (images, steps + 1)."""
     t = np.arange(paths.shape[1])
     low, middle, high = np.quantile(paths, [0.1, 0.5, 0.9], axis=0)
     axes.fill_between(t, low, high, color=BLUE, alpha=0.2, linewidth=0, label="10–90 % of images")
@@ -246,7 +246,7 @@ def _band(axes: Axes, paths: np.ndarray) -> None:
 
 
 def draw_interpolations(run: Run) -> tuple[Figure, str] | None:
-    """What lies between two test images in the latent space, one pair a row."""
+    """Draw images between two test images in the latent space, one pair in each row."""
     lines = run.snapshots.get("interpolations")
     if lines is None:
         return None
@@ -256,13 +256,13 @@ def draw_interpolations(run: Run) -> tuple[Figure, str] | None:
     sheet = Sheet(tiles.shape[1] + 48, tiles.shape[0] + 92, title)
     sheet.image(24, 68, tiles)
     return sheet.figure, (
-        f"Decoder means on the straight line between the posterior means of two test images, "
-        f"which are those at the ends of each row; {pairs} pairs."
+        "Decoder means on the straight line between the posterior means of two test images, which "
+        f"stand at the ends of each row; {pairs} pairs."
     )
 
 
 def draw_reliability(run: Run) -> tuple[Figure, str] | None:
-    """The Pareto k̂ of the test images."""
+    """Draw the Pareto k̂ of the test images."""
     tails = read_tails([run])
     if tails is None:
         return None
@@ -270,54 +270,47 @@ def draw_reliability(run: Run) -> tuple[Figure, str] | None:
     axes = figure.add_subplot()
     draw_tails(axes, tails, BLUE)
     axes.set(xlabel=K_LABEL, ylabel="% of test images")
-    title = f"Reliability of log p(x) · {run.subject}"
-    axes.set_title(title, weight="bold", parse_math=False)
+    suptitle(figure, f"Reliability of log p(x) · {run.subject}")
     return figure, (
-        f"Shape k̂ of the tail of the importance weights, image by image: {tails.words}. "
-        "Below 0.5 the weights have a finite variance and up to 0.7 the estimate can be relied "
-        "on; above, the estimate of log p(x) tends to be too low."
+        f"Shape k̂ of the tail of the importance weights, image by image: {tails.words}. {K_WORDS}"
     )
 
 
 def draw_gap(run: Run) -> tuple[Figure, str] | None:
-    """Where the ELBO loses its nats to log p(x)."""
+    """Draw the parts of the distance between the ELBO and log p(x)."""
     row = gap_row(run.system, run)
     if row is None:
         return None
     figure = Figure(figsize=(7.0, 2.1), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     draw_gaps(figure, axes, [row])
-    axes.set_title(f"Inference gap · {run.subject}", weight="bold", parse_math=False)
-    names = {
-        "log_prob_ais": "log p(x) by annealed importance sampling",
-        "best_in_family_elbo": "the ELBO of the best posterior of the family",
-        "amortized_elbo": "that of the posterior as inferred",
-        "converged_elbo": "that of the converged search",
-    }
+    suptitle(figure, f"Inference gap · {run.subject}")
     levels = [
-        f"{words} {minus(f'{value:,.2f}')}"
-        for name, words in names.items()
+        f"{QUANTITIES[name].label} {minus(f'{value:,.2f}')}"
+        for name in ("log_prob_ais", "best_in_family_elbo", "amortized_elbo", "converged_elbo")
         if math.isfinite(value := run.gap_metric(name)[0])
     ]
     caption = f"{GAP_WORDS} Error bars: the standard error of each part."
-    return figure, caption + (f" In nats: {', '.join(levels)}." if levels else "")
+    return figure, caption + (
+        f" In nats, with annealed importance sampling (AIS): {'; '.join(levels)}." if levels else ""
+    )
 
 
 def _draw_training_curve(run: Run) -> tuple[Figure, str] | None:
-    if not run.metrics:
+    if not run.log:
         return None
     figure = Figure(figsize=(9.2, 4.0), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.5, 1.0))
     chosen = run.checkpoint
     panels = {
-        "elbo": (grid[:, 0], f"ELBO · {run.subject}"),
+        "elbo": (grid[:, 0], "ELBO"),
         "reconstruction": (grid[0, 1], r"Reconstruction, $\mathrm{E}_q \log p(x \mid z)$"),
         "kl": (grid[1, 1], r"KL, $q(z \mid x)$ to the prior"),
     }
     for name, (place, title) in panels.items():
         axes = figure.add_subplot(place)
         first = name == "elbo"
-        axes.set_title(title, weight="bold" if first else "normal", parse_math=not first)
+        axes.set_title(title)
         _curve(axes, run, name)
         _mark_checkpoint(axes, chosen, name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -325,9 +318,13 @@ def _draw_training_curve(run: Run) -> tuple[Figure, str] | None:
         if name != "reconstruction":
             axes.set_xlabel("epoch")
         if first:
-            # Beside the curves, which may run through any corner.
+            # Below the panels, since the curves may run through any corner.
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    caption = "ELBO, reconstruction term and KL divergence against epoch, on train and validation"
+    suptitle(figure, f"Training · {run.subject}")
+    caption = (
+        "ELBO, reconstruction term and KL divergence against epochs, on training and validation "
+        "images"
+    )
     if chosen is not None:
         epoch = number(chosen.get("epoch"))
         caption += f"; the dotted line marks the checkpoint chosen on validation (epoch {epoch:g})"
@@ -335,7 +332,7 @@ def _draw_training_curve(run: Run) -> tuple[Figure, str] | None:
 
 
 def _thinned(epochs: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average neighbours until a figure can show them, at most 150 points."""
+    """Average neighboring points until at most 150 are left."""
     together = -(-len(epochs) // 150) or 1
     starts = np.arange(0, len(epochs), together)
     counts = np.diff([*starts, len(epochs)])

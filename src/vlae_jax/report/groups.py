@@ -8,26 +8,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlae_jax.report.files import Run, number
 from vlae_jax.report.style import FAINT, MARKERS, shade
 from vlae_jax.runs.methods import METHODS
+from vlae_jax.runs.records import Run, number
 
-# What may differ between runs of one configuration: where the data lie, and how much is done at
-# once, change no figure.
+# Settings that may differ between runs of one configuration: the place of the data and the amount
+# of work done at once change no metric.
 _FREE = {"training.seed", "data.data_dir", "evaluation.evaluation_batch", "evaluation.chunk_size"}
-# What a label says by itself.
+# Settings that every label names.
 _SAID = {"inference.method", "inference.steps", "training.objective", "training.train_samples"}
 _DATA = ("dataset", "preprocess", "logit_lambda", "standardize")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Configuration:
-    """Runs that differ in their seed alone, and how pictures show them."""
+    """Runs that differ in their seed alone, with their label, color and marker in pictures."""
 
     label: str
     runs: list[Run]
-    """By seed; of two with one seed the first."""
-    colour: str
+    """In the order of their seeds; of two with one seed the first."""
+    color: str
     marker: str
 
     @property
@@ -36,29 +36,30 @@ class Configuration:
         return self.runs[0]
 
     def values(self, name: str) -> list[tuple[float, float]]:
-        """Each seed's test figure with its standard error over images, if it is finite."""
-        figures = [run.gap if name == "inference_gap" else run.metric(name) for run in self.runs]
-        pairs = [(number(f.get("value")), number(f.get("standard_error"))) for f in figures if f]
+        """A test metric of each seed with its standard error over images, where it is finite."""
+        metrics = [run.gap if name == "inference_gap" else run.metric(name) for run in self.runs]
+        pairs = [(number(m.get("value")), number(m.get("standard_error"))) for m in metrics if m]
         return [pair for pair in pairs if math.isfinite(pair[0])]
 
 
 class Problem(NamedTuple):
-    """Configurations whose figures may be compared: they model the same images alike."""
+    """Configurations whose metrics may be compared: they model the same images alike."""
 
     title: str
     configurations: list[Configuration]
 
     @property
     def runs(self) -> list[Run]:
-        """All of them."""
+        """The runs of all configurations."""
         return [run for configuration in self.configurations for run in configuration.runs]
 
 
 class Difference(NamedTuple):
-    """What a run has over another on the same test images: mean and error over images, nats."""
+    """A metric of one run less that of another on the same test images, in nats."""
 
     mean: float
     standard_error: float
+    """Over images."""
     images: int
 
 
@@ -78,7 +79,7 @@ def sort_runs(runs: Iterable[Run]) -> list[Problem]:
         title = name
         if names.count(name) > 1:
             title = f"{name} {members[0].setting('data', 'preprocess') or '?'}"
-        # Some finer setting may differ still.
+        # Other settings of the data may differ as well.
         same = sum(other == title or other.startswith(f"{title} #") for other in titles)
         titles.append(f"{title} #{same + 1}" if same else title)
     return [
@@ -96,7 +97,7 @@ def _configurations(runs: Sequence[Run]) -> list[Configuration]:
         Configuration(
             _label(group[0], [other[0] for other in members]),
             _one_a_seed(group),
-            _colour(group[0], runs),
+            _color(group[0], runs),
             _marker(group[0], [other[0] for other in members]),
         )
         for group in members
@@ -138,11 +139,11 @@ def _one_a_seed(runs: Sequence[Run]) -> list[Run]:
     return sorted(seeds.values(), key=lambda run: (number(run.seed, math.inf), str(run.seed)))
 
 
-def _colour(run: Run, runs: Sequence[Run]) -> str:
+def _color(run: Run, runs: Sequence[Run]) -> str:
     counts = sorted({other.steps or 0 for other in runs if other.method == run.method})
     strengths = np.linspace(0.45 if len(counts) > 1 else 1.0, 1.0, len(counts))
-    colour = METHODS[run.method].color if run.method in METHODS else FAINT
-    return shade(colour, float(strengths[counts.index(run.steps or 0)]))
+    color = METHODS[run.method].color if run.method in METHODS else FAINT
+    return shade(color, float(strengths[counts.index(run.steps or 0)]))
 
 
 def _marker(run: Run, others: Sequence[Run]) -> str:
@@ -170,9 +171,9 @@ def baseline_of(run: Run, runs: Iterable[Run]) -> Run | None:
 
 
 def paired_difference(run: Run, baseline: Run, name: str) -> Difference | None:
-    """Mean and standard error of a figure's differences over the test images both have read.
+    """Mean and standard error of a metric's differences over the test images that both have read.
 
-    The i-th image is the same, with the same noise, however many were read.
+    The i-th image and its noise do not depend on how many images were read.
     """
     if run.fingerprint != baseline.fingerprint:
         return None
@@ -201,12 +202,14 @@ def paired_differences(
 
 
 def standard_error(values: Sequence[float] | np.ndarray) -> float:
-    """Of the mean; NaN of fewer than two values."""
+    """The standard error of the mean; NaN for fewer than two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def over_seeds(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Mean and standard error over seeds; of a single seed, its own error over images."""
+    """Mean and standard error over seeds; a single seed keeps its error over images."""
+    if not values:
+        return math.nan, math.nan
     if len(values) == 1:
         return values[0]
     return float(np.mean([v for v, _ in values])), standard_error([v for v, _ in values])

@@ -1,33 +1,37 @@
-"""The page of a run, and the one that compares runs: one file each, which loads nothing."""
+"""The page of a run, and the page that compares runs: one file each, which loads nothing.
+
+Pages are built of elements, which escape whatever names and settings a user has chosen.
+"""
 
 import base64
-import html
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element, tostring
 
 from rich.console import Console
 
 from vlae_jax.report.comparison import save_comparison
 from vlae_jax.report.figures import save_pictures
-from vlae_jax.report.files import Run, number, read_runs, write_file
 from vlae_jax.report.groups import sort_runs
-from vlae_jax.report.style import Picture
+from vlae_jax.report.style import Picture, save
 from vlae_jax.report.table import (
     ABSENT,
     COLUMNS,
     SEED_COLUMNS,
     SEED_NOTE,
     epochs_words,
+    metric_words,
     plain,
     print_runs,
-    quantity,
     seed_rows,
     table_note,
     table_row,
 )
+from vlae_jax.runs.metrics import QUANTITIES, titled
+from vlae_jax.runs.records import Run, number, read_runs
 from vlae_jax.runs.storage import as_folder
 
 CSS = """
@@ -39,6 +43,7 @@ CSS = """
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1140px; margin: 0 auto; padding: 40px 24px 72px; }
+h1, h2, .lead, figcaption { overflow-wrap: anywhere; }
 h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 4px; }
 h2 { font-size: 1.15rem; margin: 44px 0 12px; }
 h3 { font-size: .8rem; margin: 0 0 8px; color: var(--soft); font-weight: 600;
@@ -55,15 +60,21 @@ header + article, article + article { margin-top: 72px; padding-top: 48px;
 .tile, .card, .table { background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 .tile, .card { padding: 14px 18px; }
-.tile b { display: block; font-size: 1.5rem; white-space: nowrap; font-weight: 600;
+.tile b { display: block; font-size: 1.5rem; font-weight: 600;
   line-height: 1.3; color: var(--accent); font-variant-numeric: tabular-nums; }
+small { white-space: nowrap; }
 .tile small { font-size: .9rem; font-weight: 400; }
 .tile span { font-size: .85rem; color: var(--soft); }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 10px; text-align: left; white-space: nowrap;
+th, td { padding: 7px 8px; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
+td.left { overflow-wrap: anywhere; min-width: 5.5rem; }
+td.left:first-child { min-width: 7.5rem; }
+td.right { white-space: nowrap; }
+td small { display: block; color: var(--soft); font-size: .8rem; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; font-size: .8rem; }
 .right { text-align: right; }
@@ -82,7 +93,7 @@ figcaption b { color: var(--ink); }
 def write_report(
     run_dirs: Iterable[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
 ) -> list[Path]:
-    """Draw every run's figures, print the table, and write the page.
+    """Draw every run's pictures, print the table, and write the page.
 
     The page is one file that loads nothing: pictures and style are inside it.
 
@@ -105,7 +116,7 @@ def write_report(
     sections = [_section(run, drawn) for run, drawn in zip(runs, pictures, strict=True)]
     if output is None:
         for run, section in zip(runs, sections, strict=True):
-            write_file(run.path / "report.html", _page(run.name, [section]).encode())
+            save(run.path / "report.html", _page(run.name, [section]))
         return [run.path / "report.html" for run in runs]
     return _write_comparison(runs, sections, as_folder(output))[:1]
 
@@ -115,8 +126,8 @@ def write_comparison(
 ) -> list[Path]:
     """Compare runs in a folder: pictures as PNG files, and `report.html` with them and the tables.
 
-    Unlike `write_report`, prints nothing and leaves the run folders alone: the page has the
-    figures and the configuration of each run, but not its own pictures.
+    Unlike `write_report` it prints nothing and leaves the run folders alone: the page has the
+    metrics and the configuration of each run, but not its own pictures.
 
     Args:
         run_dirs: Folders of runs.
@@ -125,8 +136,8 @@ def write_comparison(
     Returns:
         The page, and the pictures: `log_likelihood.png`, `paired_differences.png`, `gaps.png`,
         `pareto_k.png`, `steps.png`, `posterior_covariances.png` and `training_curves.png`, with the
-        data set in the name where there are several. One whose input is missing is left out. The
-        same files give the same bytes.
+        data set in the name where there are several. A picture whose data are missing is left out.
+        Equal files give equal bytes.
 
     Raises:
         UserError: If no run is given or there is no such run, if one of the files is damaged, or
@@ -137,24 +148,19 @@ def write_comparison(
     return _write_comparison(runs, sections, as_folder(folder) / "report.html")
 
 
-def _write_comparison(runs: Sequence[Run], sections: Sequence[str], path: Path) -> list[Path]:
+def _write_comparison(runs: Sequence[Run], sections: Sequence[Element], path: Path) -> list[Path]:
     """Write one page about several runs, and the pictures that compare them beside it."""
     problems = sort_runs(runs)
     saved = save_comparison(problems, path.parent) if len(runs) > 1 else []
-    overview = _html_table(COLUMNS, [table_row(run) for run in runs])
-    parts = [
-        f"<h1>{html.escape(_count(runs))}</h1>\n{overview}<p class=note>{table_note(runs)}</p>"
-    ]
+    header = E("header", E("h1", _count(runs)))
+    header.extend([_table(COLUMNS, [table_row(run) for run in runs]), _note(table_note(runs))])
     over = seed_rows(problems)
     if over:
-        parts.append(
-            f"<h2>Over seeds</h2>\n{_html_table(SEED_COLUMNS, over)}<p class=note>{SEED_NOTE}</p>"
-        )
+        header.extend([E("h2", "Over seeds"), _table(SEED_COLUMNS, over), _note(SEED_NOTE)])
     for problem, pictures in zip(problems, saved, strict=bool(saved)):
-        drawn = "".join(_picture_html(picture) for _, picture in pictures)
-        parts.append(f"<h2>Comparison · {html.escape(problem.title)}</h2>\n{drawn}")
-    header = "\n".join(parts)
-    write_file(path, _page(_count(runs), sections, f"<header>\n{header}\n</header>\n").encode())
+        header.append(E("h2", f"Comparison · {problem.title}"))
+        header.extend(_picture(picture) for _, picture in pictures)
+    save(path, _page(_count(runs), [header, *sections]))
     return [path, *(picture for items in saved for picture, _ in items)]
 
 
@@ -162,36 +168,56 @@ def _count(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs" if len(runs) > 1 else runs[0].name
 
 
-def _page(title: str, sections: Sequence[str], header: str = "") -> str:
-    body = "\n".join(f"<article>\n{section}\n</article>" for section in sections)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n"
-        f"<body>\n<main>\n{header}{body}\n</main>\n</body>\n</html>\n"
+def E(tag: str, *content: Element | str, **attributes: str) -> Element:
+    """An HTML element with text and elements in it; text is escaped when the page is written.
+
+    The attribute `class` is given as `class_`.
+    """
+    element = Element(tag, {name.rstrip("_"): value for name, value in attributes.items()})
+    for part in content:
+        if not isinstance(part, str):
+            element.append(part)
+        elif len(element):
+            element[-1].tail = (element[-1].tail or "") + part
+        else:
+            element.text = (element.text or "") + part
+    return element
+
+
+def _page(title: str, parts: Sequence[Element]) -> bytes:
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = E(
+        "head",
+        E("meta", charset="utf-8"),
+        E("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        E("meta", content=policy, **{"http-equiv": "Content-Security-Policy"}),
+        E("title", title),
+        E("style", CSS),
     )
+    page = E("html", head, E("body", E("main", *parts)), lang="en")
+    return b"<!doctype html>\n" + tostring(page, "utf-8", method="html") + b"\n"
 
 
-def _section(run: Run, pictures: Sequence[Picture]) -> str:
+def _note(text: str) -> Element:
+    return E("p", text, class_="note")
+
+
+def _section(run: Run, pictures: Sequence[Picture]) -> Element:
     lead = (
         f"{run.subject} · seed {plain(run.seed)} · {epochs_words(run)} epochs{_chosen_words(run)}"
     )
-    parts = [
-        f"<h1>{html.escape(run.name)}</h1>\n<p class=lead>{html.escape(lead)}</p>",
-        _results_html(run),
-        f"<h2>Pictures</h2>\n{''.join(map(_picture_html, pictures))}" if pictures else "",
-        f"<h2>Configuration</h2>\n{_cards(run.config)}",
-    ]
+    section = E("article", E("h1", run.name), E("p", lead, class_="lead"), *_results(run))
+    if pictures:
+        section.extend([E("h2", "Pictures"), *map(_picture, pictures)])
+    section.extend([E("h2", "Configuration"), _cards(run.config)])
     if run.results is not None:
         made = {
             "versions": run.results.get("versions"),
             "seconds": run.results.get("seconds"),
             "machine": {"device": run.results.get("device")},
         }
-        parts.append(f"<h2>Made with</h2>\n{_cards(made)}")
-    return "\n".join(part for part in parts if part)
+        section.extend([E("h2", "Made with"), _cards(made)])
+    return section
 
 
 def _chosen_words(run: Run) -> str:
@@ -201,45 +227,24 @@ def _chosen_words(run: Run) -> str:
     return f", checkpoint of epoch {number(chosen.get('epoch')):g} chosen on validation"
 
 
-def _results_html(run: Run) -> str:
+def _results(run: Run) -> list[Element]:
     if run.results is None:
-        return "<h2>Results</h2>\n<p>This run is not evaluated: it has no results.json.</p>"
-    log_prob = run.metric("log_prob")
-    samples = plain((log_prob or {}).get("samples"))
-    tiles = (
-        ("test ELBO, nats", run.metric("elbo")),
-        (f"test log p(x), nats, K = {samples}", log_prob),
-        ("gap between them, nats", run.gap),
-        ("bits per dimension", run.metric("bits_per_dim")),
-    )
-    shown = "".join(
-        f"<div class=tile><b>{_tile_words(figure)}</b><span>{label}</span></div>\n"
-        for label, figure in tiles
-        if figure is not None
-    )
-    return f"<div class=tiles>\n{shown}</div>\n<h2>Results</h2>\n{_figures_html(run.results)}"
+        words = "This run is not evaluated: it has no results.json."
+        return [E("h2", "Results"), E("p", words)]
+    tiles = E("div", class_="tiles")
+    for name in ("elbo", "log_prob", "inference_gap", "bits_per_dim"):
+        metric = run.gap if name == "inference_gap" else run.metric(name)
+        if metric is not None:
+            words = f"test {titled(name)}"
+            words += f", K = {plain(metric.get('samples'))}" if name == "log_prob" else ""
+            value = E("b", *_value_and_error(metric_words(metric)))
+            tiles.append(E("div", value, E("span", words), class_="tile"))
+    return [tiles, E("h2", "Results"), *_metrics(run.results)]
 
 
-def _tile_words(figure: Mapping[str, Any]) -> str:
-    value, sign, error = quantity(figure).partition(" ± ")
-    return f"{value} <small>± {error}</small>" if sign else value
-
-
-NAMES = {
-    "elbo": "ELBO",
-    "log_prob": "log p(x)",
-    "bits_per_dim": "bits per dimension",
-    "ess": "effective sample size",
-    "kl": "KL",
-    "unreliable": "unreliable (Pareto k\u0302 above 0.7)",
-    "log_prob_sampling_error": "sampling error of log p(x)",
-    "not_positive_definite": "not positive definite",
-}
-
-
-def _figures_html(results: Mapping[str, Any]) -> str:
+def _metrics(results: Mapping[str, Any]) -> list[Element]:
     columns = (
-        ("figure", "left"),
+        ("metric", "left"),
         ("value ± standard error", "right"),
         ("unit", "left"),
         ("split", "left"),
@@ -248,58 +253,53 @@ def _figures_html(results: Mapping[str, Any]) -> str:
     )
     rows = [
         [
-            NAMES.get(figure["name"], figure["name"].replace("_", " ")),
-            quantity(figure),
-            plain(figure.get("unit")),
-            plain(figure.get("split")),
-            plain(figure.get("images")),
-            plain(figure.get("samples")),
+            QUANTITIES[name].label if name in QUANTITIES else name.replace("_", " "),
+            metric_words(metric),
+            *(plain(metric.get(key)) for key in ("unit", "split", "images", "samples")),
         ]
-        for figure in results["metrics"]
+        for metric in results["metrics"]
+        for name in [metric["name"]]
     ]
     note = "K is the number of samples per image; log p(x) is the lower bound that K samples give."
-    return f"{_html_table(columns, rows)}<p class=note>{note}</p>"
+    return [_table(columns, rows), _note(note)]
 
 
-def _html_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th class={side}>{html.escape(name)}</th>" for name, side in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td class={side}>{html.escape(cell)}</td>"
-            for cell, (_, side) in zip(row, columns, strict=True)
+def _value_and_error(words: str) -> list[Element | str]:
+    value, sign, error = words.partition(" ± ")
+    return [f"{value} ", E("small", f"± {error}")] if sign else [value]
+
+
+def _table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> Element:
+    head = E("tr", *(E("th", name, class_=side) for name, side in columns))
+    body = E("tbody")
+    for row in rows:
+        cells = zip(row, columns, strict=True)
+        body.append(
+            E("tr", *(E("td", *_value_and_error(cell), class_=side) for cell, (_, side) in cells))
         )
-        + "</tr>\n"
-        for row in rows
-    )
-    return (
-        f"<div class=table><table>\n<thead><tr>{head}</tr></thead>\n"
-        f"<tbody>\n{body}</tbody></table></div>\n"
-    )
+    return E("div", E("table", E("thead", head), body), class_="table")
 
 
-def _picture_html(picture: Picture) -> str:
-    source = base64.b64encode(picture.png).decode("ascii")
-    caption = html.escape(picture.caption)
-    # One scale for all, so that their lettering has one size; a PNG's width is in its bytes 16-19.
+def _picture(picture: Picture) -> Element:
+    # All pictures have one scale, so that their text has one size. Bytes 16 to 19 of a PNG file
+    # are its width.
     width = round(0.7 * int.from_bytes(picture.png[16:20], "big"))
-    return (
-        f'<figure><img width="{width}" src="data:image/png;base64,{source}" '
-        f'alt="{caption}">\n<figcaption><b>{picture.title}.</b> {caption}</figcaption></figure>\n'
-    )
+    source = f"data:image/png;base64,{base64.b64encode(picture.png).decode('ascii')}"
+    image = E("img", width=str(width), src=source, alt=picture.caption)
+    caption = E("figcaption", E("b", f"{picture.title}."), f" {picture.caption}")
+    return E("figure", image, caption)
 
 
-def _cards(sections: Mapping[str, Any]) -> str:
+def _cards(sections: Mapping[str, Any]) -> Element:
     """One card for each section of settings."""
-    cards = []
+    cards = E("div", class_="cards")
     for title, values in sections.items():
         values = values if isinstance(values, Mapping) else {title: values}
-        rows = "".join(
-            f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(_setting_words(value))}</dd>"
-            for name, value in values.items()
-        )
-        cards.append(f"<div class=card><h3>{html.escape(str(title))}</h3><dl>{rows}</dl></div>")
-    return f"<div class=cards>{''.join(cards)}</div>"
+        card = E("dl")
+        for name, value in values.items():
+            card.extend([E("dt", str(name)), E("dd", _setting_words(value))])
+        cards.append(E("div", E("h3", str(title)), card, class_="card"))
+    return cards
 
 
 def _setting_words(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Panels that pictures of one run and of several have in common."""
+"""Panels of pictures, both of one run and of several."""
 
 import math
 from collections.abc import Sequence
@@ -9,47 +9,49 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vlae_jax.report.files import Run
-from vlae_jax.report.style import FAINT, INK, minus, write_message
-from vlae_jax.runs.metrics import UNRELIABLE_K
+from vlae_jax.report.style import FAINT, INK, Sheet, lines_of, minus, wrapped, write_message
+from vlae_jax.runs.metrics import FINITE_VARIANCE_K, QUANTITIES, UNRELIABLE_K
+from vlae_jax.runs.records import Run
 
-GOOD_K = 0.5
-"""Pareto k̂ below which importance weights have a finite variance."""
 K_EDGES = np.linspace(-0.5, 1.5, 41)
-"""One set of bins in every picture, so that pictures can be compared."""
+"""The bins of every histogram of k̂, so that pictures can be compared."""
 K_LABEL = "Pareto k\u0302 of the importance weights"
+K_WORDS = (
+    f"Below {FINITE_VARIANCE_K} the weights have a finite variance, and up to {UNRELIABLE_K} the "
+    "estimate of log p(x) can be relied on; above, it tends to be too low."
+)
 GAP_WORDS = (
-    "Nats between the ELBO and log p(x). Approximation: what the best posterior of the family "
-    "still lacks. Amortisation: what inference within the family gives away; non-convergence is "
+    "Nats between the ELBO and log p(x). The approximation gap remains with the best posterior of "
+    "the family. The amortization gap is lost by inference within the family; non-convergence is "
     "the part of it that more steps would regain (right of the bar’s end where they would lose)."
 )
-# The parts of a gap are no systems, so they have no system's colour.
-_APPROXIMATION, _AMORTISATION = "#2f3e57", "#a9b8d0"
+# Parts of a gap are no systems, so their colors are none of a system's.
+_APPROXIMATION, _AMORTIZATION = "#2f3e57", "#a9b8d0"
 
 
 class Tails(NamedTuple):
-    """Pareto k̂ of test images, and what a histogram cannot show of it."""
+    """Pareto k̂ of test images, and the number of those that a histogram cannot show."""
 
     shapes: np.ndarray
-    """Those with a place on the axis; infinite ones lie beyond its right end."""
+    """The values with a place on the axis; +∞ lies beyond its right end."""
     perfect: int
     """Images whose weights are all alike: k̂ = -∞."""
     undefined: int
 
     @property
     def images(self) -> int:
-        """All of them."""
+        """The number of all images."""
         return len(self.shapes) + self.perfect + self.undefined
 
     @property
     def unreliable(self) -> float:
-        """The share above 0.7 of those with a k̂; NaN if none has."""
+        """The unreliable share of the images that have a k̂; NaN if none has."""
         judged = len(self.shapes) + self.perfect
         return float(np.sum(self.shapes > UNRELIABLE_K) / judged) if judged else math.nan
 
     @property
     def words(self) -> str:
-        """What is above 0.7, and what is not drawn."""
+        """The unreliable share and the images that are not drawn, in words."""
         share = "no k\u0302" if math.isnan(self.unreliable) else f"{100 * self.unreliable:.1f} %"
         words = f"{share} of {self.images} images above {UNRELIABLE_K}"
         if self.perfect:
@@ -60,7 +62,7 @@ class Tails(NamedTuple):
 
 
 def read_tails(runs: Sequence[Run]) -> Tails | None:
-    """The k̂ of all images of these runs; None if none has been measured."""
+    """Read the k̂ of all images of these runs; None if none has been measured."""
     found = [run.per_image["pareto_k"] for run in runs if "pareto_k" in run.per_image]
     if not found:
         return None
@@ -69,17 +71,17 @@ def read_tails(runs: Sequence[Run]) -> Tails | None:
     return Tails(shapes[~undefined & ~perfect], int(perfect.sum()), int(undefined.sum()))
 
 
-def draw_tails(axes: Axes, tails: Tails, colour: str) -> None:
-    """The histogram of k̂ in per cent of all images, with the two thresholds."""
+def draw_tails(axes: Axes, tails: Tails, color: str) -> None:
+    """Draw the histogram of k̂ in percent of all images, with the two thresholds."""
     shapes = np.clip(tails.shapes, K_EDGES[0], K_EDGES[-1])
     heights = np.histogram(shapes, K_EDGES)[0] * (100.0 / tails.images)
-    axes.stairs(heights, K_EDGES, fill=True, color=colour, linewidth=0)
-    for threshold in (GOOD_K, UNRELIABLE_K):
+    axes.stairs(heights, K_EDGES, fill=True, color=color, linewidth=0)
+    for threshold in (FINITE_VARIANCE_K, UNRELIABLE_K):
         axes.axvline(threshold, color=INK, linewidth=1.0, linestyle=":")
     ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", 0.7: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
     axes.set_xticks(list(ticks), list(ticks.values()))
     texts = axes.get_xticklabels()
-    # Within the panel, away from those of the panel beside it.
+    # The outermost labels stay within the panel, away from those of its neighbor.
     texts[0].set_horizontalalignment("left")
     texts[-1].set_horizontalalignment("right")
     axes.set_xlim(K_EDGES[0] - 0.03, K_EDGES[-1] + 0.03)
@@ -92,47 +94,48 @@ class GapRow(NamedTuple):
 
     label: str
     approximation: tuple[float, float]
-    amortisation: tuple[float, float]
+    amortization: tuple[float, float]
     non_convergence: tuple[float, float]
 
     @property
     def total(self) -> float:
         """Log p(x) less the ELBO."""
-        return self.approximation[0] + self.amortisation[0]
+        return self.approximation[0] + self.amortization[0]
 
 
 def gap_row(label: str, run: Run) -> GapRow | None:
-    """The bar of one run; None where its gaps are not measured."""
+    """Make the bar of one run; None where its gaps are not measured."""
     row = GapRow(label, *(run.gap_metric(f"{name}_gap") for name in GapRow._fields[1:]))
     return row if math.isfinite(row.total) else None
 
 
 def draw_gaps(figure: Figure, axes: Axes, rows: Sequence[GapRow]) -> None:
-    """Horizontal bars from zero, top to bottom: what each part takes of the gap.
+    """Draw each gap as a horizontal bar of its parts, from top to bottom.
 
-    Sampling can make a small part negative; such a part lies left of zero.
+    Sampling noise can make a small part negative; such a part lies left of zero.
     """
     places = np.arange(len(rows))
     right, left, reach = np.zeros((3, len(rows)))
     parts = (
-        ("approximation", [row.approximation for row in rows], _APPROXIMATION, "#9aa7bf"),
-        ("amortisation", [row.amortisation for row in rows], _AMORTISATION, INK),
+        ("approximation_gap", [row.approximation for row in rows], _APPROXIMATION, "#9aa7bf"),
+        ("amortization_gap", [row.amortization for row in rows], _AMORTIZATION, INK),
     )
-    for label, figures, colour, ink in parts:
-        values, errors = np.nan_to_num(np.array(figures)).T
+    for name, pairs, color, ink in parts:
+        values, errors = np.nan_to_num(np.array(pairs)).T
+        label = QUANTITIES[name].label
         starts = np.where(values >= 0, right, left)
         ends, some = starts + values, errors > 0
-        axes.barh(places, values, left=starts, height=0.62, color=colour, label=label, zorder=2)
+        axes.barh(places, values, left=starts, height=0.62, color=color, label=label, zorder=2)
         bars: dict[str, Any] = {"fmt": "none", "elinewidth": 1.0, "capsize": 3, "zorder": 4}
         axes.errorbar(ends[some], places[some], xerr=errors[some], ecolor=ink, **bars)
         right, left = np.maximum(right, ends), np.minimum(left, ends)
         reach = np.maximum(reach, ends + errors)
-    # A part of the amortisation gap, so inside its bar: the last nats before the ELBO.
+    # Non-convergence is a part of the amortization gap, so it lies inside that bar, at its end.
     lost = np.array([row.non_convergence[0] for row in rows])
     if np.isfinite(lost).any():
         inside = -np.nan_to_num(lost)
         strip: dict[str, Any] = {"color": "#ffffff", "edgecolor": INK, "hatch": "////"}
-        strip |= {"linewidth": 0.6, "label": "non-convergence, a part of amortisation"}
+        strip |= {"linewidth": 0.6, "label": "non-convergence, a part of the amortization gap"}
         axes.barh(places, inside, left=ends, height=0.24, zorder=3, **strip)
         reach = np.maximum(reach, ends + inside)
     low, high = float(left.min()), float(max(reach.max(), right.max())) or 1.0
@@ -141,16 +144,26 @@ def draw_gaps(figure: Figure, axes: Axes, rows: Sequence[GapRow]) -> None:
         axes.text(reach[place] + 0.015 * (high - low), place, text, va="center", ha="left")
     axes.set_xlim(low - 0.02 * (high - low) * (low < 0), high + 0.12 * (high - low))
     axes.axvline(0.0, color=FAINT, linewidth=0.8)
-    axes.set_yticks(places, [row.label for row in rows], parse_math=False)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
+    label_rows(axes, [row.label for row in rows])
     axes.set_xlabel("log p(x) − ELBO, nats per image")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
+def label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Make the vertical axis one of rows, from top to bottom, each with its label."""
+    axes.set_yticks(range(len(labels)), [wrapped(label) for label in labels], parse_math=False)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+
+
+def rows_height(labels: Sequence[str], least: float) -> float:
+    """The height in inches of equal rows, `least` or as much as the longest label needs."""
+    return len(labels) * max([least, *(0.07 + 0.16 * lines_of(label) for label in labels)])
+
+
 def step_paths(runs: Sequence[Run], name: str) -> np.ndarray | None:
-    """The finite rows (images, steps + 1) of a figure at each step; None where there are none."""
+    """Read the finite rows (images, steps + 1) of a quantity; None if there are none."""
     found = [np.asarray(run.snapshots[name], float) for run in runs if name in run.snapshots]
     found = [path for path in found if path.shape[1] == found[0].shape[1]]
     if not found:
@@ -161,9 +174,10 @@ def step_paths(runs: Sequence[Run], name: str) -> np.ndarray | None:
 
 
 def ordered_correlations(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order correlations (k, latent, latent) and standard deviations (k, latent), smallest first.
+    """Compute correlations (k, latent, latent) and standard deviations (k, latent).
 
-    A covariance that is not one leaves NaN correlations.
+    Dimensions are ordered by mean variance, smallest first. A matrix that is no covariance gives
+    NaN correlations.
     """
     covariances = np.asarray(covariances, np.float64)
     variances = np.diagonal(covariances, axis1=1, axis2=2)
@@ -176,11 +190,11 @@ def ordered_correlations(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return correlations[:, order][:, :, order], deviations[:, order]
 
 
-def colour_limit(*systems: np.ndarray) -> float:
+def color_limit(*systems: np.ndarray) -> float:
     """Take the smallest round limit that covers nearly all correlations off the diagonal.
 
     Args:
-        systems: Correlations (k, latent, latent), of each system as many as it has.
+        systems: Correlations (k, latent, latent) of each system.
     """
     tops = [0.0]
     for correlations in systems:
@@ -191,7 +205,7 @@ def colour_limit(*systems: np.ndarray) -> float:
 
 
 def heat_map(axes: Axes, correlation: np.ndarray, limit: float) -> Any:
-    """Correlations (latent, latent) as colours, symmetric about zero; what the colour bar needs."""
+    """Draw correlations (latent, latent) as colors symmetric about zero; returns the image."""
     image = axes.imshow(
         correlation, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto"
     )
@@ -204,10 +218,19 @@ def heat_map(axes: Axes, correlation: np.ndarray, limit: float) -> Any:
     return image
 
 
-def deviation_strip(axes: Axes, deviations: np.ndarray, index: int) -> None:
-    """Standard deviations of one of the posteriors (k, latent), on an axis common to all.
+def color_bar(sheet: Sheet, axes: Axes, mappable: Any, limit: float) -> None:
+    """Draw the scale of heat maps of correlations."""
+    extend = "max" if limit < 1 else "neither"
+    bar = sheet.figure.colorbar(mappable, cax=axes, extend=extend)
+    bar.set_ticks([-limit, 0.0, limit])
+    bar.set_label("correlation", color=FAINT)
+    bar.outline.set_visible(False)
 
-    It is logarithmic: next to the prior's 1 many are too small to see.
+
+def deviation_strip(axes: Axes, deviations: np.ndarray, index: int) -> None:
+    """Draw standard deviations of one of the posteriors (k, latent), on an axis common to all.
+
+    The axis is logarithmic, since many are much smaller than the prior's 1.
     """
     seen = deviations[np.isfinite(deviations) & (deviations > 0)]
     low = 10.0 ** math.floor(math.log10(min(0.5, seen.min(initial=1.0))))
@@ -228,7 +251,8 @@ def robust_limits(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[floa
     begin = min(epochs[0] for epochs, _ in curves)
     end = max(epochs[-1] for epochs, _ in curves)
     bounds = []
-    # Each by itself: a long curve must not push a short one's worst stretch out of sight.
+    # Quantiles are taken of each curve alone, or the low start of a short curve would be lost
+    # among the many points of a long one.
     for epochs, values in curves:
         late = values[epochs >= begin + 0.15 * (end - begin)]
         bounds += [*np.quantile(late if len(late) else values, [0.01, 0.99])]

@@ -1,7 +1,9 @@
-"""How all pictures look, and the few things that several of them draw."""
+"""The look of all pictures, and elements that several of them draw."""
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
@@ -10,6 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+
+from vlae_jax.runs.folder import write_atomically
+from vlae_jax.runs.storage import in_bucket, writing
 
 DPI = 150
 
@@ -47,7 +52,7 @@ STYLE: Any = {
 
 
 class Picture(NamedTuple):
-    """A drawn figure with the sentence that goes below it."""
+    """A rendered figure with its title and caption."""
 
     name: str
     title: str
@@ -61,7 +66,7 @@ def minus(text: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """Render; the same figure gives the same bytes."""
+    """Render a figure; equal figures give equal bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
@@ -70,13 +75,13 @@ def png(figure: Figure) -> bytes:
 
 Subject = TypeVar("Subject")
 Drawer = Callable[[Subject], tuple[Figure, str] | None]
-"""What is drawn → a figure and its caption, or None where it has no data for it."""
+"""A function from a subject to a figure and its caption; None where data are missing."""
 
 
 def draw_pictures(
     subject: Subject, drawers: Sequence[tuple[str, str, Drawer[Subject]]]
 ) -> list[Picture]:
-    """Every picture that there is the data for; drawers come with file name and title."""
+    """Draw every picture whose data are there; drawers come with a file name and a title."""
     pictures = []
     for name, title, draw in drawers:
         with matplotlib.rc_context(STYLE):
@@ -90,25 +95,26 @@ class Sheet:
     """A figure laid out in whole device pixels from the top left, so that images stay crisp."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
-        # Room for the title above a lone image.
+        # A sheet with a single small image is still as wide as its title.
         self.width, self.height = max(width, 760), height
         self.figure = Figure(figsize=(self.width / DPI, height / DPI), dpi=DPI)
-        self.text(24, 34, title, size=11.0, weight="bold")
+        # A bold letter of this size is 14 pixels wide.
+        self.text(24, 34, shortened(title, self.width // 14), size=11.0, weight="bold")
 
     def axes(self, left: int, top: int, width: int, height: int) -> Axes:
-        """Axes in this rectangle of pixels."""
+        """Add axes in a rectangle of pixels."""
         bottom = self.height - top - height
         share = (left / self.width, bottom / self.height, width / self.width, height / self.height)
         return self.figure.add_axes(share)
 
     def image(self, left: int, top: int, pixels: np.ndarray) -> None:
-        """Pixels as they are, one for one."""
+        """Show an image with one device pixel for each of its pixels."""
         axes = self.axes(left, top, pixels.shape[1], pixels.shape[0])
         axes.imshow(pixels, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Lettering at a pixel, never read as mathematics."""
+        """Write text at a pixel, never read as mathematics."""
         style = {"va": "center", "ha": "left", "parse_math": False, **style}
         self.figure.text(x / self.width, 1 - y / self.height, text, **style)
 
@@ -134,21 +140,68 @@ def mosaic(images: np.ndarray, columns: int, gap: int = 6, target: int = 100) ->
 
 
 def write_message(axes: Axes, text: str) -> None:
-    """Say in the middle of a panel why there is nothing in it."""
+    """Explain in the middle of an empty panel why it is empty."""
     place = axes.transAxes
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=place, color=FAINT)
 
 
-def shade(colour: str, strength: float) -> str:
-    """Mix a colour with white; strength 1 leaves it as it is."""
-    red, green, blue = (1.0 - strength * (1.0 - part) for part in to_rgb(colour))
+def shade(color: str, strength: float) -> str:
+    """Mix a color with white; strength 1 gives the color itself."""
+    red, green, blue = (1.0 - strength * (1.0 - part) for part in to_rgb(color))
     return to_hex((red, green, blue))
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """Put the legend beside the curves, which may run through any corner."""
+def shortened(text: str, letters: int) -> str:
+    """Leave out the middle of a text that is longer than so many letters."""
+    half = max(1, (letters - 1) // 2)
+    return text if len(text) <= letters else f"{text[:half]}…{text[-half:]}"
+
+
+def wrapped(label: str, width: int = 30) -> str:
+    """Break a long label into lines, inside words where one alone is too long."""
+    return "\n".join(textwrap.wrap(label, width)) or label
+
+
+def lines_of(label: str, width: int = 30) -> int:
+    """The number of lines that a wrapped label takes."""
+    return wrapped(label, width).count("\n") + 1
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Put the legend below the panels, since curves may run through any corner.
+
+    The figure grows with it, so that many or long labels do not press the panels together.
+    """
     handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+    if not handles:
+        return
+    labels = [wrapped(label, 48) for label in labels]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    # A letter of the legend is about 0.075 inches wide, a line of it 0.17 inches high.
+    columns = max(1, min(4, int(figure.get_figwidth() / (0.075 * longest + 0.6))))
+    rows = [labels[first::columns] for first in range(columns)]
+    lines = max(sum(label.count("\n") + 1 for label in column) for column in rows)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 1))
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def suptitle(figure: Figure, title: str) -> None:
+    """Put a title above all panels of a figure, at its left edge."""
+    style: dict[str, Any] = {"x": 0.01, "ha": "left", "size": 10.0, "weight": "bold"}
+    # A bold letter of this size is 0.085 inches wide.
+    letters = int(figure.get_figwidth() / 0.085)
+    figure.suptitle(shortened(title, letters), parse_math=False, **style)
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, with the folder that it lies in.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    if not in_bucket(path):
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(content))

@@ -1,4 +1,4 @@
-"""The figures of runs side by side, and over seeds, for a terminal."""
+"""Tables of the metrics of runs, side by side and over seeds."""
 
 import math
 import os
@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlae_jax.report.files import Run, number, read_run
 from vlae_jax.report.groups import (
     Configuration,
     Problem,
@@ -18,8 +17,19 @@ from vlae_jax.report.groups import (
     paired_differences,
     sort_runs,
 )
+from vlae_jax.runs.metrics import QUANTITIES, UNITS, UNRELIABLE_K
+from vlae_jax.runs.records import Run, number, read_run
 
 ABSENT = "–"
+PAIRED = ("log_prob", "elbo")
+_BOUNDS = tuple((f"test {QUANTITIES[name].label}", "right") for name in ("elbo", "log_prob"))
+_SHARES = ("unreliable", "unconverged", "not_positive_definite")
+
+
+def _titles(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((QUANTITIES[name].label, "right") for name in names)
+
+
 COLUMNS = (
     ("run", "left"),
     ("data set", "left"),
@@ -27,26 +37,17 @@ COLUMNS = (
     ("T", "right"),
     ("seed", "right"),
     ("epochs", "right"),
-    ("test ELBO", "right"),
-    ("test log p(x)", "right"),
+    *_BOUNDS,
     ("K", "right"),
-    ("gap", "right"),
-    ("bits/dim", "right"),
-    ("unreliable", "right"),
-    ("unconverged", "right"),
-    ("not PD", "right"),
+    *_titles("inference_gap", "bits_per_dim", *_SHARES),
 )
 SEED_COLUMNS = (
     ("data set", "left"),
     ("configuration", "left"),
     ("seeds", "right"),
-    ("test ELBO", "right"),
-    ("test log p(x)", "right"),
-    ("gap", "right"),
-    ("bits/dim", "right"),
-    ("unreliable", "right"),
-    ("log p(x) − VAE", "right"),
-    ("ELBO − VAE", "right"),
+    *_BOUNDS,
+    *_titles("inference_gap", "bits_per_dim", "unreliable"),
+    *((f"{QUANTITIES[name].label} − VAE", "right") for name in PAIRED),
 )
 SEED_NOTE = (
     "Nats per image: mean ± standard error over seeds. The last two columns are paired differences "
@@ -56,12 +57,12 @@ SEED_NOTE = (
 
 
 def summary_table(run_dirs: Iterable[str | os.PathLike[str]]) -> Table:
-    """Set runs side by side: one row a run.
+    """Set runs side by side, one in each row.
 
     ELBO, log p(x) and their gap are in nats per test image, with standard errors; K is the number
     of importance samples, and log p(x) is the lower bound that K samples give. The gap is taken
-    only where both figures read the same number of images. A figure that came out non-finite
-    reads "not finite", and a run without `results.json` "not evaluated".
+    only where both were measured on equally many images. A value that is not finite reads "not
+    finite", and a run without `results.json` reads "not evaluated".
 
     Args:
         run_dirs: Folders of runs.
@@ -94,7 +95,7 @@ def print_summary(
 
 
 def print_runs(runs: Sequence[Run], console: Console) -> None:
-    """Print what `print_summary` prints, of runs already read."""
+    """Print the tables of `print_summary` for runs that were read already."""
     _print(COLUMNS, [table_row(run) for run in runs], table_note(runs), console)
     over = seed_rows(sort_runs(runs))
     if over:
@@ -112,7 +113,7 @@ def _print(columns: Columns, rows: Sequence[Sequence[str]], note: str, console: 
         console.print(table)
         return
     if not console.is_terminal:
-        # A file or a pipe has no width of its own to fit the table to.
+        # A file or a pipe has no width that the table must fit.
         Console(file=console.file, width=needed).print(table)
         return
     abreast = max(1, (console.width - 16) // 20)
@@ -136,7 +137,7 @@ def _tall_table(columns: Columns, rows: Sequence[Sequence[str]]) -> Table:
 def _rich_table(columns: Columns, rows: Sequence[Sequence[str]], note: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption=note, caption_justify="left")
     for header, justify in columns:
-        # Folded, not cut: a narrow terminal must not eat digits.
+        # Columns are folded, since a cut would lose digits on a narrow terminal.
         table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*map(Text, row))
@@ -144,50 +145,40 @@ def _rich_table(columns: Columns, rows: Sequence[Sequence[str]], note: str) -> T
 
 
 def seed_rows(problems: Sequence[Problem]) -> list[list[str]]:
-    """One row a configuration over its seeds; none if no configuration has several."""
+    """One row for each configuration over its seeds; none if no configuration has several."""
     if all(len(c.runs) < 2 for problem in problems for c in problem.configurations):
         return []
     return [_seed_row(problem, c) for problem in problems for c in problem.configurations]
 
 
 def _seed_row(problem: Problem, configuration: Configuration) -> list[str]:
-    figures = (
-        ("elbo", "nats"),
-        ("log_prob", "nats"),
-        ("inference_gap", "nats"),
-        ("bits_per_dim", "bits/dim"),
-        ("unreliable", "share"),
-    )
-    cells = []
-    for name, unit in figures:
-        values = configuration.values(name)
-        # An error over images beside errors over seeds would be taken for one.
-        value, error = over_seeds([(value, math.nan) for value, _ in values] or [(math.nan,) * 2])
-        figure = {"value": value, "standard_error": error, "unit": unit}
-        cells.append(quantity(figure) if values else ABSENT)
-    for name in ("log_prob", "elbo"):
+    columns = []
+    for name in ("elbo", "log_prob", "inference_gap", "bits_per_dim", "unreliable"):
+        # An error over images among errors over seeds would be mistaken for one of these.
+        columns.append((name, [(value, math.nan) for value, _ in configuration.values(name)]))
+    for name in PAIRED:
         found = paired_differences(configuration, problem.runs, name)
-        if not found:
-            cells.append(ABSENT)
-            continue
-        value, error = over_seeds([(each.mean, each.standard_error) for each in found])
-        cells.append(quantity({"value": value, "standard_error": error, "unit": "nats"}))
-    seeds = str(len(configuration.runs))
-    return [problem.title, configuration.label, seeds, *cells]
+        columns.append((name, [(each.mean, each.standard_error) for each in found]))
+    cells = []
+    for name, values in columns:
+        value, error = over_seeds(values)
+        metric = {"value": value, "standard_error": error, "unit": QUANTITIES[name].unit}
+        cells.append(metric_words(metric if values else None))
+    return [problem.title, configuration.label, str(len(configuration.runs)), *cells]
 
 
 def table_note(runs: Sequence[Run]) -> str:
-    """What the reader of the table must know."""
+    """The note that belongs below the table of runs."""
     if all(run.results is None for run in runs):
         return "No run here has a results.json: evaluate to fill the table."
     return (
-        "Nats per image ± standard error; log p(x) from K importance samples, unreliable for the "
-        "share of images whose weights have a Pareto k above 0.7."
+        "Nats per image ± standard error; log p(x) is from K importance samples and tends to be "
+        f"too low for images whose weights have a Pareto k̂ above {UNRELIABLE_K}."
     )
 
 
 def table_row(run: Run) -> list[str]:
-    """One run's cells."""
+    """The cells of one run."""
     steps = run.steps
     settings = [
         run.name,
@@ -198,50 +189,43 @@ def table_row(run: Run) -> list[str]:
         epochs_words(run),
     ]
     if run.results is None:
-        return [*settings, "not evaluated", *[ABSENT] * 7]
+        return [*settings, "not evaluated", *[ABSENT] * (len(COLUMNS) - len(settings) - 1)]
     log_prob = run.metric("log_prob")
     return [
         *settings,
-        quantity(run.metric("elbo")),
-        quantity(log_prob),
+        metric_words(run.metric("elbo")),
+        metric_words(log_prob),
         plain((log_prob or {}).get("samples")),
-        quantity(run.gap),
-        quantity(run.metric("bits_per_dim")),
-        quantity(run.metric("unreliable")),
-        quantity(run.metric("unconverged")),
-        quantity(run.metric("not_positive_definite")),
+        metric_words(run.gap),
+        *(metric_words(run.metric(name)) for name in ("bits_per_dim", *_SHARES)),
     ]
 
 
 def epochs_words(run: Run) -> str:
-    """How many epochs were trained, and of how many where a run was cut short."""
+    """The number of epochs; for a run that was cut short, `reached of planned`."""
     planned = run.setting("training", "epochs")
     reached = max(run.series("train", "epoch")[0], default=math.inf)
-    # The last record of an epoch may come a few steps before its end.
+    # The last record of an epoch may be a few steps before its end.
     return f"{reached:.3g} of {planned}" if reached < number(planned) - 1 else plain(planned)
 
 
 def plain(value: Any) -> str:
-    """Whatever a file says, a dash for nothing."""
+    """A value from a file as text, a dash for null."""
     return ABSENT if value is None else str(value)
 
 
-def quantity(figure: Mapping[str, Any] | None) -> str:
-    """Write a value with its standard error, to the decimals its unit deserves."""
-    if figure is None:
+def metric_words(metric: Mapping[str, Any] | None) -> str:
+    """Write a metric with its standard error, to the decimals of its unit."""
+    if metric is None:
         return ABSENT
-    value, error = number(figure.get("value")), number(figure.get("standard_error"))
+    value, error = number(metric.get("value")), number(metric.get("standard_error"))
     if not math.isfinite(value):
         return "not finite"
-    unit = figure.get("unit")
-    factor, decimals, suffix = {
-        "share": (100.0, 2, " %"),
-        "samples": (1.0, 1, ""),
-        "bits/dim": (1.0, 4, ""),
-    }.get(str(unit), (1.0, 2, ""))
+    # A file of a newer version may have units that are not known here.
+    decimals, factor, suffix = UNITS.get(str(metric.get("unit")), UNITS["number"])
     if not math.isfinite(error):
         return f"{value * factor:,.{decimals}f}{suffix}"
     if error > 0:
-        # Two decimals of a tiny error would read 0.00.
+        # Fixed decimals would show a tiny error as 0.00.
         decimals = max(decimals, -math.floor(math.log10(error * factor)))
     return f"{value * factor:,.{decimals}f} ± {error * factor:,.{decimals}f}{suffix}"

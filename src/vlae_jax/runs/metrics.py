@@ -8,19 +8,39 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Unit(NamedTuple):
+    """How values of a unit are written."""
+
+    decimals: int
+    factor: float = 1.0
+    suffix: str = ""
+
+
+UNITS = {
+    "nats": Unit(2),
+    "bits/dim": Unit(4),
+    "share": Unit(2, 100.0, " %"),
+    "samples": Unit(1),
+    "number": Unit(2),
+}
+"""Nats are those of an image, shares those of all images."""
+
+
 class Quantity(NamedTuple):
     """Label, unit and meaning of one measured quantity."""
 
     label: str
     """The name in tables and pictures."""
     unit: str = "nats"
-    """"nats" (for each image), "bits/dim", "share" (of images), "samples" or "number"."""
+    """A key of `UNITS`."""
     outlying: int = 0
     """For scores of images: 1 where high values are outlying, -1 where low ones are."""
     threshold: float | None = None
     """Values above it are a warning; None where there is no such limit."""
 
 
+FINITE_VARIANCE_K = 0.5
+"""Pareto k̂ below which importance weights have a finite variance."""
 UNRELIABLE_K = 0.7
 """Pareto k̂ above which an importance-weighted estimate is not to be relied on (Vehtari et al.,
 2024)."""
@@ -35,7 +55,7 @@ QUANTITIES: dict[str, Quantity] = {
     "ess": Quantity("effective samples", "samples"),
     "log_prob_sampling_error": Quantity("sampling error of log p(x)"),
     "pareto_k": Quantity("Pareto k", "number", outlying=1, threshold=UNRELIABLE_K),
-    "unreliable": Quantity("k̂ > 0.7", "share"),
+    "unreliable": Quantity(f"k̂ > {UNRELIABLE_K}", "share"),
     "annealed": Quantity("annealed", "share"),
     "not_finite": Quantity("not finite", "share"),
     "unconverged": Quantity("unconverged", "share"),

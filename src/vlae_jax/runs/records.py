@@ -1,4 +1,4 @@
-"""What a run folder holds, read and checked; and how a finished file is put down."""
+"""Finished runs as records: what a run folder holds, read whole and checked."""
 
 import dataclasses
 import io
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from vlae_jax.errors import UserError
+from vlae_jax.runs.folder import RunFolder
 from vlae_jax.runs.methods import METHODS
-from vlae_jax.runs.storage import as_folder, errors_of, in_bucket, resolved
+from vlae_jax.runs.storage import as_folder, errors_of, one_line, resolved
 
 Curve = tuple[np.ndarray, np.ndarray]
 _IMAGE = "height, width, 1 or 3"
@@ -30,11 +31,12 @@ _SNAPSHOTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder holds; a file that is not there is None or empty."""
+    """The content of a run folder; a file that is not there is None or empty."""
 
     path: Path
     config: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    log: list[dict[str, Any]]
+    """The records of metrics.jsonl."""
     results: dict[str, Any] | None
     snapshots: dict[str, np.ndarray]
     per_image: dict[str, np.ndarray]
@@ -43,7 +45,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the results call it, or its folder."""
+        """The name in the results, otherwise that of the folder."""
         return str(self._described("name") or resolved(self.path).name)
 
     @property
@@ -55,9 +57,11 @@ class Run:
     def label(self) -> str:
         """The inference system as tables and pictures name it, with an objective beside the ELBO.
 
-        A new version may have systems that this one does not know: the results' label counts.
+        A run may come from a newer version whose systems are not known here, so the label in the
+        results comes first.
         """
-        label = str(self._described("label") or method_label(self.method))
+        known = METHODS.get(self.method)
+        label = str(self._described("label") or (known.label if known else self.method))
         objective = self.setting("training", "objective") or "elbo"
         if objective == "elbo":
             return label
@@ -85,7 +89,7 @@ class Run:
 
     @property
     def subject(self) -> str:
-        """What the run's pictures are about."""
+        """Data set and system, for the titles of pictures."""
         return f"{self.dataset} · {self.system}"
 
     @property
@@ -95,13 +99,13 @@ class Run:
 
     @property
     def fingerprint(self) -> Any:
-        """What identifies the images, None where it is not on record."""
+        """The fingerprint of the images, None where it is not on record."""
         return self._described("fingerprint")
 
     @property
     def checkpoint(self) -> Mapping[str, Any] | None:
-        """The chosen checkpoint, with its validation figures where they are on record."""
-        validation = [record for record in self.metrics if record.get("split") == "validation"]
+        """The chosen checkpoint, with its validation metrics where they are on record."""
+        validation = [record for record in self.log if record.get("split") == "validation"]
         chosen = (self.results or {}).get("checkpoint")
         if isinstance(chosen, dict):
             step = chosen.get("step")
@@ -123,29 +127,29 @@ class Run:
         return {"value": value, "unit": "nats"}
 
     def setting(self, section: str, name: str) -> Any:
-        """One value of the configuration, None where it has none."""
+        """One value of the configuration, None if it is not there."""
         values = self.config.get(section)
         return values.get(name) if isinstance(values, dict) else None
 
     def metric(self, name: str) -> dict[str, Any] | None:
-        """The test figure of that name; of several, the one with the most samples."""
-        figures = [
-            figure
-            for figure in (self.results or {}).get("metrics", [])
-            if figure["name"] == name and figure.get("split", "test") == "test"
+        """The test metric of that name; of several, the one with the most samples."""
+        metrics = [
+            metric
+            for metric in (self.results or {}).get("metrics", [])
+            if metric["name"] == name and metric.get("split", "test") == "test"
         ]
-        return max(figures, key=lambda figure: number(figure.get("samples"), 0.0), default=None)
+        return max(metrics, key=lambda metric: number(metric.get("samples"), 0.0), default=None)
 
     def gap_metric(self, name: str) -> tuple[float, float]:
-        """Value and standard error of one figure of gaps.json, NaN where it has none."""
-        for figure in (self.gaps or {}).get("metrics", []):
-            if figure["name"] == name:
-                return number(figure.get("value")), number(figure.get("standard_error"))
+        """Value and standard error of one metric in gaps.json, NaN if it is not there."""
+        for metric in (self.gaps or {}).get("metrics", []):
+            if metric["name"] == name:
+                return number(metric.get("value")), number(metric.get("standard_error"))
         return math.nan, math.nan
 
     def series(self, split: str, name: str, against: str = "epoch") -> Curve:
-        """One metric against epochs (or seconds): both coordinates, where both are finite."""
-        records = [record for record in self.metrics if record.get("split") == split]
+        """One logged metric against epochs or seconds, at the points where both are finite."""
+        records = [record for record in self.log if record.get("split") == split]
         points = np.array([(number(r.get(against)), number(r.get(name))) for r in records])
         points = points.reshape(-1, 2)
         points = points[np.isfinite(points).all(axis=1)]
@@ -157,32 +161,28 @@ class Run:
         return described.get(name, otherwise) if isinstance(described, dict) else otherwise
 
 
-def method_label(method: str) -> str:
-    """A system's name in tables and pictures; the one it has where it is not known here."""
-    return METHODS[method].label if method in METHODS else method
-
-
 def read_run(run_dir: str | os.PathLike[str]) -> Run:
     """Read a run folder whole.
 
     Raises:
         UserError: If there is no such run, or one of its files is damaged.
     """
-    path = as_folder(run_dir)
-    if not path.is_dir():
-        raise UserError(f"no run folder at {path}: give a folder that training wrote")
-    if not (path / "config.json").is_file():
+    folder = RunFolder.at(run_dir)
+    if not folder.path.is_dir():
+        raise UserError(f"no run folder at {folder.path}: give a folder that training wrote")
+    if not folder.exists():
         raise UserError(
-            f"{path} is not a run folder, it has no config.json: give a folder that training wrote"
+            f"{folder.path} is not a run folder, it has no config.json: give a folder that "
+            "training wrote"
         )
     return Run(
-        path,
-        _read_json(path / "config.json"),
-        _read_metrics(path / "metrics.jsonl"),
-        _read_metrics_file(path / "results.json", "evaluate the run again"),
-        _read_arrays(path / "snapshots.npz", _check_snapshots),
-        _read_arrays(path / "per_image.npz", _check_per_image),
-        _read_metrics_file(path / "gaps.json", "measure the gaps again"),
+        folder.path,
+        read_json(folder.path / "config.json"),
+        _read_log(folder.metrics),
+        _read_metrics(folder.results, "evaluate the run again"),
+        _read_arrays(folder.snapshots, _check_snapshots),
+        _read_arrays(folder.per_image, _check_per_image),
+        _read_metrics(folder.gaps, "measure the gaps again"),
     )
 
 
@@ -200,38 +200,48 @@ def read_runs(run_dirs: Iterable[str | os.PathLike[str]]) -> list[Run]:
     return [read_run(run_dir) for run_dir in folders.values()]
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
     try:
         return path.read_bytes()
     except errors_of(path) as error:
-        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: If it cannot be read, or holds something else.
+    """
     try:
-        value = json.loads(_read_bytes(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({_one_line(error)}): restore it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+        content = json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it holds no JSON ({one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
-def _read_metrics_file(path: Path, remedy: str) -> dict[str, Any] | None:
+def _read_metrics(path: Path, remedy: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    content = _read_json(path)
-    figures = content.get("metrics")
-    if not isinstance(figures, list) or not all(
-        isinstance(figure, dict) and isinstance(figure.get("name"), str) for figure in figures
+    content = read_json(path)
+    metrics = content.get("metrics")
+    if not isinstance(metrics, list) or not all(
+        isinstance(metric, dict) and isinstance(metric.get("name"), str) for metric in metrics
     ):
         raise UserError(f"{path} must hold 'metrics', a list of objects with a name: {remedy}")
     return content
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def _read_log(path: Path) -> list[dict[str, Any]]:
     """Read the records; of a step written twice, as by a resumed run, the later one counts."""
-    lines = _read_bytes(path).split(b"\n") if path.exists() else []
+    lines = read_bytes(path).split(b"\n") if path.exists() else []
     lines = [line for line in lines if line.strip()]
     records: dict[tuple[str, str], dict[str, Any]] = {}
     for place, line in enumerate(lines, start=1):
@@ -253,7 +263,7 @@ def _read_arrays(
 ) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
-    content = io.BytesIO(_read_bytes(path))
+    content = io.BytesIO(read_bytes(path))
     try:
         with np.load(content, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -287,28 +297,7 @@ def _check_per_image(path: Path, values: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write so that a reader sees the old file or the new one, never half of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if in_bucket(path):  # where it comes to be at once
-            path.write_bytes(content)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(content)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except errors_of(path) as error:
-        raise UserError(f"cannot write {path}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def number(value: Any, otherwise: float = math.nan) -> float:
-    """Take a number from JSON; null, and whatever is no number, becomes NaN."""
+    """Take a number from JSON; null and everything else that is no number becomes NaN."""
     ok = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if ok else otherwise
