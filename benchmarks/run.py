@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks.measure import Program, compile_program, gemm_rate, time_in_turns
 from benchmarks.programs import (
@@ -224,7 +225,7 @@ def step_cases(problem: Problem, only: str, torch: Any) -> Iterator[Case]:
             arguments = (problem.params, problem.xs, problem.keys)
             yield jax_case("step", name, sizes, function, *arguments)
     if torch:
-        model = torch.TorchVLAE(problem.model("gram", problem.params))
+        model = torch.TorchVLAE(problem.model(problem.params))
         x = torch.tensor(problem.xs)
 
         def step(by_gram: bool) -> None:
@@ -282,16 +283,14 @@ def log_prob_cases(problem: Problem, only: str, torch: Any) -> Iterator[Case]:
     xs, means, precisions, keys = given_posteriors(problem)
     for name in names:
         if name.startswith("torch"):
-            model = torch.TorchVLAE(problem.model("gram", problem.params))
+            model = torch.TorchVLAE(problem.model(problem.params))
             given = [torch.tensor(array) for array in (xs, means, precisions)]
             function = model.log_prob if name == "torch" else model.log_prob_by_distributions
             call = functools.partial(function, *given, samples=sizes.samples, chunk=sizes.chunk)
-            yield Case(
-                "log_prob", name, sizes, lambda call=call: call().numpy(), None, sizes.images
-            )
+            yield Case("log_prob", name, sizes, call, None, sizes.images)
         else:
             # The factorisation is one for a whole test set, and not timed.
-            model = problem.model("gram", problem.params)
+            model = problem.model(problem.params)
             head = model.whitened_head() if name == "whitened head" else None
             arguments = (problem.params, head, xs, means, precisions, keys)
             function = log_probs(problem)
@@ -306,7 +305,7 @@ def curve_cases(problem: Problem, varied: str, only: str) -> Iterator[Case]:
         return
     if varied == "samples":
         given = given_posteriors(problem)
-        head = problem.model("gram", problem.params).whitened_head()
+        head = problem.model(problem.params).whitened_head()
         arguments = (problem.params, head, *given)
         yield jax_case("curves", name, sizes, log_probs(problem), *arguments, per=sizes.images)
     else:
@@ -368,11 +367,13 @@ def compare_with_torch(
     sizes = problem.sizes
     paper = "gram unroll paper cholesky"
     if torch and ("step", paper) in calls:
-        model = torch.TorchVLAE(problem.model("gram", problem.params))
+        model = torch.TorchVLAE(problem.model(problem.params))
         first = jax.vmap(jax.random.fold_in, in_axes=(0, None))(problem.keys, 0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (sizes.latent,)))(first)
         loss, gradient = calls["step", paper]()
-        ours = np.asarray(problem.model("gram", gradient).head.kernel[...]).T
+        layer = problem.model(gradient).head
+        assert isinstance(layer, nnx.Linear)
+        ours = np.asarray(layer.kernel[...]).T
         head = next(i for i, p in enumerate(model.parameters) if p is model.decoder[-1][0])
         for curvature, by_gram in (("jacobian", False), ("gram", True)):
             theirs, gradients = model.gradient(

@@ -16,7 +16,8 @@ from benchmarks.roofline import (
     crossing,
     ring_bytes,
 )
-from benchmarks.scaling import BATCH, SWEEP, Case, read
+from benchmarks.scaling_programs import BATCH, SWEEP, Case
+from benchmarks.scaling_results import read
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 CHIPS = tuple(SLICES)
