@@ -54,7 +54,7 @@ class Part(NamedTuple):
     """Takes a file as its last argument, and appends its rows and notes to it: a line of JSON each,
     {"table": ..., ...} or {"note": ...}."""
     share: float = 1.0
-    """Of the time, relative to the other parts."""
+    """Its share of the time, relative to the other parts."""
 
 
 def measure(

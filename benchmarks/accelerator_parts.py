@@ -1,4 +1,4 @@
-"""What `benchmarks.accelerator` measures, a part in each process.
+"""The parts that `benchmarks.accelerator` measures, each in a process of its own.
 
     python -m benchmarks.accelerator_parts PART SETTINGS LINES
 
@@ -35,7 +35,7 @@ CALLS = 5
 
 
 class Sizes(NamedTuple):
-    """How large everything is."""
+    """Sizes of models, data and measurements."""
 
     dims: tuple[int, ...] = (784, 3072)
     steps: tuple[tuple[str, int], ...] = (("vae", 4), ("vlae", 1), ("vlae", 4))
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
     test_images: int = 500
     """Test images of the evaluation after training."""
     least_seconds: float = 0.2
-    """Of one timing."""
+    """Shortest time of one timing."""
 
 
 TINY = Sizes(
@@ -74,7 +74,7 @@ TINY = Sizes(
 
 
 class Settings(NamedTuple):
-    """What the command was given."""
+    """The choices given to the command."""
 
     data_dir: str | None
     tiny: bool
@@ -132,7 +132,7 @@ def device(settings: Settings, lines: Lines) -> None:
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.default_backend()}",
         python=platform.python_version(),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
-        precision=jax.config.jax_default_matmul_precision or "JAX's default",
+        precision=jax.config.jax_default_matmul_precision or "JAX's default",  # type: ignore[attr-defined]
     )
     if not settings.tiny:
         rows, inner, columns = GEMM
@@ -171,7 +171,9 @@ def tests(settings: Settings, lines: Lines) -> None:
 
     only = ["-q", "-m", "accelerator", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     code = pytest.main([*only, *files], plugins=[Recorder()])
-    if code:
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        lines.note("no test that is marked `accelerator` was chosen")
+    elif code:
         raise SystemExit(f"pytest: exit code {int(code)}")
 
 

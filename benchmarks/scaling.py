@@ -1,4 +1,4 @@
-"""How training scales: on paper for TPU v5e, and measured as far as one machine can show it.
+"""The scaling of training: on paper for TPU v5e, and measured as far as one machine can show it.
 
     python -m benchmarks.scaling export      lower every system's step for TPUs
     python -m benchmarks.scaling compile     compile it with the TPU's compiler, without a TPU
@@ -43,7 +43,7 @@ from vlae_jax.training.loop import require_same_images
 
 
 def describe(case: Case, trained: Trained, compiled: Any) -> dict[str, Any]:
-    """What a compiled program costs: once, and for each product of conjugate gradients.
+    """The cost of a compiled program: once, and for each product of conjugate gradients.
 
     A product is one in each of the T search steps. What does not search has none.
     """

@@ -33,7 +33,7 @@ WARM_UP = 3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of `measure`."""
+    """Add the options of `measure`."""
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--batch", type=int, default=64, help="images a process")
     parser.add_argument("--steps", type=int, default=30, help="steps timed")
@@ -93,7 +93,7 @@ def processes(kind: str, method: str, options: argparse.Namespace) -> dict[str, 
 
 
 def virtual_devices(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same global batch on 1 to 8 virtual devices of one process, and the same numbers."""
+    """Time one global batch on 1 to 8 virtual devices of one process, and compare its results."""
     rows: list[dict[str, Any]] = []
     batch = 2 * options.batch
     first = np.zeros(0)
@@ -161,7 +161,7 @@ def _cpu() -> str:
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
-    """Of one process among those that are timed."""
+    """Add the options of one process among those that are timed."""
     parser.add_argument("--method", required=True)
     parser.add_argument("--batch", type=int, required=True, help="images of all together")
     parser.add_argument("--steps", type=int, required=True)

@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
     @property
     def system(self) -> str:
-        """What is trained, in words."""
+        """The system that is trained, in words."""
         return f"{self.method} {'conv ' if self.network == 'conv' else ''}{self.dim}"
 
     @property
@@ -112,7 +112,7 @@ def exported(trained: Trained, dataset: Dataset) -> jax.export.Exported:
 
 
 def foreign_calls(stablehlo: str) -> set[str]:
-    """What a lowered program calls that is no operation of StableHLO: a library, if anything."""
+    """The calls of a lowered program to anything but operations of StableHLO, as to a library."""
     return set(FOREIGN.findall(stablehlo)) - KNOWN
 
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.scaling` finds, part by part, in one file."""
+"""The one file that holds what `benchmarks.scaling` finds, part by part."""
 
 import datetime
 import json
@@ -24,7 +24,7 @@ def write(part: str, found: Any) -> None:
 
 
 def setting(*packages: str) -> dict[str, Any]:
-    """What figures depend on."""
+    """Everything that the numbers depend on."""
     names = ("jax", "jaxlib", "flax", *packages)
     return {
         "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:2]]),
