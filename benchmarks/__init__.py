@@ -1,1 +1,1 @@
-"""What the package costs: training steps, log-likelihoods, posteriors, beside their baselines."""
+"""The cost of the package: training steps, log-likelihoods, posteriors, beside baselines."""

@@ -1,6 +1,6 @@
-"""What a compiled program says about itself: its loops, products, memory traffic, collectives.
+"""The loops, products, memory traffic and collectives of a compiled program, from its text.
 
-Reads the text of optimised HLO (`compiled.as_text()`), of any backend. Nothing is run. XLA's own
+Reads the text of optimized HLO (`compiled.as_text()`), of any backend. Nothing is run. XLA's own
 `cost_analysis` counts the body of a loop once, however often it runs, and does not tell traffic
 to main memory from traffic inside the chip; this does both.
 """
@@ -87,7 +87,7 @@ class Instruction(NamedTuple):
     opcode: str
     operands: tuple[str, ...]
     inside: str
-    """What stands between the parentheses: the operands, or a constant's value."""
+    """The text between the parentheses: the operands, or a constant's value."""
     attributes: str
     is_root: bool
 
@@ -113,7 +113,7 @@ class Computation(NamedTuple):
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The instruction whose result it returns."""
         return next(i for i in self.instructions.values() if i.is_root)
 
 
@@ -137,7 +137,7 @@ class Collective(NamedTuple):
 
     kind: str
     bytes: float
-    """Of the whole array on each device: reduced; gathered; or before it is scattered."""
+    """Size of the whole array on each device: reduced; gathered; or before it is scattered."""
     devices: int
     """That take part together."""
     times: float
@@ -177,7 +177,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, opened: int) -> int:
-    """Where the parenthesis closes that opens here."""
+    """The place at which the parenthesis closes that opens here."""
     depth = 0
     for place in range(opened, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -231,7 +231,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often a loop runs, if the compiler says so or its condition counts up to a constant."""
+    """Passes of a loop, if the compiler says so or its condition counts up to a constant."""
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     condition = module.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
@@ -247,7 +247,7 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 def matmul_flops(module: Module, *, unknown_trips: float = 1.0) -> dict[str, float]:
     """FLOPs of all products and convolutions, by what a TPU needs for them.
 
-    A multiply-add is two FLOPs. Elementwise work and factorisations count nothing, nor do
+    A multiply-add is two FLOPs. Elementwise work and factorizations count nothing, nor do
     products handed to a library, as they are on GPUs.
 
     Returns:
@@ -298,7 +298,7 @@ def _convolution_flops(at: Executed) -> float:
 
 
 class _Window(NamedTuple):
-    """How a convolution moves along one axis."""
+    """The way a convolution moves along one axis."""
 
     stride: int
     pad: int
@@ -377,7 +377,7 @@ def _traffic(module: Module, at: Executed) -> float:
 
 
 def _taken(body: Computation, number: int, whole: float) -> float:
-    """What a fusion reads of a parameter."""
+    """Bytes that a fusion reads of a parameter."""
     parameter = next(
         i.name
         for i in body.instructions.values()
@@ -435,7 +435,7 @@ def sent_bytes(collective: Collective) -> float:
 def estimated_cycles(module: Module, *, unknown_trips: float = 1.0) -> float:
     """The TPU compiler's own estimates, summed, in cycles; 0 from other compilers.
 
-    It gives none for factorisations, gathers, copies in the background and communication.
+    It gives none for factorizations, gathers, copies in the background and communication.
     """
     pattern = r'"estimated_cycles":"(\d+)"'
     return sum(

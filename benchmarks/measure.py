@@ -21,9 +21,9 @@ class Program(NamedTuple):
     compile_seconds: float
     """Tracing included."""
     flops: float
-    """Of all matrix products, each counted as often as its loops run."""
+    """FLOPs of all matrix products, each counted as often as its loops run."""
     temp_bytes: int
-    """What the program allocates beside arguments and results."""
+    """Bytes that the program allocates beside arguments and results."""
 
 
 class Timing(NamedTuple):
@@ -98,6 +98,6 @@ def matmul_flops(text: str) -> float:
 
     XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here it counts
     as often as the compiler knows it to, and else once. A multiply-add is two FLOPs. Elementwise
-    work and factorisations count nothing, nor do products handed to a library, as on GPUs.
+    work and factorizations count nothing, nor do products handed to a library, as on GPUs.
     """
     return sum(hlo.matmul_flops(hlo.parse(text)).values())

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vlae_jax.affine_head import WhitenedHead
 from vlae_jax.bounds import elbo, importance_weighted_log_prob
 from vlae_jax.densities import gaussian, standard_normal
 from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.inference import infer_posterior
-from vlae_jax.models.autoencoder import VariationalAutoencoder
+from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
 from vlae_jax.models.systems import vlae
 from vlae_jax.posterior import GaussianPosterior
 from vlae_jax.runs.config import InferenceConfig
@@ -34,26 +35,26 @@ class Sizes(NamedTuple):
     chunk: int = 500
 
 
-class ExplicitJacobian(VariationalAutoencoder):
-    """The same model, its curvature JᵀWJ from the whole decoder's Jacobian J (dim, latent)."""
+class ByJacobian(Observation):
+    """An observation with the curvature JᵀWJ from the whole decoder's Jacobian J (dim, latent)."""
 
-    def expansions(self, x: jax.Array) -> tuple[Expansion, Expansion | None]:
+    def expansions(self) -> tuple[Expansion, Expansion | None]:
         """Gauss-Newton, nothing compressed."""
-        return gauss_newton_expansion(self.decode, self.log_likelihood(x)), None
+        return gauss_newton_expansion(self.model.decode, self.log_likelihood), None
 
 
-class ExactHessian(VariationalAutoencoder):
-    """The same model, its curvature from `jax.hessian`."""
+class ByHessian(Observation):
+    """An observation with the curvature from `jax.hessian`."""
 
-    def expansions(self, x: jax.Array) -> tuple[Expansion, Expansion | None]:
+    def expansions(self) -> tuple[Expansion, Expansion | None]:
         """Forward over reverse through the whole decoder."""
-        return exact_expansion(self.log_joint(x)), None
+        return exact_expansion(self.log_joint), None
 
 
-CURVATURES: dict[str, type[VariationalAutoencoder]] = {
-    "gram": VariationalAutoencoder,
-    "jacobian": ExplicitJacobian,
-    "hessian": ExactHessian,
+CURVATURES: dict[str, type[Observation]] = {
+    "gram": Observation,
+    "jacobian": ByJacobian,
+    "hessian": ByHessian,
 }
 """gram is what the package does by itself for a Gaussian of this shape."""
 
@@ -62,54 +63,55 @@ class Problem(NamedTuple):
     """Weights and data of given sizes."""
 
     sizes: Sizes
-    graphdefs: dict[str, Any]
-    """The structure of each model of `CURVATURES`, which all share the parameters."""
+    graphdef: Any
+    """The network's structure."""
     params: Any
     xs: jax.Array
     """(batch, dim), drawn from the model, so that there is a mode to find."""
     keys: jax.Array
 
-    def model(self, curvature: str, params: Any) -> VariationalAutoencoder:
+    def model(self, params: Any) -> VariationalAutoencoder:
         """The model with these parameters."""
-        return nnx.merge(self.graphdefs[curvature], params)
+        return nnx.merge(self.graphdef, params)
+
+    def at(self, params: Any, x: jax.Array, curvature: str) -> Observation:
+        """The model at one image, with the curvature of that name."""
+        return CURVATURES[curvature](*self.model(params).at(x))
 
 
 def build_problem(sizes: Sizes) -> Problem:
     """Random weights, and images drawn from them."""
-    graphdefs = {}
-    for name, kind in CURVATURES.items():
-        model = kind(
-            sizes.dim,
-            latent=sizes.latent,
-            hidden=(sizes.hidden, sizes.hidden),
-            activation="relu",
-            likelihood="gaussian",
-            variance=np.full(sizes.dim, 0.1),
-            rngs=nnx.Rngs(0),
-        )
-        model.head.kernel[...] *= 10.0  # a decoder that has learned something
-        graphdefs[name], params = nnx.split(model)
+    model = VariationalAutoencoder(
+        sizes.dim,
+        latent=sizes.latent,
+        hidden=(sizes.hidden, sizes.hidden),
+        activation="relu",
+        likelihood="gaussian",
+        variance=np.full(sizes.dim, 0.1),
+        rngs=nnx.Rngs(0),
+    )
+    assert isinstance(model.head, nnx.Linear)
+    model.head.kernel[...] *= 10.0  # a decoder that has learned something
     key_z, key_x, key = jax.random.split(jax.random.key(1), 3)
     zs = jax.random.normal(key_z, (sizes.batch, sizes.latent))
     noise = jnp.exp(0.5 * model.log_var) * jax.random.normal(key_x, (sizes.batch, sizes.dim))
     xs = jax.vmap(model.decode)(zs) + noise
-    return Problem(sizes, graphdefs, params, xs, jax.random.split(key, sizes.batch))
+    return Problem(sizes, *nnx.split(model), xs, jax.random.split(key, sizes.batch))
 
 
 def training_gradient(
     problem: Problem, curvature: str, gradient: Any, damping: Any, solver: Any
 ) -> Callable[..., Any]:
-    """(params, xs, keys) → what training minimises, and its gradient; encoder included."""
+    """(params, xs, keys) → what training minimizes, and its gradient; encoder included."""
     config = InferenceConfig(
         steps=problem.sizes.steps, gradient=gradient, damping=damping, solver=solver
     )
 
-    def loss(params, xs, keys):
-        def one(x, key):
-            model = problem.model(curvature, params)
-            inference = vlae(model, x, key, config)
-            bound = elbo(key, model.log_joint(x), inference.posterior)
-            return bound - inference.amortization_loss
+    def loss(params: Any, xs: jax.Array, keys: jax.Array) -> jax.Array:
+        def one(x: jax.Array, key: jax.Array) -> jax.Array:
+            at = problem.at(params, x, curvature)
+            inference = vlae(at, key, config)
+            return elbo(key, at.log_joint, inference.posterior) - inference.amortization_loss
 
         return -jnp.mean(jax.vmap(one)(xs, keys))
 
@@ -119,13 +121,12 @@ def training_gradient(
 def posteriors(problem: Problem, curvature: str, damping: Any, solver: Any) -> Callable[..., Any]:
     """(params, xs) → the Laplace posterior of each image; nothing is differentiated."""
 
-    def one(params, x):
-        model = problem.model(curvature, params)
-        z_init, _ = model.encode(x)
-        expand, repair = model.expansions(x)
+    def one(params: Any, x: jax.Array) -> GaussianPosterior:
+        at = problem.at(params, x, curvature)
+        expand, repair = at.expansions()
         posterior, _ = infer_posterior(
             expand,
-            z_init,
+            at.mean,
             num_steps=problem.sizes.steps,
             damping=damping,
             repair=repair,
@@ -143,11 +144,18 @@ def log_probs(problem: Problem) -> Callable[..., Any]:
     """
     sizes = problem.sizes
 
-    def one(params, head, x, mean, precision, key):
+    def one(
+        params: Any,
+        head: WhitenedHead | None,
+        x: jax.Array,
+        mean: jax.Array,
+        precision: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         posterior = GaussianPosterior(mean, jnp.linalg.cholesky(precision))
         estimate, info = importance_weighted_log_prob(
             key,
-            problem.model("gram", params).log_joint(x, head),
+            problem.model(params).at(x, head=head).log_joint,
             posterior,
             num_samples=sizes.samples,
             chunk_size=sizes.chunk,
@@ -192,14 +200,14 @@ def convolutional_step(
 ) -> Callable[..., Any]:
     """(weights, xs, keys) → the one-sample ELBO's gradient, the search starting from zeros."""
 
-    def loss(weights, xs, keys):
-        def one(x, key):
+    def loss(weights: tuple[jax.Array, ...], xs: jax.Array, keys: jax.Array) -> jax.Array:
+        def one(x: jax.Array, key: jax.Array) -> jax.Array:
             decode = functools.partial(decoder.decode, weights)
 
-            def log_likelihood(eta):
+            def log_likelihood(eta: jax.Array) -> jax.Array:
                 return gaussian(x, eta, jnp.log(0.1))
 
-            def log_joint(z):
+            def log_joint(z: jax.Array) -> jax.Array:
                 return log_likelihood(decode(z)) + standard_normal(z)
 
             if curvature == "hessian":

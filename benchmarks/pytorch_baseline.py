@@ -25,7 +25,7 @@ def prepare(threads: int) -> None:
 
 
 def gemm_rate() -> float:
-    """What `measure.gemm_rate` measures, of PyTorch."""
+    """The rate that `measure.gemm_rate` measures, of PyTorch."""
     rows, inner, columns = GEMM
     a, b = torch.ones(rows, inner), torch.ones(inner, columns)
     timing = time_in_turns({"gemm": lambda: a.mm(b)}, rounds=5, seconds_each=0.2)
@@ -103,7 +103,7 @@ class TorchVLAE:
         return self._negative_elbo(x, z, chol, noise)
 
     def loss_by_gram(self, x: torch.Tensor, noise: torch.Tensor, steps: int) -> torch.Tensor:
-        """The same number by the package's arithmetic: the last layer compressed once."""
+        """The number of `loss`, by the package's arithmetic: the last layer compressed once."""
         scale = (-0.5 * self.log_var).exp()
         weight, bias = (scale * part for part in self.decoder[-1])
         gram = weight.T @ weight
@@ -149,7 +149,7 @@ class TorchVLAE:
     ) -> torch.Tensor:
         """Estimate log p(x) of each image by importance sampling from N(mean, precision⁻¹).
 
-        One factorisation and one inverse of the factor an image; image by image and chunk by
+        One factorization and one inverse of the factor an image; image by image and chunk by
         chunk, in place, so that what is worked on stays in the cache.
         """
         latent = mean.shape[-1]
@@ -186,7 +186,7 @@ class TorchVLAE:
         samples: int,
         chunk: int,
     ) -> torch.Tensor:
-        """The same estimate as it is written first: with `torch.distributions`, not tuned."""
+        """The estimate of `log_prob`, written plainly with `torch.distributions` and not tuned."""
         prior = Normal(torch.zeros(()), torch.ones(()))
         estimates = []
         for i in range(len(x)):

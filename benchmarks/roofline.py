@@ -1,7 +1,7 @@
-"""What a chip's published peaks allow: seconds of arithmetic, of memory, of communication.
+"""Seconds of arithmetic, memory and communication that a chip's published peaks allow.
 
 A prediction, and a lower bound on the time: every unit at its peak, nothing waiting for anything
-but the network, no factorisation, no elementwise work.
+but the network, no factorization, no elementwise work.
 """
 
 import itertools
@@ -51,7 +51,7 @@ SLICES = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 1
 
 
 class Seconds(NamedTuple):
-    """Of one training step."""
+    """The time of one training step, by what takes it."""
 
     compute: float
     memory: float
@@ -64,7 +64,7 @@ class Seconds(NamedTuple):
 
     @property
     def bound_by(self) -> str:
-        """What takes longest."""
+        """The name of the longest of the three."""
         return max(zip(self, self._fields, strict=True))[1]
 
 

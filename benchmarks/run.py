@@ -1,6 +1,6 @@
 """Measure what training and evaluation cost, beside baselines that take turns with them.
 
-`python -m benchmarks.run` prints Markdown tables and writes all figures as JSON. PyTorch, if it
+`python -m benchmarks.run` prints Markdown tables and writes all numbers as JSON. PyTorch, if it
 is installed, is measured too; it is no dependency of the project.
 """
 
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks.measure import Program, compile_program, gemm_rate, time_in_turns
 from benchmarks.programs import (
@@ -50,7 +51,7 @@ BASELINES = {
     "posterior": ("hessian line_search cholesky", "jacobian line_search cholesky"),
     "convolutions": ("hessian",),
 }
-"""What the speed-ups of a section are relative to. Torch's step is the paper's algorithm."""
+"""The rows that speed-ups of a section are relative to. Torch's step is the paper's algorithm."""
 STEPS = (
     ("gram", "implicit", "line_search", "cg"),
     ("gram", "implicit", "line_search", "cholesky"),
@@ -94,7 +95,7 @@ class Case(NamedTuple):
     sizes: Sizes
     call: Callable[[], Any]
     program: Program | None
-    """Of a JAX row."""
+    """The compiled program of a JAX row."""
     per: int = 1
     """Images the call's seconds are divided by."""
 
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     options = parse(arguments)
     if not options.quick:
-        # What compilation takes is a figure of its own.
+        # The time of compilation is measured too.
         jax.config.update("jax_enable_compilation_cache", False)
     torch = None if options.without_torch else load_torch()
     setting = describe_setting(sys.argv[1:] if arguments is None else arguments)
@@ -188,7 +189,7 @@ def load_torch() -> Any:
 
 
 def describe_setting(arguments: list[str]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Everything that the numbers depend on."""
     packages = ("vlae-jax", "jax", "jaxlib", "flax", "numpy")
     versions = {name: metadata.version(name) for name in packages}
     cpu = platform.processor() or platform.machine()
@@ -224,7 +225,7 @@ def step_cases(problem: Problem, only: str, torch: Any) -> Iterator[Case]:
             arguments = (problem.params, problem.xs, problem.keys)
             yield jax_case("step", name, sizes, function, *arguments)
     if torch:
-        model = torch.TorchVLAE(problem.model("gram", problem.params))
+        model = torch.TorchVLAE(problem.model(problem.params))
         x = torch.tensor(problem.xs)
 
         def step(by_gram: bool) -> None:
@@ -282,16 +283,14 @@ def log_prob_cases(problem: Problem, only: str, torch: Any) -> Iterator[Case]:
     xs, means, precisions, keys = given_posteriors(problem)
     for name in names:
         if name.startswith("torch"):
-            model = torch.TorchVLAE(problem.model("gram", problem.params))
+            model = torch.TorchVLAE(problem.model(problem.params))
             given = [torch.tensor(array) for array in (xs, means, precisions)]
             function = model.log_prob if name == "torch" else model.log_prob_by_distributions
             call = functools.partial(function, *given, samples=sizes.samples, chunk=sizes.chunk)
-            yield Case(
-                "log_prob", name, sizes, lambda call=call: call().numpy(), None, sizes.images
-            )
+            yield Case("log_prob", name, sizes, call, None, sizes.images)
         else:
-            # The factorisation is one for a whole test set, and not timed.
-            model = problem.model("gram", problem.params)
+            # The factorization is one for a whole test set, and not timed.
+            model = problem.model(problem.params)
             head = model.whitened_head() if name == "whitened head" else None
             arguments = (problem.params, head, xs, means, precisions, keys)
             function = log_probs(problem)
@@ -306,7 +305,7 @@ def curve_cases(problem: Problem, varied: str, only: str) -> Iterator[Case]:
         return
     if varied == "samples":
         given = given_posteriors(problem)
-        head = problem.model("gram", problem.params).whitened_head()
+        head = problem.model(problem.params).whitened_head()
         arguments = (problem.params, head, *given)
         yield jax_case("curves", name, sizes, log_probs(problem), *arguments, per=sizes.images)
     else:
@@ -318,7 +317,7 @@ def curve_cases(problem: Problem, varied: str, only: str) -> Iterator[Case]:
 def measure(
     cases: list[Case], setting: dict[str, Any], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Time the cases in turns; one row of figures each."""
+    """Time the cases in turns; one row each."""
     timings = time_in_turns(
         {f"{case.section} {case.name}": case.call for case in cases},
         rounds=1 if options.quick else options.rounds,
@@ -349,7 +348,7 @@ def measure(
 
 
 def add_speed_ups(rows: list[dict[str, Any]]) -> None:
-    """How many times as fast each row is as each baseline of its section and size."""
+    """Divide the time of each baseline of a row's section and size by the time of the row."""
     seconds = {(r["section"], r["name"], r["sizes"]["dim"]): r["best_seconds"] for r in rows}
     for row in rows:
         section, dim = row["section"], row["sizes"]["dim"]
@@ -363,16 +362,18 @@ def add_speed_ups(rows: list[dict[str, Any]]) -> None:
 def compare_with_torch(
     problem: Problem, calls: dict[tuple[str, str], Callable[[], Any]], torch: Any
 ) -> list[str]:
-    """Whether both libraries compute the same numbers, as far as the rows that ran can tell."""
+    """Compare the numbers of both libraries, as far as the rows that ran can tell."""
     lines = []
     sizes = problem.sizes
     paper = "gram unroll paper cholesky"
     if torch and ("step", paper) in calls:
-        model = torch.TorchVLAE(problem.model("gram", problem.params))
+        model = torch.TorchVLAE(problem.model(problem.params))
         first = jax.vmap(jax.random.fold_in, in_axes=(0, None))(problem.keys, 0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (sizes.latent,)))(first)
         loss, gradient = calls["step", paper]()
-        ours = np.asarray(problem.model("gram", gradient).head.kernel[...]).T
+        layer = problem.model(gradient).head
+        assert isinstance(layer, nnx.Linear)
+        ours = np.asarray(layer.kernel[...]).T
         head = next(i for i, p in enumerate(model.parameters) if p is model.decoder[-1][0])
         for curvature, by_gram in (("jacobian", False), ("gram", True)):
             theirs, gradients = model.gradient(
@@ -411,7 +412,7 @@ def print_rows(section: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         speed_ups = (row["speed_up"].get(baseline) for baseline in baselines)
         ratios = (None if speed_up is None else f"{speed_up:.2f}" for speed_up in speed_ups)
-        print_line([row["sizes"]["dim"], row["name"], *figures(row), *ratios])
+        print_line([row["sizes"]["dim"], row["name"], *shared_cells(row), *ratios])
 
 
 def print_curves(rows: list[dict[str, Any]]) -> None:
@@ -426,11 +427,11 @@ def print_curves(rows: list[dict[str, Any]]) -> None:
         if before[0] == varied:
             growth = math.log(seconds / before[2]) / math.log(int(value) / before[1])
             exponent = f"{growth:.2f}"
-        print_line([row["name"], *figures(row), exponent])
+        print_line([row["name"], *shared_cells(row), exponent])
         before = (varied, int(value), seconds)
 
 
-def figures(row: dict[str, Any]) -> list[str | None]:
+def shared_cells(row: dict[str, Any]) -> list[str | None]:
     """The columns that all tables share."""
     if "gigaflop" not in row:
         return [f"{1e3 * row['best_seconds']:.1f}", None, None, None, None]

@@ -1,4 +1,4 @@
-"""How training scales: on paper for TPU v5e, and measured as far as one machine can show it.
+"""The scaling of training: on paper for TPU v5e, and measured as far as one machine can show it.
 
     python -m benchmarks.scaling export      lower every system's step for TPUs
     python -m benchmarks.scaling compile     compile it with the TPU's compiler, without a TPU
@@ -13,151 +13,37 @@ what it has, and goes on where it stopped.
 
 import argparse
 import dataclasses
-import datetime
-import json
-import os
-import platform
 import re
-import sys
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from importlib import metadata
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import hlo
-from benchmarks.roofline import SLICES
+from benchmarks import hlo, scaling_measure, scaling_report
+from benchmarks.scaling_programs import (
+    CASES,
+    SYSTEMS,
+    Case,
+    build,
+    exported,
+    foreign_calls,
+    lower,
+    tpu_devices,
+)
+from benchmarks.scaling_results import read, setting, write
 from vlae_jax.conjugate_gradients import conjugate_gradients
-from vlae_jax.models.trained import Experiment, build_experiment
-from vlae_jax.parallel.placement import Placement
+from vlae_jax.data.supplied import as_dataset
+from vlae_jax.expansions import MatrixFreeExpansion
+from vlae_jax.models.trained import Trained, load
 from vlae_jax.refinement import SHORTFALL
-from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
-from vlae_jax.training.step import Trainer
-
-RESULTS = Path(__file__).parent / "results" / "scaling.json"
-METHODS = ("vae", "vlae", "sa_vae", "vae_iaf")
-BATCH = 128
-"""Images a chip."""
-IMAGES = {784: (54_000, 28, 28, 1), 3072: (45_000, 32, 32, 3)}
-"""MNIST's and CIFAR10's training images, validation split off."""
-SWEEP = (4, 16, 64, 256, 1024)
-FOREIGN = re.compile(r"stablehlo\.custom_call @([\w.$]+)")
-KNOWN = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"}
-"""Custom calls that are no calls: marks for the partitioner."""
+from vlae_jax.training.loop import require_same_images
 
 
-class Case(NamedTuple):
-    """A program to compile."""
-
-    method: str
-    dim: int = 784
-    network: str = "mlp"
-    chips: int = 1
-    batch: int = BATCH
-    shard_parameters: bool = False
-
-    @property
-    def system(self) -> str:
-        """What is trained, in words."""
-        return f"{self.method} {'conv ' if self.network == 'conv' else ''}{self.dim}"
-
-    @property
-    def name(self) -> str:
-        """All of it in words."""
-        split = ", parameters split" if self.shard_parameters else ""
-        return f"{self.system}, {self.chips} x {self.batch}{split}"
-
-
-SYSTEMS = [
-    *(Case(method, dim) for dim in (784, 3072) for method in METHODS),
-    *(Case(method, 784, "conv") for method in METHODS),
-]
-CASES = [
-    *SYSTEMS,
-    *(case._replace(chips=8) for case in SYSTEMS if case.network == "mlp"),
-    *(Case(method, chips=chips) for chips in (64, 256) for method in ("vae", "vlae")),
-    *(Case("vlae", chips=chips, shard_parameters=True) for chips in (8, 256)),
-    *(Case(method, batch=batch) for batch in SWEEP for method in ("vae", "vlae")),
-]
-
-
-class OnPaper(Placement):
-    """A placement on devices that are not there: arrays become their shapes and shardings."""
-
-    def put(self, tree: Any, shardings: Any = None) -> Any:
-        """Describe what would be placed."""
-        if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-            one = shardings or self.replicated
-            return jax.tree.map(lambda leaf: _shape(leaf, one), tree)
-        return jax.tree.map(_shape, tree, shardings)
-
-
-def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def build(case: Case, *, hidden: Sequence[int] = (500, 500), latent: int = 50) -> Experiment:
-    """The experiment of a case, on noise in place of images: as many as it would have."""
-    shape = IMAGES[case.dim]
-    config = Config(
-        data=DataConfig(dataset="noise"),
-        model=ModelConfig(network=case.network, hidden=tuple(hidden), latent=latent),  # type: ignore[arg-type]
-        inference=InferenceConfig(method=case.method),
-        training=TrainingConfig(batch_size=case.chips * case.batch),
-    )
-    return experiment_on(config, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
-
-
-def experiment_on(config: Config, images: np.ndarray) -> Experiment:
-    """An experiment that trains on these images."""
-    with tempfile.TemporaryDirectory() as folder:
-        few = images[: max(300, 2 * config.training.batch_size)]
-        np.savez(f"{folder}/{config.data.dataset}.npz", x_train=few, x_test=few[:10])
-        here = dataclasses.replace(config.data, data_dir=folder)
-        experiment = build_experiment(dataclasses.replace(config, data=here))
-    return experiment._replace(dataset=experiment.dataset._replace(train=images))
-
-
-def lower(case: Case, experiment: Experiment, devices: Sequence[Any]) -> Any:
-    """The training step as it would run on these devices, lowered for them."""
-    placement = OnPaper.of(devices, shard_parameters=case.shard_parameters)
-    trainer = Trainer(experiment, placement)
-    return trainer.step.lower(trainer.init(), *next(trainer.feed.arguments(0)))
-
-
-def exported(experiment: Experiment) -> jax.export.Exported:
-    """The training step on one device, lowered for TPUs on whatever machine this is."""
-    placement = OnPaper.of(jax.local_devices()[:1])
-    trainer = Trainer(experiment, placement)
-    arguments = (trainer.init(), *next(trainer.feed.arguments(0)))
-    return jax.export.export(trainer.step, platforms=["tpu"])(*arguments)
-
-
-def foreign_calls(stablehlo: str) -> set[str]:
-    """What a lowered program calls that is no operation of StableHLO: a library, if anything."""
-    return set(FOREIGN.findall(stablehlo)) - KNOWN
-
-
-def tpu_devices(chips: int) -> list[Any]:
-    """The chips of a TPU v5e slice, to compile for."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock is taken, nor left
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    from jax.experimental import topologies
-
-    rows, columns = SLICES[chips]
-    host = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
-    name = f"v5e:{rows}x{columns}"
-    return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **host).devices)
-
-
-def describe(case: Case, experiment: Experiment, compiled: Any) -> dict[str, Any]:
-    """What a compiled program costs: once, and for each product of conjugate gradients.
+def describe(case: Case, trained: Trained, compiled: Any) -> dict[str, Any]:
+    """The cost of a compiled program: once, and for each product of conjugate gradients.
 
     A product is one in each of the T search steps. What does not search has none.
     """
@@ -178,7 +64,7 @@ def describe(case: Case, experiment: Experiment, compiled: Any) -> dict[str, Any
         strict=True,
     )
     memory, xla = compiled.memory_analysis(), compiled.cost_analysis()
-    leaves = jax.tree.leaves(experiment.initial_params)
+    leaves = jax.tree.leaves(trained.params)
     return {
         **case._asdict(),
         "system": case.system,
@@ -211,17 +97,17 @@ def run_compile(options: argparse.Namespace) -> None:
         there = {row["name"] for row in read().get("compile", {}).get("rows", [])}
         if options.only not in case.name or (case.name in there and not options.again):
             continue
-        experiment = build(case)
+        trained, dataset = build(case)
         devices = tpu_devices(case.chips)
         began = time.perf_counter()
         try:
-            lowered = lower(case, experiment, devices)
+            lowered = lower(case, trained, dataset, devices)
             compiled = lowered.compile()
         except Exception as error:  # the compiler's refusal is a result too
             row = {**case._asdict(), "system": case.system, "error": " ".join(str(error).split())}
             row["error"] = row["error"][:500]
         else:
-            row = describe(case, experiment, compiled)
+            row = describe(case, trained, compiled)
             row["foreign_calls"] = sorted(foreign_calls(lowered.as_text()))
         row |= {"name": case.name, "compile_seconds": time.perf_counter() - began}
         print(f"{case.name}: {row['compile_seconds']:.0f} s {row.get('error', '')}", flush=True)
@@ -237,7 +123,7 @@ def run_export(options: argparse.Namespace) -> None:
     rows = []
     for case in SYSTEMS:
         if options.only in case.name:
-            program = exported(build(case))
+            program = exported(*build(case))
             text = program.mlir_module()
             calls = sorted(foreign_calls(text))
             operations = sorted(set(re.findall(r"stablehlo\.([a-z_]+)", text)))
@@ -254,7 +140,7 @@ def run_export(options: argparse.Namespace) -> None:
     write("export", {"setting": setting(), "rows": rows})
 
 
-def count_products(experiment: Experiment, params: Any, pixels: np.ndarray) -> list[int]:
+def count_products(trained: Trained, pixels: np.ndarray) -> list[int]:
     """Products that conjugate gradients make for one batch, in each step of the mode search.
 
     A batch goes on until its last image is done, so that its size matters.
@@ -267,24 +153,27 @@ def count_products(experiment: Experiment, params: Any, pixels: np.ndarray) -> l
 
     batch = len(pixels)
     keys = jax.random.split(jax.random.key(0), batch)
-    xs, _ = jax.vmap(experiment.preprocessor.apply)(keys, pixels)
-    model = experiment.merge(params)
 
-    def one(x, z):
-        _, grad, times = model.expansions(x)[0].products(z)  # type: ignore[union-attr]
+    def iterates(key: jax.Array, image: jax.Array) -> jax.Array:
+        return trained.infer(key, image).inference.iterates
 
-        def counted(v):
+    def one(key: jax.Array, image: jax.Array, z: jax.Array) -> Any:
+        expand, _ = trained.infer(key, image).at.expansions()
+        assert isinstance(expand, MatrixFreeExpansion)
+        _, grad, times = expand.products(z)
+
+        def counted(v: jax.Array) -> jax.Array:
             jax.debug.callback(note, v[0])
             return times(v)
 
         return conjugate_gradients(counted, grad, shortfall=SHORTFALL)
 
     direction = jax.jit(jax.vmap(one))
-    paths = jax.jit(jax.vmap(lambda x, key: experiment.system(model, x, key).path))(xs, keys)
+    paths = np.asarray(jax.jit(jax.vmap(iterates))(keys, pixels))
     found = []
-    for start in np.moveaxis(np.asarray(paths), 1, 0)[:-1]:
+    for start in np.moveaxis(paths, 1, 0)[:-1]:
         count = 0
-        jax.block_until_ready(direction(xs, start))
+        jax.block_until_ready(direction(keys, pixels, start))
         jax.effects_barrier()
         found.append(count // batch)
     return found
@@ -292,60 +181,28 @@ def count_products(experiment: Experiment, params: Any, pixels: np.ndarray) -> l
 
 def run_products(options: argparse.Namespace) -> None:
     """Count the products of conjugate gradients in a trained run, by size of the batch."""
-    from vlae_jax.commands.uses import load_run
-    from vlae_jax.runs.folder import RunFolder
-
-    experiment, params = load_run(RunFolder(options.run_folder), options.data_dir)
+    trained = load(options.run_folder)
+    config = trained.config
+    data_dir = options.data_dir or config.data.data_dir
+    dataset = as_dataset(None, dataclasses.replace(config.data, data_dir=data_dir))
+    require_same_images(trained.provenance.fingerprint, dataset)
     rows = []
     for batch in options.batches:
-        found = count_products(experiment, params, experiment.dataset.train[:batch])
+        found = count_products(trained, dataset.train[np.arange(batch)])
         rows.append({"batch": batch, "products": found})
         print(f"batch {batch}: {found} products", flush=True)
-    config = experiment.config
     about = {
         "dataset": config.data.dataset,
         "hidden": config.model.hidden,
         "latent": config.model.latent,
         "epochs": config.training.epochs,
-        "image_shape": experiment.preprocessor.image_shape,
+        "image_shape": trained.preprocessor.image_shape,
     }
     write("products", {"setting": setting(), **about, "rows": rows})
 
 
-def low_rank_images(count: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Pictures with something to learn in them: ten random patterns, mixed and squashed."""
-    rng = np.random.default_rng(0)
-    mixed = rng.normal(size=(count, 10)) @ rng.normal(size=(10, int(np.prod(shape))))
-    return np.uint8(255 / (1 + np.exp(-mixed))).reshape(count, *shape)
-
-
-def read() -> dict[str, Any]:
-    """All parts that there are."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def write(part: str, found: Any) -> None:
-    """Replace one part."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**read(), part: found}, indent=1)
-    RESULTS.write_text(text + "\n")
-
-
-def setting(*packages: str) -> dict[str, Any]:
-    """What figures depend on."""
-    names = ("jax", "jaxlib", "flax", *packages)
-    return {
-        "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:2]]),
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in names),
-    }
-
-
 def main(arguments: Iterable[str] | None = None) -> None:
     """Run one part."""
-    from benchmarks import scaling_measure, scaling_report
-
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling",
         description=__doc__,

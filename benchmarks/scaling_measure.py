@@ -19,6 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.scaling_programs import low_rank_images, untrained
+from benchmarks.scaling_results import read, setting, write
+from vlae_jax.parallel.options import DistributedConfig
+from vlae_jax.parallel.processes import running
+from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, TrainingConfig
+from vlae_jax.training.step import Trainer
+
 METHODS = ("vae", "vlae")
 SHAPE = (28, 28, 1)
 VIRTUAL = (1, 2, 4, 8)
@@ -26,7 +33,7 @@ WARM_UP = 3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of `measure`."""
+    """Add the options of `measure`."""
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--batch", type=int, default=64, help="images a process")
     parser.add_argument("--steps", type=int, default=30, help="steps timed")
@@ -38,8 +45,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Time one process, several apart, several together; and virtual devices."""
-    from benchmarks import scaling
-
     rows = []
     for method in options.methods:
         for kind in ("one process", "several apart", "several together"):
@@ -50,11 +55,11 @@ def run(options: argparse.Namespace) -> None:
     for method in () if options.without_virtual else options.methods:
         virtual += virtual_devices(method, options)
     part = {
-        "setting": scaling.setting() | {"cpu": _cpu(), "processes": options.processes},
+        "setting": setting() | {"cpu": _cpu(), "processes": options.processes},
         "rows": rows,
-        "virtual": virtual or scaling.read().get("measure", {}).get("virtual", []),
+        "virtual": virtual or read().get("measure", {}).get("virtual", []),
     }
-    scaling.write("measure", part)
+    write("measure", part)
 
 
 def processes(kind: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def processes(kind: str, method: str, options: argparse.Namespace) -> dict[str, 
 
 
 def virtual_devices(method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same global batch on 1 to 8 virtual devices of one process, and the same numbers."""
+    """Time one global batch on 1 to 8 virtual devices of one process, and compare its results."""
     rows: list[dict[str, Any]] = []
     batch = 2 * options.batch
     first = np.zeros(0)
@@ -156,7 +161,7 @@ def _cpu() -> str:
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
-    """Of one process among those that are timed."""
+    """Add the options of one process among those that are timed."""
     parser.add_argument("--method", required=True)
     parser.add_argument("--batch", type=int, required=True, help="images of all together")
     parser.add_argument("--steps", type=int, required=True)
@@ -169,11 +174,6 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Time the steps of one process (what `measure` starts)."""
-    from benchmarks import scaling
-    from vlae_jax.parallel.options import DistributedConfig
-    from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, TrainingConfig
-    from vlae_jax.training.step import Trainer
-
     alone = options.coordinator is None
     place = DistributedConfig(
         coordinator=options.coordinator,
@@ -186,10 +186,9 @@ def work(options: argparse.Namespace) -> None:
         inference=InferenceConfig(method=options.method),
         training=TrainingConfig(batch_size=options.batch, epochs=1000),
     )
-    with distributed.running(place) as placement:
-        images = scaling.low_rank_images(10 * options.batch, SHAPE)
-        experiment = scaling.experiment_on(config, images)
-        trainer = Trainer(experiment, placement)
+    with running(place) as placement:
+        trained, dataset = untrained(config, low_rank_images(10 * options.batch, SHAPE))
+        trainer = Trainer(trained, dataset, placement)
         state, arguments = trainer.init(), trainer.feed.arguments(0)
         for _ in range(WARM_UP):
             state, loss = trainer.step(state, *next(arguments))

@@ -16,7 +16,8 @@ from benchmarks.roofline import (
     crossing,
     ring_bytes,
 )
-from benchmarks.scaling import BATCH, SWEEP, Case, read
+from benchmarks.scaling_programs import BATCH, SWEEP, Case
+from benchmarks.scaling_results import read
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 CHIPS = tuple(SLICES)
@@ -53,10 +54,10 @@ class Paper:
         self.rows = {row["name"]: row for row in found["compile"]["rows"]}
         counted = found["products"]["rows"][0]["products"]
         self.products = sum(counted) / len(counted)
-        """Of conjugate gradients, in each step of the search."""
+        """Products of conjugate gradients in each step of the search."""
 
     def row(self, case: Case) -> dict[str, Any] | None:
-        """What was compiled, if it was."""
+        """The row of a case, if it was compiled."""
         row = self.rows.get(case.name)
         return None if row is None or "error" in row else row
 
@@ -66,7 +67,7 @@ class Paper:
         return {kind: once[kind] + self.products * product[kind] for kind in once}
 
     def total(self, row: dict[str, Any], name: str) -> float:
-        """Of a step with all its products."""
+        """The cost of that name, of a step with all its products."""
         return row["once"][name] + self.products * row["product"][name]
 
     def seconds(self, row: dict[str, Any], chips: int = 1) -> Seconds:
@@ -101,7 +102,7 @@ class Paper:
 
 
 def lowering(found: dict[str, Any], paper: Paper) -> str:
-    """What becomes of each system's step on its way to a TPU."""
+    """The calls that each system's step makes on its way to a TPU, and what compiling it took."""
 
     def lines() -> Iterator[list[str]]:
         for each in found["export"]["rows"]:
@@ -186,7 +187,7 @@ def batches(paper: Paper) -> str:
 
 
 def collectives(paper: Paper) -> str:
-    """What compiled programs communicate, beside the formula."""
+    """The communication of compiled programs, beside the formula."""
 
     def lines() -> Iterator[list[str]]:
         for row in paper.rows.values():
@@ -211,7 +212,7 @@ def collectives(paper: Paper) -> str:
 
 
 def weak(paper: Paper) -> str:
-    """The same batch on each of more chips."""
+    """Weak scaling: as many images on each of more chips."""
 
     def lines() -> Iterator[list[str]]:
         for chips in CHIPS:
@@ -226,7 +227,7 @@ def weak(paper: Paper) -> str:
 
 
 def strong(paper: Paper) -> str:
-    """The same batch in all, on more chips."""
+    """Strong scaling: as many images in all, on more chips."""
 
     def lines() -> Iterator[list[str]]:
         for chips in CHIPS:
@@ -246,7 +247,7 @@ def strong(paper: Paper) -> str:
 
 
 def scaled_head() -> list[str]:
-    """Of the columns that `scaled` fills, for both methods."""
+    """Titles of the columns that `scaled` fills, for both methods."""
     columns = ("communication µs", "step µs at least", "efficiency", "by the compiler's estimate")
     return [f"{words(method)}: {column}" for method in TRAINED for column in columns]
 
@@ -309,7 +310,7 @@ def processes(part: dict[str, Any]) -> str:
 
 
 def virtual(part: dict[str, Any]) -> str:
-    """The same work on virtual devices of one process, measured."""
+    """One batch on more and more virtual devices of one process, measured."""
 
     def lines() -> Iterator[list[str]]:
         first: dict[str, float] = {}
@@ -328,7 +329,7 @@ def virtual(part: dict[str, Any]) -> str:
 
 
 def provenance(part: dict[str, Any]) -> str:
-    """What a part was found with."""
+    """The date, machine and versions of a part."""
     setting = part["setting"]
     cpu = f", {setting['cpu']}" if "cpu" in setting else ""
     return f"{setting['date']}{cpu}, Python {setting['python']}, {setting['versions']}."
@@ -340,7 +341,7 @@ def words(method: str) -> str:
 
 
 def rate(images: float) -> str:
-    """Images a second, to three figures."""
+    """Images a second, to three digits."""
     rounded = float(f"{images:.3g}")
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.1f}"
 

@@ -1,10 +1,12 @@
 """The benchmarks run, at sizes of no interest, and their FLOPs are counted right."""
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -125,6 +127,133 @@ def test_curves_vary_one_size_at_a_time(quick_compile, monkeypatch, tmp_path, ca
     assert names(found, "curves") == {"batch 2", "batch 4"}
     assert [row["sizes"]["batch"] for row in found["rows"]] == [2, 4]
     assert "| batch 4 |" in capsys.readouterr().out
+
+
+def imported(path, known):
+    """The modules of benchmarks/ that a file imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("benchmarks.") for name in found} & known
+
+
+def test_no_import_between_the_modules_runs_back():
+    """One after another can be taken away whose imports are all taken away already."""
+    files = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    left = {name: imported(path, set(files)) for name, path in files.items()}
+    assert left["run"] >= {"measure", "programs", "pytorch_baseline"}
+    while free := {name for name in left if not left[name] & set(left)}:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert left == {}
+
+
+# ----------------------------------------------------------- the command for an accelerator
+
+WRITE = "import json, sys; open(sys.argv[-1], 'a').write(json.dumps({line}) + '\\n');"
+ROW = WRITE.format(line="{'table': 'steps', 'D': 784}")
+NOTE = WRITE.format(line="{'note': 'nothing to do'}")
+
+
+def part(name, code, share=1.0):
+    from benchmarks.accelerator import Part
+
+    return Part(name, [sys.executable, "-c", code], share)
+
+
+def test_a_part_that_overruns_is_cut_off_with_what_it_started_and_the_rest_goes_on(tmp_path):
+    """It has 1 of 6 shares of 36 seconds, and would go on without end."""
+    from benchmarks.accelerator import measure
+
+    alive = tmp_path / "alive"
+    writes = f"import time\nwhile True: open({str(alive)!r}, 'w').write('x'); time.sleep(0.1)"
+    starts = f"import subprocess; subprocess.run([sys.executable, '-c', {writes!r}])"
+    parts = [part("sleeper", ROW + starts, 1.0), part("quick", NOTE, 5.0)]
+    reported = []
+    began = time.monotonic()
+    found = measure(parts, 36.0, lambda found: reported.append(json.dumps(found)))
+    assert 6.0 <= time.monotonic() - began < 36.0
+    assert [result["status"] for result in found] == ["cut off", "done"]
+    assert found[0]["rows"] == [{"table": "steps", "D": 784}]
+    assert found[1]["notes"] == ["nothing to do"]
+    assert found[0]["limit"] == pytest.approx(6, rel=0.01)
+    assert found[1]["limit"] > 20  # a little less than 30, for a slow machine
+    # The row was reported while its part still ran.
+    assert any(json.loads(text)[0]["status"] == "running" for text in reported)
+    assert alive.exists()
+    alive.unlink()
+    time.sleep(1.0)
+    assert not alive.exists()
+
+
+def test_a_part_that_fails_is_noted_and_one_without_time_is_not_started(tmp_path):
+    from benchmarks.accelerator import measure, tables
+
+    fails = part("fails", ROW + "raise SystemExit('no memory left')", 99.0)
+    found = measure([fails, part("late", ROW, 0.001)], 30.0, lambda found: None)
+    assert [result["status"] for result in found] == ["failed", "done"]
+    assert found[0]["notes"] == ["exit code 1: no memory left"]
+    late = measure([part("late", ROW)], 0.5, lambda found: None)
+    assert (late[0]["status"], late[0]["rows"]) == ("not reached", [])
+    text = tables({"minutes": 1}, [*found, *late])
+    assert "| fails | failed |" in text
+    assert "- fails: exit code 1: no memory left" in text
+    assert "| D |\n| --- |\n| 784 |\n| 784 |\n" in text
+
+
+def test_wheels_are_unpacked_for_the_parts(tmp_path):
+    from zipfile import ZipFile
+
+    from benchmarks.accelerator import unpacked
+
+    wheels, folder = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    assert unpacked(None, folder) == []
+    with pytest.raises(SystemExit, match="holds no wheels"):
+        unpacked(wheels, folder)
+    with ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried/__init__.py", "answer = 42")
+    assert unpacked(wheels, folder) == [str(folder)]
+    assert (folder / "carried" / "__init__.py").read_text() == "answer = 42"
+
+
+@pytest.mark.slow
+def test_the_command_for_an_accelerator_measures_every_part(tmp_path):
+    rng = np.random.default_rng(0)
+    images = {
+        name: rng.integers(0, 256, (n, 28, 28), np.uint8)
+        for name, n in {"x_train": 60, "x_test": 10}.items()
+    }
+    np.savez(tmp_path / "mnist.npz", **images)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--tiny"]
+    command += ["--data-dir", str(tmp_path), "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    parts = {part["part"]: part for part in json.loads((out / "results.json").read_text())["parts"]}
+    assert all(part["status"] == "done" for part in parts.values())
+    tests = parts.pop("tests")
+    assert tests["rows"] or tests["notes"] == ["no test is marked `accelerator`"]
+    assert all(part["rows"] for part in parts.values())
+    (device,) = parts["device"]["rows"]
+    assert f"jax {jax.__version__}," in device["versions"]
+    for network in ("mlp", "conv"):
+        rows = parts[f"steps-{network}"]["rows"]
+        assert [(row["system"], row["D"]) for row in rows] == [("VAE", 784), ("VLAE, T = 1", 784)]
+        assert rows[0]["times_VAE"] == 1.0
+        assert all(row["finite"] and row["ms"] > 0 for row in rows)
+    assert all(row["finite"] and row["ms_an_image"] > 0 for row in parts["log_prob"]["rows"])
+    for method in ("vae", "vlae"):
+        training, evaluation = parts[f"train-{method}"]["rows"]
+        assert training["data"] == "mnist, 54 images"
+        assert training["finite"] and training["seconds"] >= 1.0
+        assert evaluation["not_finite"] == 0
+        assert evaluation["ELBO"] <= evaluation["log_p"]
+        assert 0 <= evaluation["k_hat_above_0_7"] <= 1
+    markdown = (out / "results.md").read_text()
+    assert all(f"| {row['system']} |" in markdown for row in parts["train-vlae"]["rows"])
 
 
 def test_matrix_products_in_loops_count_as_often_as_they_run():

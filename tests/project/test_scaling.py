@@ -11,8 +11,8 @@ import pytest
 from problems import run_in_subprocess
 
 from vlae_jax.expansions import MatrixFreeExpansion, Products
-from vlae_jax.models.systems import SYSTEMS
 from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
+from vlae_jax.runs.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,8 +23,9 @@ def from_the_root(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def small_experiment(method, network="mlp"):
-    from benchmarks.scaling import experiment_on, low_rank_images
+def small_model(method, network="mlp"):
+    """With the images that it is to be trained on."""
+    from benchmarks.scaling_programs import low_rank_images, untrained
 
     config = Config(
         data=DataConfig(dataset="patterns"),
@@ -32,10 +33,10 @@ def small_experiment(method, network="mlp"):
         inference=InferenceConfig(method=method, steps=2, solver="cg"),
         training=TrainingConfig(batch_size=8),
     )
-    return experiment_on(config, low_rank_images(20, (8, 8, 1)))
+    return untrained(config, low_rank_images(20, (8, 8, 1)))
 
 
-TRAINED = sorted(set(SYSTEMS) - {"ppca"})
+TRAINED = sorted(set(METHODS) - {"ppca"})
 
 
 CONVOLUTIONS = pytest.param("vlae", "conv", marks=pytest.mark.slow)
@@ -46,9 +47,9 @@ CONVOLUTIONS = pytest.param("vlae", "conv", marks=pytest.mark.slow)
 )
 def test_every_training_step_lowers_for_tpus(method, network):
     """With no call of a library, as LAPACK on a CPU, and no 64-bit floats."""
-    from benchmarks.scaling import exported, foreign_calls
+    from benchmarks.scaling_programs import exported, foreign_calls
 
-    program = exported(small_experiment(method, network))
+    program = exported(*small_model(method, network))
     text = program.mlir_module()
     assert program.platforms == ("tpu",)
     assert foreign_calls(text) == set()
@@ -58,7 +59,7 @@ def test_every_training_step_lowers_for_tpus(method, network):
 
 def test_foreign_calls_are_seen():
     """The same factorisation lowered for a CPU is one."""
-    from benchmarks.scaling import foreign_calls
+    from benchmarks.scaling_programs import foreign_calls
 
     lowered = jax.jit(jnp.linalg.cholesky).lower(jnp.eye(3))
     assert any("potrf" in name for name in foreign_calls(lowered.as_text()))
@@ -211,18 +212,18 @@ COUNT = """
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from project.test_scaling import small_experiment
+from project.test_scaling import small_model
 from benchmarks import hlo
-from benchmarks.scaling import OnPaper
-from vlae_jax.training import Trainer
+from benchmarks.scaling_programs import OnPaper
+from vlae_jax.training.step import Trainer
 for method in sys.argv[1:] or ("vae", "vlae", "sa_vae"):
-    experiment = small_experiment(method)
-    trainer = Trainer(experiment, OnPaper.of(jax.devices()))
+    trained, dataset = small_model(method)
+    trainer = Trainer(trained, dataset, OnPaper.of(jax.devices()))
     state = trainer.init()
     compiled = trainer.step.lower(state, *next(trainer.feed.arguments(0))).compile()
     found = hlo.collectives(hlo.parse(compiled.as_text()), devices=8, unknown_trips=5)
     assert {(each.kind, each.devices) for each in found} == {("all-reduce", 8)}, found
-    print(sum(leaf.nbytes for leaf in jax.tree.leaves(experiment.initial_params)), len(state.sums),
+    print(sum(leaf.nbytes for leaf in jax.tree.leaves(trained.params)), len(state.sums),
           sum(each.bytes * each.times for each in found), sum(map(hlo.sent_bytes, found)))
 """
 
@@ -297,13 +298,14 @@ def test_products_of_conjugate_gradients_are_counted(curvatures, products):
     def at(z):
         return Products(0.0 * z[0], jnp.ones(2) + 0 * z, lambda v: jnp.asarray(curvatures) * v)
 
-    model = SimpleNamespace(expansions=lambda x: (MatrixFreeExpansion(lambda z: None, at), None))
-    experiment = SimpleNamespace(
-        preprocessor=SimpleNamespace(apply=lambda key, pixels: (pixels, 0.0)),
-        merge=lambda params: model,
-        system=lambda model, x, key: SimpleNamespace(path=jnp.zeros((4, 2)) + x[0]),
-    )
-    assert count_products(experiment, None, np.zeros((5, 2), np.float32)) == [products] * 3
+    def infer(key, image):
+        return SimpleNamespace(
+            at=SimpleNamespace(expansions=lambda: (MatrixFreeExpansion(lambda z: None, at), None)),
+            inference=SimpleNamespace(iterates=jnp.zeros((4, 2)) + image[0]),
+        )
+
+    trained = SimpleNamespace(infer=infer)
+    assert count_products(trained, np.zeros((5, 2), np.float32)) == [products] * 3
 
 
 def test_the_page_has_the_tables_of_what_was_found(monkeypatch, tmp_path):
