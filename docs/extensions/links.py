@@ -27,8 +27,7 @@ PAGES = {
 }
 """Files in place of which the site has a page, by their paths from the root."""
 NAMES = {name: f"vlae_jax.{name}" for name in vlae_jax.__all__} | {
-    f"vlae_jax.{room}": f"vlae_jax.{room}"
-    for room in ("annealing", "gaps", "interop")
+    f"vlae_jax.{room}": f"vlae_jax.{room}" for room in ("annealing", "gaps", "interop")
 }
 """What the reference has, by how prose writes it."""
 PROSE = ("getting-started", "python", "method", "guide", "changelog")

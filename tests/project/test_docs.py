@@ -66,7 +66,9 @@ def test_every_public_name_is_in_the_reference_once():
 def test_every_room_is_in_the_reference_once():
     """Of every folder that a user calls each module, but for those that are named as internal."""
     package = Path(vlae_jax.__file__).parent
-    modules = {f"{folder}.{path.stem}" for folder in FOLDERS for path in package.glob(f"{folder}/*")}
+    modules = {
+        f"{folder}.{path.stem}" for folder in FOLDERS for path in package.glob(f"{folder}/*")
+    }
     wanted = {name for name in modules if not name.endswith(("__init__", "__pycache__"))}
     assert wanted >= INTERNAL
     pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
