@@ -10,7 +10,8 @@ from sphinx.application import Sphinx
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import vlae_jax  # noqa: E402  (JAX reads the platform when it is imported)
+# JAX reads the platform when it is imported.
+import vlae_jax
 
 project = "vlae_jax"
 author = copyright = "The vlae_jax authors"

@@ -79,11 +79,8 @@ def test_every_result_is_on_record(study):
     """The table's ELBOs are those of the study's record, to the digit shown."""
     page = (ROOT / "experiments/README.md").read_text()
     table = page[page.index(f"<!-- table: {study} -->") :].partition("<!-- end -->")[0]
-    rows = {
-        cells[1].strip(): cells
-        for cells in map(lambda line: line.split("|"), table.split("\n"))
-        if len(cells) > 8
-    }
+    lines = [line.split("|") for line in table.splitlines()]
+    rows = {cells[1].strip(): cells for cells in lines if len(cells) > 8}
     elbo = [name.strip() for name in rows["system"]].index("ELBO")
     (row,) = re.findall(rf"^\| `{study}` \|[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|$", README, re.M)
 

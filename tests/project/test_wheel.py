@@ -62,7 +62,7 @@ def test_no_extra_has_come_along(python, tmp_path):
 
 @pytest.mark.parametrize("name", ["fit", "load", "save", "Trained"])
 def test_a_name_of_the_shipped_model_names_the_extra_that_it_needs(python, tmp_path, name):
-    code = f"import vlae_jax\ntry:\n    vlae_jax.{name}\nexcept ImportError as error:\n    print(error)"
+    code = f"import vlae_jax\ntry: vlae_jax.{name}\nexcept ImportError as error: print(error)"
     (line,) = run(python, "-c", code, cwd=tmp_path).splitlines()
     assert re.fullmatch(rf"vlae_jax\.{name} needs \w+: pip install 'vlae-jax\[train\]'", line)
 
