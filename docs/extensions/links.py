@@ -38,7 +38,7 @@ _LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(\))")
 
 
 def rewrite(text: str, folder: Path, page: Path) -> str:
-    """Rewrite the links of Markdown that was written in `folder` so that they are right on `page`."""
+    """Make the links of Markdown that was written in `folder` right for `page`."""
 
     def relocate(match: re.Match[str]) -> str:
         before, path, fragment, after = match.groups(default="")

@@ -169,7 +169,7 @@ def auroc(inliers: Arrays, outliers: Arrays) -> dict[str, float]:
 def map_with_progress(
     what: str, trained: Trained, function: Any, images: np.ndarray, *arrays: Any
 ) -> Any:
-    """Apply `(trained, pixels, key, *items) → arrays` to every image, showing how far it is.
+    """Apply (trained, pixels, key, *items) → arrays to every image, showing how far it is.
 
     Args:
         what: What to call this on the line that shows progress.

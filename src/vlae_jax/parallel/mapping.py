@@ -22,7 +22,7 @@ def map_images(
     counts once, whatever the batch size.
 
     Args:
-        function: `(params, pixels, *items)` → any pytree of arrays; traced once.
+        function: (params, pixels, *items) → any pytree of arrays; traced once.
         images: (n, height, width, channel).
         arrays: More arrays with n rows, one row given to each call (keys, say).
         batch_size: Images at once; a little more if it takes that to give each device as many.

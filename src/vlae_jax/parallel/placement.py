@@ -164,7 +164,7 @@ class Placement:
         summed in parts, inside the loops of reverse mode too.
 
         Args:
-            function: `(whole, *rows)` → a tree of means over its rows.
+            function: (whole, *rows) → a tree of means over its rows.
             whole: A tree that every device has whole.
             rows: Arrays split along `data`.
             microbatches: Into how many parts the rows of all devices are split instead, a multiple
