@@ -9,7 +9,7 @@ VENV := .venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help experiment report test lint format docs bench lock clean distclean
+.PHONY: help experiment report test lint format docs build bench lock clean distclean
 
 # ------------------------------------------------------------------------------ variables
 
@@ -135,6 +135,9 @@ format: $(VENV)/.with-lint ## Format the code and repair what ruff can
 docs: $(VENV)/.with-docs ## Build the documentation: docs/_build/html/index.html
 	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet $(ARGS) docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+build: $(VENV)/.with-lint ## Build the wheel and the source distribution into dist/
+	$(VENV)/bin/python -m build $(ARGS)
 
 report: $(VENV)/.with-train ## Set the studies' tables and draw their plots again
 	$(VENV)/bin/python -m experiments.report

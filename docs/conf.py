@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tomllib
 from pathlib import Path
 
 from docutils import nodes
@@ -11,11 +10,12 @@ from sphinx.application import Sphinx
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
-_project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+# JAX reads the platform when it is imported.
+import vlae_jax
+
 project = "vlae_jax"
-author = _project["authors"][0]["name"]
-copyright = author
-version = release = _project["version"]
+author = copyright = "The vlae_jax authors"
+version = release = vlae_jax.__version__
 
 extensions = [
     "myst_parser",

@@ -16,7 +16,7 @@ from vlae_jax.interop import numpyro_log_joint, to_numpyro
 
 
 def model(features, y):
-    """Standardised progression given ten standardised measurements."""
+    """Standardized progression given ten standardized measurements."""
     weights = numpyro.sample("weights", dist.Normal(0, 1).expand([features.shape[1]]).to_event(1))
     scale = numpyro.sample("scale", dist.HalfNormal(1))
     numpyro.sample("y", dist.Normal(features @ weights, scale).to_event(1), obs=y)

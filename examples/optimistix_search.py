@@ -1,7 +1,7 @@
 """Empirical Bayes by nested searches: Optimistix finds the mode, and around it the prior.
 
 Logistic regression of tumours from thirty measurements. The inner search finds the weights' mode;
-the outer one maximises the Laplace evidence over the prior's scale, through the implicit gradient
+the outer one maximizes the Laplace evidence over the prior's scale, through the implicit gradient
 of the mode. No held-out data choose the prior; they only judge it afterwards.
 """
 

@@ -1,1 +1,1 @@
-"""What building the documentation takes beside Sphinx, MyST and furo."""
+"""Extensions of Sphinx that only this documentation needs."""

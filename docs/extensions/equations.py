@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def draw(latex: str) -> str:
-    """One equation as an SVG in the colour of the text around it, on its baseline.
+    """One equation as an SVG in the color of the text around it, on its baseline.
 
     Args:
         latex: In the part of LaTeX's mathematics that matplotlib's mathtext knows.

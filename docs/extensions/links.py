@@ -1,8 +1,8 @@
 """Links that are right on disk become links that are right in the site.
 
-The README and the pages beside the code are included, not repeated, so their links lead from where
-they lie. One to a page that the site has leads there instead. And a name of the package, written as
-code, is a link to its place in the reference.
+Files beside the code (changelog, contributing, examples, studies, benchmarks) are included whole,
+so their links lead from where they lie. A link to a file that the site has as a page leads to that
+page. And a name of the package, written as code, is a link to its place in the reference.
 """
 
 import os
@@ -20,23 +20,25 @@ ROOT = DOCS.parent
 PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "examples/README.md": "examples.md",
     "experiments/README.md": "studies.md",
     "benchmarks/README.md": "benchmarks.md",
 }
-"""Files that a page of the site includes, by their paths from the root."""
-NAMES = {name: f"vlae_jax.{name}" for name in vlae_jax.__all__} | {
-    f"vlae_jax.{room}": f"vlae_jax.{room}"
-    for room in ("annealing", "applications", "flows", "gaps", "interop")
-}
-"""What the reference has, by how prose writes it."""
-PROSE = ("getting-started", "method", "guide", "changelog")
+"""Files in place of which the site has a page, by their paths from the root."""
+NAMES = (
+    {name: f"vlae_jax.{name}" for name in vlae_jax.__all__}
+    | {f"vlae_jax.{name}": f"vlae_jax.{name}" for name in vlae_jax.__all__}
+    | {f"vlae_jax.{room}": f"vlae_jax.{room}" for room in ("annealing", "gaps", "interop")}
+)
+"""Targets in the reference, by the names that prose writes."""
+PROSE = ("getting-started", "python", "method", "guide", "changelog")
 """Pages on which such a name means the function; elsewhere it may be the value of an option."""
 _LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(\))")
 
 
 def rewrite(text: str, folder: Path, page: Path) -> str:
-    """The same Markdown with links for `page`, given that they were written in `folder`."""
+    """Make the links of Markdown that was written in `folder` right for `page`."""
 
     def relocate(match: re.Match[str]) -> str:
         before, path, fragment, after = match.groups(default="")

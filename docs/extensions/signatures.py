@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import pkgutil
+import re
 import sys
 import textwrap
 from itertools import pairwise
@@ -26,9 +27,9 @@ def signature(
         return f"({', '.join(obj._fields)})", None
     if what == "class" and dataclasses.is_dataclass(obj):
         (tree,) = _parse(obj).body
-        fields = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
-        spelled = [f"{field.target.id}: {_spell(field.annotation, obj)}" for field in fields]
-        return f"({', '.join(spelled)})", None
+        nodes = {node.target.id: node for node in tree.body if isinstance(node, ast.AnnAssign)}
+        fields = [nodes[field.name] for field in dataclasses.fields(obj) if field.name in nodes]
+        return f"({', '.join(_spell_field(field, obj) for field in fields)})", None
     function = obj.__init__ if what == "class" else obj
     if not inspect.isfunction(function):
         return given, returns
@@ -42,6 +43,7 @@ def signature(
     return f"({ast.unparse(tree.args)})", result
 
 
+_MANY = re.compile(r"(?<![\w*])\*(?=\w+(?![\w*]))")
 _FIELDS: dict[str, list[str]] = {}
 """Docstrings of fields on their way around napoleon."""
 
@@ -60,8 +62,9 @@ def docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
         lines.clear()  # a field of a NamedTuple that its name explains
     if what == "data" and name.rpartition(".")[2] in vlae_jax.__all__:
         lines[:] = _alias(name.rpartition(".")[2])[1].splitlines()
-    # In reStructuredText bars mean a substitution; here they are determinants and conditions.
-    lines[:] = [line.replace("|", r"\|") for line in lines]
+    # In reStructuredText bars mean a substitution; here they are determinants and conditions. A
+    # star before a name is no emphasis but many arguments.
+    lines[:] = [_MANY.sub(r"\\*", line.replace("|", r"\|")) for line in lines]
 
 
 def _alias(name: str) -> tuple[str, str]:
@@ -81,6 +84,11 @@ def _parse(obj: Any) -> ast.Module:
 
 def _spell(annotation: ast.expr, owner: Any) -> str:
     return ast.unparse(_read(annotation, owner))
+
+
+def _spell_field(field: ast.AnnAssign, owner: Any) -> str:
+    default = "" if field.value is None else f" = {ast.unparse(field.value)}"
+    return f"{ast.unparse(field.target)}: {_spell(field.annotation, owner)}{default}"
 
 
 def _read(annotation: ast.expr, owner: Any) -> ast.expr:

@@ -111,6 +111,17 @@ def check_blackjax_hmc(module, figures):
     assert np.max(np.abs(np.std(whitened, axis=0) / figures["std"] - 1)) < 0.2
 
 
+def check_train_and_use(module, figures):
+    """Codes of unseen digits say more than the mean image does, and less than is certain."""
+    codes, pictures = figures["codes"], figures["pictures"]
+    assert codes["mean"].shape == (197, 8) and codes["is_pd"].all()
+    # Data only add precision to that of the prior, which is 1.
+    assert np.all(figures["std"] > 0) and np.max(figures["std"]) <= 1 + 1e-4
+    assert figures["error"] < 0.6 * figures["spread"]
+    assert pictures.shape == (16, 8, 8, 1)
+    assert pictures.min() >= 0 and pictures.max() <= 1
+
+
 # ---------------------------------------------------------------- all of them
 
 

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -16,7 +17,8 @@ from vlae_jax.commands.main import parse
 from vlae_jax.parallel.options import DistributedConfig
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -112,8 +114,53 @@ def test_every_direct_dependency_has_a_pin_that_satisfies_it():
             assert version.version in requirement.specifier, f"{pin} against {requirement}"
 
 
-def test_citation_is_of_this_version():
-    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
+def test_the_version_has_one_source_and_the_files_that_repeat_it_agree():
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    source = ROOT / TOOLS["hatch"]["version"]["path"]
+    (version,) = re.findall(r'^__version__ = "(.*)"$', source.read_text(), re.MULTILINE)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## \[(\d.*)\] - \d{4}-\d{2}-\d{2}$", changelog, re.MULTILINE)
+    assert released[0] == version
+
+
+def test_the_source_distribution_holds_what_the_tests_read():
+    """Every tracked file but for what only a checkout needs."""
+    included = TOOLS["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert len(set(included)) == len(included)
+    for path in included:
+        assert (ROOT / path.removeprefix("/")).exists(), path
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    # pyproject.toml and .gitignore come along by themselves.
+    held = {path.split("/")[0] for path in listed.stdout.split()} - {".gitignore", "pyproject.toml"}
+    assert held == {path.removeprefix("/") for path in included}
+
+
+def test_hooks_and_hosted_checks_call_what_the_project_has():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (local,) = hooks["repos"]
+    assert local["repo"] == "local"
+    tools = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in local["hooks"]}
+    lint = {Requirement(text).name for text in PROJECT["optional-dependencies"]["lint"]}
+    assert tools <= {name.removesuffix("-py") for name in lint}
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = "\n".join(step.get("run", "") for step in steps)
+    for target in re.findall(r"\bmake (\w+)", commands):
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
+    for path in re.findall(r"\btests/\S+", commands):
+        assert (ROOT / path).exists(), path
+    # The oldest jax that is tried is the oldest that is allowed.
+    (allowed,) = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "jax"]
+    (oldest,) = [s.version for s in allowed.specifier if s.operator == ">="]
+    assert workflow["jobs"]["core"]["strategy"]["matrix"]["jax"] == [
+        f"=={oldest}",
+        f">={oldest},!=0.10.*",
+    ]
 
 
 @needs_make
@@ -266,6 +313,12 @@ def test_docs_installs_its_extra_and_takes_warnings_for_errors(recorded):
     assert install == installed("docs")
     assert build[:4] == ["python", "-m", "sphinx", "--fail-on-warning"]
     assert build[-2:] == ["docs", "docs/_build/html"]
+
+
+@needs_make
+def test_build_installs_its_extra_and_builds_both_distributions(recorded):
+    assert recorded.make("build").returncode == 0
+    assert recorded.calls() == [installed("lint"), ["python", "-m", "build"]]
 
 
 @needs_make

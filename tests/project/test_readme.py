@@ -1,23 +1,35 @@
 """The README's promises that a program can check."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+
+import vlae_jax
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+FIT, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def lines_of(example: str) -> int:
+    return len([line for line in example.splitlines() if line.strip()])
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.encode()) < 7000
+    assert lines_of(FIT) <= 8 and lines_of(LIBRARY) <= 11
 
 
 def test_the_library_example_runs_as_printed_and_is_right():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 15
     names = {}
-    exec(example, names)
+    exec(LIBRARY, names)
     assert names["modes"].shape == (128, 3)
+    assert names["covariances"].shape == (128, 3, 3)
     assert np.asarray(names["is_pd"]).all()
-    assert np.isfinite(names["log_probs"]).all()
     # At a mode of the example's own log joint the gradient vanishes.
     x, mode = names["xs"][0], names["modes"][0]
     vl, jnp, weights = names["vl"], names["jnp"], names["weights"]
@@ -27,9 +39,55 @@ def test_the_library_example_runs_as_printed_and_is_right():
     np.testing.assert_allclose(grad, 0, atol=1e-2)
 
 
+def test_the_example_of_a_fit_runs_as_printed(quick_compile, tmp_path, monkeypatch, capsys):
+    """With the network and the epochs of a second in place of the defaults, nothing else."""
+    config = vlae_jax.default_config("digits")
+    tiny = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, latent=3, hidden=(16,)),
+        training=dataclasses.replace(config.training, epochs=1),
+    )
+    monkeypatch.setattr(vlae_jax, "default_config", {"digits": tiny}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(FIT, names)
+    assert capsys.readouterr().out == "(359, 3) (359, 3, 3)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["digits-model"]
+    covariances = names["codes"]["covariance"]
+    assert np.linalg.eigvalsh(covariances).min() > 0
+
+
+def test_the_first_command_prints_what_is_shown():
+    """A run's lines, in their order, and none left over from the place they were put into."""
+    (shown,) = re.findall(r"<!-- first command.*?-->\n```\n(.*?)```", README, re.DOTALL)
+    run, *epochs = shown.splitlines()[:4]
+    assert run == f"run folder: runs/{vlae_jax.default_config().run_name}"
+    assert epochs[0].startswith("epoch 1: validation ELBO ")
+    assert re.search(r"^  digits-vlae-T4-seed0 +digits +VLAE +4 +0 +120 ", shown, re.MULTILINE)
+
+
 def test_every_file_and_make_variable_it_names_exists():
     for path in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text()
-    for name in set(re.findall(r"\b([A-Z_]{4,})=", README)) - {"NAME", "NPROC"}:
+    for name in set(re.findall(r"\b([A-Z_]{4,})=", README)):
         assert re.search(rf"\b{name}\b", makefile), name
+
+
+@pytest.mark.parametrize("study", re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+def test_every_result_is_on_record(study):
+    """The table's ELBOs are those of the study's record, to the digit shown."""
+    page = (ROOT / "experiments/README.md").read_text()
+    table = page[page.index(f"<!-- table: {study} -->") :].partition("<!-- end -->")[0]
+    lines = [line.split("|") for line in table.splitlines()]
+    rows = {cells[1].strip(): cells for cells in lines if len(cells) > 8}
+    elbo = [name.strip() for name in rows["system"]].index("ELBO")
+    (row,) = re.findall(rf"^\| `{study}` \|[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|$", README, re.M)
+
+    def number(text: str) -> float:
+        return float(text.strip().partition(" ")[0].replace("−", "-"))
+
+    for shown, system in zip(row[:2], ("VAE", "VLAE T=4"), strict=True):
+        assert abs(number(shown) - number(rows[system][elbo])) < 0.06
+    difference = [name.strip() for name in rows["system"]].index("ELBO − baseline")
+    assert abs(number(row[2]) - number(rows["VLAE T=4"][difference])) < 0.06
