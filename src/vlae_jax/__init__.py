@@ -40,13 +40,16 @@ from vlae_jax.inference import infer_posterior
 from vlae_jax.posterior import (
     DiagonalPosterior,
     GaussianPosterior,
+    MixturePosterior,
     Posterior,
+    SkewedPosterior,
     StudentTPosterior,
     heavy_tailed,
     laplace_posterior,
     widened,
 )
 from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine
+from vlae_jax.variational import VariationalInfo, variational_refine
 
 __version__ = "0.1.0"
 
@@ -57,11 +60,14 @@ __all__ = [
     "ImportanceInfo",
     "LogDensity",
     "MatrixFreeExpansion",
+    "MixturePosterior",
     "Posterior",
     "Products",
     "Quadratic",
     "RefinementInfo",
+    "SkewedPosterior",
     "StudentTPosterior",
+    "VariationalInfo",
     "affine_head_expansion",
     "bernoulli",
     "categorical",
@@ -86,5 +92,6 @@ __all__ = [
     "standard_normal",
     "student_t",
     "student_t_fisher",
+    "variational_refine",
     "widened",
 ]

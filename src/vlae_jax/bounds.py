@@ -11,21 +11,24 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vlae_jax.densities import LogDensity
 from vlae_jax.expansions import Expansion
 from vlae_jax.factor import factorize
-from vlae_jax.posterior import LOG_2PI, EvaluablePosterior, Posterior
+from vlae_jax.posterior import LOG_2PI, EvaluablePosterior, Posterior, require_symmetric
 
 
 class ImportanceInfo(NamedTuple):
     """How far to trust one example's importance-weighted estimate."""
 
     ess: Float[Array, ""]
-    """Effective sample size (Σw)²/Σw²: between 1 and K, and K when q is the posterior."""
+    """Effective sample size (Σw)²/Σw²: between 1 and the number of weights, K, or K/2 of pairs;
+    as large as can be when q is the posterior."""
     standard_error: Float[Array, ""]
     """Of the log estimate, by the delta method, nats. Itself an estimate from the same weights."""
     elbo: Float[Array, ""]
-    """Mean log weight: the K-sample estimate of the ELBO, nats."""
+    """Mean log weight of single samples, in pairs or not: the K-sample estimate of the ELBO of q,
+    nats."""
     largest: Float[Array, " tail_and_one"]
     """The largest log weights, descending: what the tail's shape (Pareto k) is fitted to, and the
-    one below it. NaN first."""
+    one below it. NaN first. Of antithetic samples each is the log of a pair's mean weight, and
+    k is that of K/2 weights: `tail_size(K // 2)` of them make the tail."""
 
 
 def tail_size(num_samples: int) -> int:
@@ -38,7 +41,12 @@ def tail_size(num_samples: int) -> int:
 
 
 def elbo(
-    key: PRNGKeyArray, log_joint: LogDensity, posterior: Posterior, *, num_samples: int = 1
+    key: PRNGKeyArray,
+    log_joint: LogDensity,
+    posterior: Posterior,
+    *,
+    num_samples: int = 1,
+    antithetic: bool = False,
 ) -> Float[Array, ""]:
     """Monte Carlo ELBO of one example: the mean of log p(x, z) - log q(z) over samples of q.
 
@@ -50,9 +58,16 @@ def elbo(
         log_joint: z of shape (latent,) → log p(x, z), nats.
         posterior: The approximate posterior q.
         num_samples: Samples averaged.
+        antithetic: Take samples in pairs z and 2 centre - z, for which q must be symmetric. Pair k
+            uses `fold_in(key, k)`; `num_samples` counts both of each, and is even. What is odd in
+            z about the centre of q then averages out exactly.
 
     Returns:
         A lower bound on log p(x) in expectation, nats.
+
+    Raises:
+        ValueError: While tracing, for a wrong `num_samples`, or with `antithetic` a posterior that
+            is not symmetric (a flow).
 
     Gradients:
         Flow through the parameters and, by reparametrisation, through the posterior.
@@ -60,8 +75,8 @@ def elbo(
     References:
         Kingma and Welling (2014); Rezende, Mohamed and Wierstra (2014).
     """
-    _require_samples("num_samples", num_samples)
-    return jnp.mean(_log_weights(key, jnp.arange(num_samples), log_joint, posterior))
+    index = jnp.arange(_count_draws(num_samples, antithetic))
+    return jnp.mean(_log_weights(key, index, log_joint, posterior, antithetic)[1])
 
 
 def laplace_evidence(
@@ -97,6 +112,7 @@ def importance_weighted_log_prob(
     num_samples: int,
     chunk_size: int = 500,
     place: Callable[[Int[Array, " chunk"]], Int[Array, " chunk"]] | None = None,
+    antithetic: bool = False,
 ) -> tuple[Float[Array, ""], ImportanceInfo]:
     """Estimate log p(x) by the log of the mean of K importance weights p(x, z) / q(z), z ~ q.
 
@@ -111,33 +127,43 @@ def importance_weighted_log_prob(
         chunk_size: Samples held at once.
         place: Identity on the numbers of a chunk's samples that says where they are: a
             `jax.lax.with_sharding_constraint` spreads each chunk over devices.
+        antithetic: Take samples in pairs z and 2 centre - z, for which q must be symmetric. K and
+            `chunk_size` still count evaluations, and K is even; pair k uses `fold_in(key, k)`, and
+            `place` is given the numbers of a chunk's pairs, half as many. Sample size, standard
+            error and largest weights are those of the K/2 mean weights of pairs, which are
+            independent and whose tail is lighter.
 
     Returns:
         The estimate in nats, a lower bound on log p(x) in expectation, and `ImportanceInfo`.
         A weight that is NaN makes the estimate NaN.
 
+    Raises:
+        ValueError: While tracing, for a wrong count, or with `antithetic` a posterior that is not
+            symmetric (a flow).
+
     Gradients:
         Those of the K-sample bound, by reparametrisation.
 
     References:
-        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, equation 8.
+        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, equation 8;
+        Geweke (1988), Antithetic acceleration of Monte Carlo integration in Bayesian inference.
     """
-    _require_samples("num_samples", num_samples)
+    count = _count_draws(num_samples, antithetic)
     _require_samples("chunk_size", chunk_size)
-    chunk_size = min(chunk_size, num_samples)
-    num_chunks = -(-num_samples // chunk_size)
-    kept = min(tail_size(num_samples) + 1, num_samples)
+    chunk_size = min(max(chunk_size // 2, 1) if antithetic else chunk_size, count)
+    num_chunks = -(-count // chunk_size)
+    kept = min(tail_size(count) + 1, count)
 
     def add_up(largest, chunk):
         index = chunk * chunk_size + jnp.arange(chunk_size)
         if place is not None:
             index = place(index)
-        weights = _log_weights(key, index, log_joint, posterior)
-        counts = index < num_samples
+        weights, means = _log_weights(key, index, log_joint, posterior, antithetic)
+        counts = index < count
         sums = (
             jax.nn.logsumexp(weights, where=counts),
             jax.nn.logsumexp(2 * weights, where=counts),
-            jnp.sum(weights, where=counts),
+            jnp.sum(means, where=counts),
         )
         candidates = jnp.concatenate([largest, jnp.where(counts, weights, -jnp.inf)])
         # A NaN with the sign of what inf - inf gives would rank below all numbers, and be lost.
@@ -145,15 +171,15 @@ def importance_weighted_log_prob(
         return jax.lax.top_k(jax.lax.stop_gradient(candidates), kept)[0], sums
 
     # A zero made from a weight, which the compiler drops, makes them vary over devices as it does.
-    first = _log_weights(key, jnp.arange(1), log_joint, posterior)
+    first, _ = _log_weights(key, jnp.arange(1), log_joint, posterior, antithetic)
     none_yet = jnp.full(kept, -jnp.inf, first.dtype) + jnp.zeros_like(first)
     largest, sums = jax.lax.scan(add_up, none_yet, jnp.arange(num_chunks))
     log_sums, log_sums_squares, totals = sums
     log_sum, log_sum_squares = jax.nn.logsumexp(log_sums), jax.nn.logsumexp(log_sums_squares)
     ess = jnp.exp(2 * log_sum - log_sum_squares)
-    relative_variance = jnp.maximum(1 / ess - 1 / num_samples, 0.0)
-    info = ImportanceInfo(ess, jnp.sqrt(relative_variance), jnp.sum(totals) / num_samples, largest)
-    return log_sum - jnp.log(num_samples), info
+    relative_variance = jnp.maximum(1 / ess - 1 / count, 0.0)
+    info = ImportanceInfo(ess, jnp.sqrt(relative_variance), jnp.sum(totals) / count, largest)
+    return log_sum - jnp.log(count), info
 
 
 def iwae_bound(
@@ -163,6 +189,7 @@ def iwae_bound(
     *,
     num_samples: int,
     doubly_reparameterized: bool = False,
+    antithetic: bool = False,
 ) -> Float[Array, ""]:
     """The K-sample bound of importance-weighted autoencoders, as a training objective.
 
@@ -178,22 +205,25 @@ def iwae_bound(
             grows. The score of q is dropped and the path through z weighted by the square of the
             normalised weights; unbiased all the same. What `log_joint` closes over gets the usual
             gradient. Costs one more evaluation of the weights. Needs a posterior with `log_prob`.
+        antithetic: Take samples in pairs z and 2 centre - z, for which q must be symmetric. Pair k
+            uses `fold_in(key, k)`; K counts both of each, and is even. K = 2 gives the ELBO of
+            `SkewedPosterior`.
 
     Returns:
         A lower bound on log p(x) in expectation, nats, tighter the larger K.
 
     Raises:
-        ValueError: While tracing, for a wrong `num_samples` or a posterior without `log_prob`.
+        ValueError: While tracing, for a wrong `num_samples`, a posterior without `log_prob`, or
+            with `antithetic` one that is not symmetric (a flow).
 
     References:
         Burda, Grosse and Salakhutdinov (2016), equation 8; Tucker, Lawson, Gu and Maddison (2019),
         Doubly reparameterized gradient estimators for Monte Carlo objectives, equation 8.
     """
-    _require_samples("num_samples", num_samples)
-    index = jnp.arange(num_samples)
+    index = jnp.arange(_count_draws(num_samples, antithetic))
     if not doubly_reparameterized:
-        weights = _log_weights(key, index, log_joint, posterior)
-        return jax.nn.logsumexp(weights) - math.log(num_samples)
+        weights, _ = _log_weights(key, index, log_joint, posterior, antithetic)
+        return jax.nn.logsumexp(weights) - math.log(index.size)
     if not isinstance(posterior, EvaluablePosterior):
         raise ValueError(
             "a doubly reparameterized gradient needs a posterior with log_prob, which "
@@ -208,22 +238,50 @@ def iwae_bound(
         return log_joint(z) - constant.log_prob(z)
 
     zs = jax.vmap(draw)(index)
+    if antithetic:
+        zs = jnp.concatenate([zs, jax.vmap(require_symmetric(posterior, _ANTITHETIC).reflect)(zs)])
     weights = jax.lax.stop_gradient(jax.vmap(log_weight)(zs))
     shares = jax.nn.softmax(weights)
     # The same samples, whose paths carry one factor of the share; the sum below carries another.
     held = jax.lax.stop_gradient(zs)
-    zs = held + shares[:, None] * (zs - held)
-    surrogate = shares @ jax.vmap(log_weight)(zs)
+    moved = shares[:, None] * (zs - held)
+    if antithetic:
+        # The share of a sample falls where its mirror image's rises, which independent samples
+        # leave out of each other's paths and a pair cannot.
+        moved -= jnp.roll(moved, index.size, axis=0)
+    surrogate = shares @ jax.vmap(log_weight)(held + moved)
     bound = jax.nn.logsumexp(weights) - math.log(num_samples)
     return bound + surrogate - jax.lax.stop_gradient(surrogate)
 
 
-def _log_weights(key, index, log_joint, posterior):
+_ANTITHETIC = "antithetic=True"
+
+
+def _log_weights(key, index, log_joint, posterior, antithetic):
+    """Of each draw, or of its pair: the log of the mean weight, and the mean log weight."""
+    if antithetic:
+        posterior = require_symmetric(posterior, _ANTITHETIC)
+
     def log_weight(k):
         z, log_q = posterior.sample_and_log_prob(jax.random.fold_in(key, k))
-        return log_joint(z) - log_q
+        if not antithetic:
+            weight = log_joint(z) - log_q
+            return weight, weight
+        one, other = jax.vmap(log_joint)(jnp.stack([z, posterior.reflect(z)])) - log_q
+        return jnp.logaddexp(one, other) - math.log(2), 0.5 * (one + other)
 
     return jax.vmap(log_weight)(index)
+
+
+def _count_draws(num_samples: int, antithetic: bool) -> int:
+    """How often q is sampled for so many evaluations of the weights."""
+    if antithetic and (num_samples < 2 or num_samples % 2):
+        raise ValueError(
+            "num_samples must be even with antithetic=True, which takes samples in pairs and "
+            f"counts both of each, got {num_samples}"
+        )
+    _require_samples("num_samples", num_samples)
+    return num_samples // 2 if antithetic else num_samples
 
 
 def _require_samples(name: str, count: int) -> None:

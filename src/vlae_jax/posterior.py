@@ -1,7 +1,7 @@
-"""Posteriors over the latent of one example: what they can do, and the Gaussian ones."""
+"""Posteriors over the latent of one example: what they can do, the Gaussian ones, and proposals."""
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlae_jax.densities import standard_normal
+from vlae_jax.densities import LogDensity, standard_normal
 from vlae_jax.expansions import Expansion
 from vlae_jax.factor import Factor, factorize
 
@@ -37,6 +37,15 @@ class EvaluablePosterior(Posterior, Protocol):
 
 
 @runtime_checkable
+class SymmetricPosterior(EvaluablePosterior, Protocol):
+    """One whose density is the same on both sides of a centre: samples come with their mirror."""
+
+    def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
+        """The mirror image 2 centre - z of `z`, (latent,), where the density is that of `z`."""
+        ...
+
+
+@runtime_checkable
 class ClosedFormPosterior(EvaluablePosterior, Protocol):
     """One whose moments and divergence need no samples: the Gaussians."""
 
@@ -49,6 +58,20 @@ class ClosedFormPosterior(EvaluablePosterior, Protocol):
     def covariance(self) -> Float[Array, "latent latent"]:
         """The covariance, (latent, latent)."""
         ...
+
+
+def require_symmetric(posterior: Posterior, purpose: str) -> SymmetricPosterior:
+    """The same posterior.
+
+    Raises:
+        ValueError: While tracing, if it has no `reflect`.
+    """
+    if not isinstance(posterior, SymmetricPosterior):
+        raise ValueError(
+            f"{purpose} needs a posterior that is symmetric about a centre, with `log_prob` and "
+            f"`reflect`, as Gaussians and Student-t have; {type(posterior).__name__} is not"
+        )
+    return posterior
 
 
 def kl_to_standard_normal(
@@ -111,6 +134,10 @@ class GaussianPosterior(NamedTuple):
         whitened = self.chol_precision.T @ (z - self.mean)
         return self._log_normalizer() - 0.5 * whitened @ whitened
 
+    def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
+        """The mirror image 2 mean - z of `z`, (latent,)."""
+        return 2 * self.mean - z
+
     def entropy(self) -> Float[Array, ""]:
         """Differential entropy, nats."""
         return 0.5 * self.mean.size - self._log_normalizer()
@@ -154,6 +181,10 @@ class DiagonalPosterior(NamedTuple):
         whitened = (z - self.mean) * jnp.exp(-self.log_std)
         return self._log_normalizer() - 0.5 * whitened @ whitened
 
+    def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
+        """The mirror image 2 mean - z of `z`, (latent,)."""
+        return 2 * self.mean - z
+
     def entropy(self) -> Float[Array, ""]:
         """Differential entropy, nats."""
         return 0.5 * self.mean.size - self._log_normalizer()
@@ -177,8 +208,9 @@ class StudentTPosterior(NamedTuple):
     mean: Float[Array, " latent"]
     chol_precision: Float[Array, "latent latent"]
     """Lower L; L Lᵀ is the inverse of the scale matrix, as a Gaussian's precision is."""
-    freedom: float | Float[Array, ""]
-    """ν, positive. The covariance is ν / (ν - 2) times the scale matrix, for ν > 2."""
+    df: float | Float[Array, ""]
+    """Degrees of freedom ν, positive. The covariance is ν / (ν - 2) times the scale matrix, for
+    ν > 2."""
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray
@@ -190,8 +222,8 @@ class StudentTPosterior(NamedTuple):
         """
         normal_key, gamma_key = jax.random.split(key)
         noise = jax.random.normal(normal_key, self.mean.shape, self.mean.dtype)
-        half_freedom = jnp.asarray(0.5 * self.freedom, self.mean.dtype)
-        divisor = jax.random.gamma(gamma_key, half_freedom, dtype=noise.dtype) / half_freedom
+        half_df = jnp.asarray(0.5 * self.df, self.mean.dtype)
+        divisor = jax.random.gamma(gamma_key, half_df, dtype=noise.dtype) / half_df
         noise = noise / jnp.sqrt(divisor)
         z = self.mean + _solve(self.chol_precision, noise, transpose=True)
         return z, self._log_density(noise @ noise)
@@ -201,12 +233,144 @@ class StudentTPosterior(NamedTuple):
         whitened = self.chol_precision.T @ (z - self.mean)
         return self._log_density(whitened @ whitened)
 
+    def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
+        """The mirror image 2 mean - z of `z`, (latent,)."""
+        return 2 * self.mean - z
+
     def _log_density(self, square: Float[Array, ""]) -> Float[Array, ""]:
-        freedom, dim = self.freedom, self.mean.size
+        df, dim = self.df, self.mean.size
         log_det_chol = jnp.sum(jnp.log(jnp.diagonal(self.chol_precision)))
-        log_peak = gammaln(0.5 * (freedom + dim)) - gammaln(0.5 * freedom)
-        log_peak -= 0.5 * dim * jnp.log(freedom * math.pi)
-        return log_det_chol + log_peak - 0.5 * (freedom + dim) * jnp.log1p(square / freedom)
+        log_peak = gammaln(0.5 * (df + dim)) - gammaln(0.5 * df)
+        log_peak -= 0.5 * dim * jnp.log(df * math.pi)
+        return log_det_chol + log_peak - 0.5 * (df + dim) * jnp.log1p(square / df)
+
+
+class SkewedPosterior(NamedTuple):
+    """A symmetric posterior q with each sample moved to its mirror image where that is likelier.
+
+    z ~ q is kept with probability p(x, z) / (p(x, z) + p(x, z̄)), z̄ its mirror image, and z̄ taken
+    otherwise: the density is 2 q(z) times that probability. It needs no derivative of the log
+    joint, at the price of a second evaluation. Every sample's log p(x, z) - log q(z) is the log of
+    the mean weight of the pair under q, so its ELBO is the two-sample antithetic
+    importance-weighted bound of q: never below the ELBO of q.
+
+    References:
+        Pozza, Durante and Szabo (2024), Skew-symmetric approximations of posterior distributions.
+    """
+
+    base: SymmetricPosterior
+    """q: Gaussian, diagonal or Student-t."""
+    log_joint: LogDensity
+    """z of shape (latent,) → log p(x, z), nats. A plain function serves within one trace; to pass
+    the posterior through `jit` or `vmap`, give a `jax.tree_util.Partial` of one."""
+
+    def sample_and_log_prob(
+        self, key: PRNGKeyArray
+    ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
+        """One sample, (latent,), and its log density in nats; two evaluations of the log joint.
+
+        Raises:
+            ValueError: While tracing, if the base is not symmetric.
+
+        Gradients:
+            Those along the path of the sample chosen; the choice itself is held constant, so
+            averages over samples have biased gradients. To train on the ELBO, differentiate
+            `iwae_bound(..., num_samples=2, antithetic=True)` of the base: the same number, its
+            gradient unbiased.
+        """
+        base = require_symmetric(self.base, "a skewed posterior")
+        base_key, choice_key = jax.random.split(key)
+        z, log_q = base.sample_and_log_prob(base_key)
+        mirrored = base.reflect(z)
+        advantage = self._advantage(z, mirrored)
+        is_kept = jax.random.bernoulli(choice_key, jax.nn.sigmoid(advantage))
+        log_share = jax.nn.log_sigmoid(jnp.where(is_kept, advantage, -advantage))
+        return jnp.where(is_kept, z, mirrored), math.log(2) + log_q + log_share
+
+    def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
+        """Log density at `z`, (latent,), in nats; two evaluations of the log joint."""
+        base = require_symmetric(self.base, "a skewed posterior")
+        advantage = self._advantage(z, base.reflect(z))
+        return math.log(2) + base.log_prob(z) + jax.nn.log_sigmoid(advantage)
+
+    def _advantage(
+        self, z: Float[Array, " latent"], mirrored: Float[Array, " latent"]
+    ) -> Float[Array, ""]:
+        """Log p(x, z) - log p(x, z̄); 0 where both are impossible."""
+        here, there = jax.vmap(self.log_joint)(jnp.stack([z, mirrored]))
+        is_nowhere = (here == -jnp.inf) & (there == -jnp.inf)
+        return jnp.where(is_nowhere, 0.0, here - there)
+
+
+class MixturePosterior(NamedTuple):
+    """Several posteriors at once: a proposal for several modes, or one with a wide reserve."""
+
+    components: tuple[EvaluablePosterior, ...]
+    """Gaussians, Student-t or any others with `log_prob`, of one shape of z."""
+    log_weights: Float[Array, " component"]
+    """Log weights of the components; they need not be normalised."""
+    centre: Float[Array, " latent"] | None = None
+    """Where given, (latent,), every component is moved there, which makes the mixture symmetric
+    and fit for antithetic estimates. Needs components with a field `mean`."""
+
+    def sample_and_log_prob(
+        self, key: PRNGKeyArray
+    ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
+        """Draw a component, and z from it: (latent,), with the mixture's log density in nats.
+
+        Every component is drawn from, and evaluated: their number multiplies the cost.
+
+        Raises:
+            ValueError: While tracing, if components and weights do not fit together.
+
+        Gradients:
+            Flow along the path of the component chosen and through all densities. The choice is
+            held constant: averages over samples have the right gradient with respect to the
+            components, and a biased one with respect to the weights.
+        """
+        choice_key, key = jax.random.split(key)
+        zs = [component.sample_and_log_prob(key)[0] for component in self._placed()]
+        z = jnp.stack(zs)[jax.random.categorical(choice_key, self.log_weights)]
+        return z, self.log_prob(z)
+
+    def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
+        """Log density of the mixture at `z`, (latent,), in nats."""
+        log_probs = jnp.stack([component.log_prob(z) for component in self._placed()])
+        return jax.nn.logsumexp(jax.nn.log_softmax(self.log_weights) + log_probs)
+
+    def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
+        """The mirror image 2 centre - z of `z`, (latent,).
+
+        Raises:
+            ValueError: While tracing, if the mixture has no centre that its components share.
+        """
+        if self.centre is None:
+            raise ValueError(
+                "a MixturePosterior is symmetric only about a `centre` that its components share; "
+                "give it, or use antithetic=False"
+            )
+        return 2 * self.centre - z
+
+    def _placed(self) -> list[Any]:
+        """The components where they are, or at the centre."""
+        components = list(self.components)
+        if not components or self.log_weights.shape != (len(components),):
+            raise ValueError(
+                "a MixturePosterior needs at least one component and a log weight for each, got "
+                f"{len(components)} components and log weights of shape {self.log_weights.shape}"
+            )
+        if self.centre is None:
+            return components
+        return [self._at_centre(component) for component in components]
+
+    def _at_centre(self, component: Any) -> Any:
+        has_mean = isinstance(component, SymmetricPosterior) and hasattr(component, "mean")
+        if not has_mean:
+            raise ValueError(
+                "a MixturePosterior with a `centre` needs components that are symmetric about "
+                f"their `mean`; {type(component).__name__} is not"
+            )
+        return component._replace(mean=self.centre)
 
 
 def as_gaussian(posterior: GaussianPosterior | DiagonalPosterior) -> GaussianPosterior:
@@ -230,16 +394,14 @@ def widened(
     return posterior._replace(chol_precision=posterior.chol_precision / scale)
 
 
-def heavy_tailed(
-    posterior: GaussianPosterior | DiagonalPosterior, freedom: float
-) -> StudentTPosterior:
+def heavy_tailed(posterior: GaussianPosterior | DiagonalPosterior, df: float) -> StudentTPosterior:
     """The Student-t of the same mean and scale, for proposals.
 
     Args:
         posterior: A Gaussian.
-        freedom: Degrees of freedom ν, positive; 5 say. Small values have wide tails.
+        df: Degrees of freedom ν, positive; 5 say. Small values have wide tails.
     """
-    return StudentTPosterior(*as_gaussian(posterior), freedom)
+    return StudentTPosterior(*as_gaussian(posterior), df)
 
 
 def laplace_posterior(
