@@ -92,6 +92,7 @@ def proposal(dtype=float):
 
 
 NUM_SAMPLES = 30
+KEY = jax.random.key(5)
 
 
 @jax.jit
@@ -199,6 +200,99 @@ def test_many_samples_find_the_evidence_within_their_own_standard_error(x64):
     assert_close(estimate, np.asarray(true_log_evidence()), standard_error=info.standard_error)
 
 
+# ---------------------------------------------------------------- antithetic samples
+
+
+@jax.jit
+def weigh_pairs(key):
+    """Each pair's weights by its densities, and all that is made of them."""
+    q, half = proposal(), NUM_SAMPLES // 2
+
+    def log_weights(k):
+        z, _ = q.sample_and_log_prob(jax.random.fold_in(key, k))
+        pair = jnp.stack([z, 2 * q.mean - z])
+        return jax.vmap(lambda z: log_joint(z) - q.log_prob(z))(pair)
+
+    def placed(index):
+        sizes.append(index.size)
+        return index
+
+    sizes = []
+    options = {"num_samples": NUM_SAMPLES, "antithetic": True}
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        streamed = [
+            importance_weighted_log_prob(
+                key, log_joint, q, **options, chunk_size=chunk_size, place=placed
+            )
+            for chunk_size in (1, 8, 100)
+        ]
+        bounds = (
+            elbo(key, log_joint, q, **options),
+            iwae_bound(key, log_joint, q, **options),
+            iwae_bound(key, log_joint, q, **options, doubly_reparameterized=True),
+        )
+    assert sizes == [1, 4, half]
+    return jax.vmap(log_weights)(jnp.arange(half)), bounds, streamed
+
+
+def test_antithetic_estimates_are_those_of_pairs(x64):
+    """Weights averaged over a pair count as one, in all but the ELBO; K counts both of each."""
+    logs, (bound, weighted, doubly), streamed = weigh_pairs(jax.random.key(3))
+    weights = np.mean(np.exp(np.asarray(logs)), axis=1)
+    half = NUM_SAMPLES // 2
+    relative_variance = np.mean((weights / np.mean(weights) - 1) ** 2) / half
+    assert_close(bound, np.mean(logs))
+    assert_close(weighted, np.log(np.mean(weights)))
+    assert_close(doubly, np.log(np.mean(weights)))
+    for estimate, info in streamed:
+        assert_close(estimate, np.log(np.mean(weights)))
+        assert_close(info.ess, np.sum(weights) ** 2 / np.sum(weights**2))
+        assert_close(info.standard_error, np.sqrt(relative_variance))
+        assert_close(info.elbo, np.mean(logs))
+        # A fifth of the pairs, and the next.
+        assert_close(info.largest, np.sort(np.log(weights))[: -(half // 5) - 2 : -1])
+
+
+def test_antithetic_bounds_lie_between_the_elbo_and_the_evidence(x64):
+    """The ELBO's expectation stays, and two samples that mirror each other bound tighter."""
+    num_keys = 8192
+
+    @jax.jit
+    @jax.vmap
+    def bounds(key):
+        options = {"num_samples": 2, "antithetic": True}
+        return (
+            elbo(key, log_joint, proposal()),
+            elbo(key, log_joint, proposal(), **options),
+            importance_weighted_log_prob(key, log_joint, proposal(), **options)[0],
+        )
+
+    one, pair, weighted = (np.asarray(a) for a in bounds(jax.random.split(KEY, num_keys)))
+    assert_close(np.mean(pair), np.mean(one), standard_error=np.std(pair - one) / num_keys**0.5)
+    assert np.all(weighted >= pair)
+    error = np.std(weighted) / num_keys**0.5
+    assert np.mean(pair) + 10 * error < np.mean(weighted) < true_log_evidence() + 5 * error
+
+
+class Samples(NamedTuple):
+    """What only samples are known of, as of a flow."""
+
+    base: DiagonalPosterior
+
+    def sample_and_log_prob(self, key):
+        return self.base.sample_and_log_prob(key)
+
+
+@pytest.mark.parametrize("estimate", [elbo, iwae_bound, importance_weighted_log_prob])
+def test_antithetic_samples_need_pairs_and_a_centre(estimate):
+    q = proposal(jnp.float32)
+    with pytest.raises(ValueError, match=r"symmetric.*Samples is not"):
+        estimate(KEY, log_joint, Samples(q), num_samples=2, antithetic=True)
+    for num_samples in (0, 3):
+        with pytest.raises(ValueError, match=f"num_samples must be even.*got {num_samples}"):
+            estimate(KEY, log_joint, q, num_samples=num_samples, antithetic=True)
+
+
 # ---------------------------------------------------------------- importance-weighted training
 
 
@@ -225,13 +319,18 @@ def test_the_iwae_bound_is_the_log_of_the_mean_weight(x64):
     assert_close(doubly, np.asarray(many))
 
 
-@functools.partial(jax.jit, static_argnames="doubly")
-def iwae_gradients(keys, problem, posterior, *, doubly):
+@functools.partial(jax.jit, static_argnames=("doubly", "antithetic"))
+def iwae_gradients(keys, problem, posterior, *, doubly, antithetic=False):
     """One a key, with respect to the model's parameters and to those of q."""
 
     def bound(problem, posterior, key):
         return iwae_bound(
-            key, problem.log_joint, posterior, num_samples=5, doubly_reparameterized=doubly
+            key,
+            problem.log_joint,
+            posterior,
+            num_samples=4 if antithetic else 5,
+            doubly_reparameterized=doubly,
+            antithetic=antithetic,
         )
 
     return jax.vmap(jax.grad(bound, argnums=(0, 1)), in_axes=(None, None, 0))(
@@ -239,13 +338,15 @@ def iwae_gradients(keys, problem, posterior, *, doubly):
     )
 
 
-def test_the_doubly_reparameterized_gradient_is_unbiased(x64):
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_the_doubly_reparameterized_gradient_is_unbiased(x64, antithetic):
     """The same for the model key by key; for q on average over keys, and with less noise."""
     problem, truth = problems.linear_gaussian(0, float, per_pixel=False)
     wrong = DiagonalPosterior(jnp.asarray(truth.mode) + 0.3, jnp.full(LATENT, -0.5))
     keys = jax.random.split(jax.random.key(1), 20_000)
     plain, doubly = (
-        iwae_gradients(keys, problem, wrong, doubly=doubly) for doubly in (False, True)
+        iwae_gradients(keys, problem, wrong, doubly=doubly, antithetic=antithetic)
+        for doubly in (False, True)
     )
     assert_close(doubly[0], jax.tree.map(np.asarray, plain[0]))
     for one, other in zip(doubly[1], plain[1], strict=True):
@@ -267,12 +368,6 @@ def test_the_doubly_reparameterized_gradient_vanishes_at_the_posterior(x64):
 
 
 def test_the_doubly_reparameterized_gradient_needs_log_prob():
-    class Samples(NamedTuple):
-        base: DiagonalPosterior
-
-        def sample_and_log_prob(self, key):
-            return self.base.sample_and_log_prob(key)
-
     unknown = Samples(proposal(jnp.float32))
     bound = functools.partial(iwae_bound, jax.random.key(0), log_joint, unknown)
     assert np.isfinite(bound(num_samples=2))

@@ -26,8 +26,11 @@ from vlae_jax import (
     DiagonalPosterior,
     GaussianPosterior,
     ImportanceInfo,
+    MixturePosterior,
     Quadratic,
     RefinementInfo,
+    SkewedPosterior,
+    VariationalInfo,
     affine_head_expansion,
     bernoulli,
     categorical,
@@ -52,11 +55,13 @@ from vlae_jax import (
     standard_normal,
     student_t,
     student_t_fisher,
+    variational_refine,
     widened,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+KEY = jax.random.key(0)
 NUM_STEPS = 3  # a path of four points, unlike any other size
 
 
@@ -91,6 +96,14 @@ class Arguments(NamedTuple):
     def posterior(self):
         return GaussianPosterior(self.z, self.chol)
 
+    def mixture(self, centred):
+        components = (self.posterior(), heavy_tailed(self.posterior(), 5.0))
+        return MixturePosterior(components, self.x[:2], self.x[:LATENT] if centred else None)
+
+    def refine(self, **options):
+        expand, sizes = self.gauss_newton(), {"num_steps": NUM_STEPS, "num_samples": 4}
+        return variational_refine(expand, self.posterior(), KEY, **sizes, **options)
+
 
 def arguments(seed: int, dtype: type = jnp.float32) -> Arguments:
     return Arguments(
@@ -114,6 +127,14 @@ def methods(posterior, z):
     }
 
 
+def some_methods(posterior, z):
+    """Those of a posterior without closed forms."""
+    return {
+        "sample": posterior.sample_and_log_prob(jax.random.key(0)),
+        "log_prob": posterior.log_prob(z),
+    }
+
+
 class Shape(tuple):
     """A shape that is one leaf of a tree, of the arguments' dtype unless another is named."""
 
@@ -133,6 +154,16 @@ INFO = RefinementInfo(
     path=shape(NUM_STEPS + 1, LATENT),
     log_joint=shape(NUM_STEPS + 1),
     newton_decrement=shape(),
+    converged=shape().of("bool"),
+    is_pd=shape().of("bool"),
+    steps_used=shape().of("int"),
+)
+VARIATIONAL_INFO = VariationalInfo(
+    elbo=shape(NUM_STEPS + 1),
+    decrements=shape(NUM_STEPS + 1),
+    smoothed_decrement=shape(),
+    precision_decrement=shape(),
+    sampling_error=shape(),
     converged=shape().of("bool"),
     is_pd=shape().of("bool"),
     steps_used=shape().of("int"),
@@ -234,6 +265,29 @@ CASES = [
         METHODS,
     ),
     Case(
+        "variational_refine",
+        lambda a: elbo(KEY, a.log_joint, a.refine(gradient="stop")[0]),
+        shape(),
+    ),
+    Case(
+        "variational_refine, unroll",
+        lambda a: a.refine(gradient="unroll", repair=a.exact(), chunk_size=2),
+        (POSTERIOR, VARIATIONAL_INFO),
+    ),
+    Case(
+        "SkewedPosterior",
+        lambda a: some_methods(SkewedPosterior(a.posterior(), a.log_joint), a.x[:LATENT]),
+        {"sample": METHODS["sample"], "log_prob": shape()},
+    ),
+    *(
+        Case(
+            f"MixturePosterior, {centred=}",
+            lambda a, centred=centred: some_methods(a.mixture(centred), a.x[:LATENT]),
+            {"sample": METHODS["sample"], "log_prob": shape()},
+        )
+        for centred in (False, True)
+    ),
+    Case(
         "elbo",
         lambda a: elbo(jax.random.key(0), a.log_joint, a.posterior(), num_samples=4),
         shape(),
@@ -252,6 +306,21 @@ CASES = [
         )
         for doubly in (False, True)
     ),
+    *(
+        Case(
+            f"iwae_bound, antithetic, {doubly=}",
+            lambda a, doubly=doubly: iwae_bound(
+                KEY,
+                a.log_joint,
+                a.posterior(),
+                num_samples=4,
+                doubly_reparameterized=doubly,
+                antithetic=True,
+            ),
+            shape(),
+        )
+        for doubly in (False, True)
+    ),
     Case("widened", lambda a: widened(a.posterior(), 1.3), POSTERIOR),
     Case(
         "heavy_tailed",
@@ -265,6 +334,13 @@ CASES = [
             jax.random.key(0), a.log_joint, a.posterior(), num_samples=4, chunk_size=3
         ),
         (shape(), ImportanceInfo(shape(), shape(), shape(), shape(1))),
+    ),
+    Case(
+        "importance_weighted_log_prob, antithetic",
+        lambda a: importance_weighted_log_prob(
+            KEY, a.log_joint, a.posterior(), num_samples=20, chunk_size=6, antithetic=True
+        ),
+        (shape(), ImportanceInfo(shape(), shape(), shape(), shape(3))),
     ),
 ]
 
@@ -405,7 +481,14 @@ DECODE = gauss_newton_expansion(lambda z: z, standard_normal)
 UNSUMMED = exact_expansion(lambda z: -0.5 * z**2)
 SGD = optax.sgd(0.1)
 UNIT = DiagonalPosterior(Z, Z)
-KEY = jax.random.key(0)
+
+
+def refine(mean=Z, num_steps=1, num_samples=2, **options):
+    start = GaussianPosterior(mean, jnp.eye(LATENT))
+    return variational_refine(
+        EXPAND, start, KEY, num_steps=num_steps, num_samples=num_samples, **options
+    )
+
 
 WRONG_CALLS = {
     "batch to exact": (lambda: EXPAND(BATCH), "vmap"),
@@ -492,6 +575,17 @@ WRONG_CALLS = {
         lambda: importance_weighted_log_prob(KEY, standard_normal, UNIT, num_samples=0),
         "num_samples.*at least 1.*0",
     ),
+    "batch to variational_refine": (lambda: refine(mean=BATCH), "vmap"),
+    "odd samples to variational_refine": (lambda: refine(num_samples=3), "num_samples.*even.*3"),
+    "no samples to variational_refine": (lambda: refine(num_samples=0), "num_samples.*even.*0"),
+    "negative steps to variational_refine": (lambda: refine(num_steps=-1), "num_steps.*-1"),
+    "too long a step": (lambda: refine(step_size=1.5), r"step_size.*\(0, 1\].*1.5"),
+    "no step of the mean": (lambda: refine(mean_step_size=0.0), "mean_step_size.*0.0"),
+    "unknown gradient of variational_refine": (
+        lambda: refine(gradient="implicit"),
+        "unroll.*'implicit'",
+    ),
+    "empty chunks of samples": (lambda: refine(chunk_size=0), "chunk_size.*at least 1.*0"),
     "empty chunks": (
         lambda: importance_weighted_log_prob(
             KEY, standard_normal, UNIT, num_samples=4, chunk_size=0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions
 import pytest
+import scipy.special
 import scipy.stats
 from problems import (
     FINITE_DIFFERENCE,
@@ -25,11 +26,14 @@ from problems import (
 from vlae_jax import (
     DiagonalPosterior,
     GaussianPosterior,
+    MixturePosterior,
     Posterior,
+    SkewedPosterior,
     elbo,
     exact_expansion,
     gauss_newton_expansion,
     infer_posterior,
+    iwae_bound,
     laplace_posterior,
     standard_normal,
 )
@@ -194,6 +198,188 @@ def test_widening_multiplies_standard_deviations_and_nothing_else(x64, kind):
     truth = scipy.stats.multivariate_normal(np.asarray(posterior.mean), 1.5**2 * covariance)
     assert_close(ours["log_prob"], truth.logpdf(z))
     assert_close(ours["covariance"], truth.cov)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "student_t"])
+def test_the_mirror_image_of_a_point_is_as_likely_and_as_far(x64, kind):
+    posterior = heavy_tailed(make("gaussian")[0], 4.0) if kind == "student_t" else make(kind)[0]
+    z = random_vector(4, LATENT)
+    mirrored = posterior.reflect(z)
+    assert_close(mirrored + z, 2 * np.asarray(posterior.mean))
+    one, other = jax.jit(jax.vmap(posterior.log_prob))(jnp.stack([z, mirrored]))
+    assert_close(one, np.asarray(other))
+
+
+# ---------------------------------------------------------------- skewed
+
+
+def lopsided(z):
+    """A log joint with most of its mass on one side, and none far out on the other."""
+    return jnp.sum(standard_normal(z) + 2.0 * z - jnp.exp(z))
+
+
+GRID = np.linspace(-9, 9, 4001)[:, None]
+
+
+@jax.jit
+def skew(keys, base):
+    """Samples and their densities; the bounds key by key; and the density on the grid."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        skewed = SkewedPosterior(base, lopsided)
+        z, log_q = jax.vmap(skewed.sample_and_log_prob)(keys)
+        log_p = jax.vmap(lopsided)(z)
+        return {
+            "z": z,
+            "log_q": log_q,
+            "log_prob": jax.vmap(skewed.log_prob)(z),
+            "log_weight": log_p - log_q,
+            "grid": jax.vmap(skewed.log_prob)(jnp.asarray(GRID, z.dtype)),
+            "base": jax.vmap(base.log_prob)(jnp.asarray(GRID, z.dtype)),
+            "log_joint": jax.vmap(lopsided)(jnp.asarray(GRID, z.dtype)),
+            "bound": jax.vmap(
+                lambda key: iwae_bound(key, lopsided, base, num_samples=2, antithetic=True)
+            )(keys),
+        }
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "student_t"])
+def test_the_skewed_density_integrates_to_one_and_its_elbo_is_the_antithetic_bound(dtype, kind):
+    """The bound of two samples, by quadrature; above the ELBO of the base."""
+    base = GaussianPosterior(jnp.asarray([0.2], dtype), jnp.asarray([[1.3]], dtype))
+    if kind == "diagonal":
+        base = DiagonalPosterior(base.mean, -jnp.log(base.chol_precision[0]))
+    if kind == "student_t":
+        base = heavy_tailed(base, 9.0)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    seen = {name: np.float64(a) for name, a in skew(keys, base).items()}
+    assert_close(seen["log_q"], seen["log_prob"], rtol=1e-5)
+    grid = GRID[:, 0]
+    q, skewed = np.exp(seen["base"]), np.exp(seen["grid"])
+    assert_close(np.trapezoid(skewed, grid), 1.0, rtol=1e-3 if kind == "student_t" else 1e-5)
+    assert np.max(np.abs(skewed - q)) > 0.05
+    mirrored = np.interp(0.4 - grid, grid, seen["log_joint"])
+    both = np.logaddexp(seen["log_joint"], mirrored) - np.log(2) - seen["base"]
+    inside = np.abs(grid) < 8  # where the mirror image is on the grid
+    bound = np.trapezoid((q * both)[inside], grid[inside])
+    plain = np.trapezoid((q * (seen["log_joint"] - seen["base"]))[inside], grid[inside])
+    assert bound > plain + 0.01
+    for name in ("log_weight", "bound"):
+        error = np.std(seen[name]) / np.sqrt(len(keys))
+        assert_close(np.mean(seen[name]), bound, standard_error=error)
+    mean = np.trapezoid(skewed * grid, grid)
+    error = np.std(seen["z"]) / np.sqrt(len(keys))
+    assert_close(np.mean(seen["z"]), mean, standard_error=error)
+    assert abs(mean - 0.2) > 3 * error
+
+
+def test_skewing_keeps_half_of_what_is_impossible_on_both_sides():
+    """No NaN where neither a point nor its mirror image is possible; and a NaN shows."""
+    base = DiagonalPosterior(jnp.zeros(1), jnp.zeros(1))
+    nowhere = SkewedPosterior(base, lambda z: jnp.full_like(z[0], -jnp.inf))
+    assert_close(nowhere.log_prob(jnp.ones(1)), np.float32(base.log_prob(jnp.ones(1))))
+    spoiled = SkewedPosterior(base, lambda z: jnp.full_like(z[0], jnp.nan))
+    assert np.isnan(spoiled.sample_and_log_prob(jax.random.key(0))[1])
+
+
+def test_a_skewed_posterior_of_a_partial_passes_through_transformations(x64):
+    def joint(scale, z):
+        return lopsided(scale * z)
+
+    @jax.jit
+    @jax.vmap
+    def build(scale):
+        base = DiagonalPosterior(jnp.zeros(1), jnp.zeros(1))
+        return SkewedPosterior(base, jax.tree_util.Partial(joint, scale))
+
+    scales = jnp.asarray([0.5, 2.0])
+    batch = build(scales)
+    log_probs = jax.vmap(lambda q: q.log_prob(jnp.ones(1)))(batch)
+    here, there = np.exp([[float(joint(s, x * jnp.ones(1))) for s in scales] for x in (1, -1)])
+    expected = np.log(2 * here / (here + there)) + scipy.stats.norm.logpdf(1)
+    assert_close(log_probs, expected)
+
+
+def test_only_the_symmetric_is_skewed():
+    skewed = SkewedPosterior(Sampler(make("diagonal", jnp.float32)[0]), lopsided)
+    with pytest.raises(ValueError, match=r"symmetric.*Sampler is not"):
+        jax.eval_shape(skewed.sample_and_log_prob, jax.random.key(0))
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def mixture(dtype, *, centred):
+    """Of a Gaussian, a diagonal and a Student-t, and their densities by scipy."""
+    mean, log_weights = jnp.asarray([0.5, -1, 2], dtype), jnp.asarray([0.3, -0.4, 1.0], dtype)
+    gaussian, covariance = make("gaussian", dtype)
+    diagonal, variances = make("diagonal", dtype)
+    wide = heavy_tailed(diagonal._replace(mean=-mean), 9.0)
+    components = (gaussian, diagonal._replace(mean=mean), wide)
+    centre = jnp.asarray([1.0, 2.0, -1.0], dtype) if centred else None
+    means = [np.float64(c.mean if centre is None else centre) for c in components]
+    truths = [
+        scipy.stats.multivariate_normal(means[0], covariance),
+        scipy.stats.multivariate_normal(means[1], variances),
+        scipy.stats.multivariate_t(means[2], variances, df=9.0),
+    ]
+    shares = scipy.special.softmax(np.float64(log_weights))
+    covariances = [covariance, variances, variances * 9 / 7]
+    return MixturePosterior(components, log_weights, centre), shares, truths, means, covariances
+
+
+@jax.jit
+def draw_mixture(keys, posterior, points):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        z, log_q = jax.vmap(posterior.sample_and_log_prob)(keys)
+        return z, log_q, jax.vmap(posterior.log_prob)(points)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_mixture_is_scipys(dtype, centred):
+    """Densities, at samples and elsewhere, and the mean and the second moments of samples."""
+    posterior, shares, truths, means, covariances = mixture(dtype, centred=centred)
+    num_samples = 8000
+    points = jnp.stack([10.0**far * random_vector(far, LATENT, dtype) for far in range(3)])
+    z, log_q, log_prob = draw_mixture(
+        jax.random.split(jax.random.key(0), num_samples), posterior, points
+    )
+    z, points = np.float64(z), np.float64(points)
+
+    def density(at):
+        logs = [
+            np.log(share) + truth.logpdf(at) for share, truth in zip(shares, truths, strict=True)
+        ]
+        return scipy.special.logsumexp(logs, axis=0)
+
+    assert_close(log_prob, density(points))
+    assert_close(log_q, density(z))
+    mean = np.sum(shares[:, None] * np.array(means), axis=0)
+    assert_close(np.mean(z, axis=0), mean, standard_error=np.std(z, axis=0) / num_samples**0.5)
+    seconds = [np.outer(m, m) + c for m, c in zip(means, covariances, strict=True)]
+    products = np.einsum("ni,nj->nij", z, z)
+    error = np.std(products, axis=0) / num_samples**0.5
+    second = np.sum(shares[:, None, None] * np.array(seconds), axis=0)
+    assert_close(np.mean(products, axis=0), second, standard_error=error)
+
+
+def test_a_mixture_is_symmetric_about_a_centre_that_its_components_share():
+    posterior, *_ = mixture(jnp.float32, centred=True)
+    z = random_vector(4, LATENT, jnp.float32)
+    assert_close(posterior.log_prob(posterior.reflect(z)), np.float32(posterior.log_prob(z)))
+    off_centre, *_ = mixture(jnp.float32, centred=False)
+    weigh = functools.partial(elbo, jax.random.key(0), standard_normal, num_samples=2)
+    assert jax.eval_shape(functools.partial(weigh, posterior, antithetic=True)).shape == ()
+    with pytest.raises(ValueError, match=r"centre.*antithetic=False"):
+        jax.eval_shape(functools.partial(weigh, off_centre, antithetic=True))
+    with pytest.raises(ValueError, match="MixturePosterior is not"):
+        posterior._replace(components=(off_centre,), log_weights=jnp.zeros(1)).log_prob(z)
+    with pytest.raises(ValueError, match=r"3 components and log weights of shape \(2,\)"):
+        posterior._replace(log_weights=jnp.zeros(2)).log_prob(z)
+    with pytest.raises(ValueError, match="at least one component"):
+        MixturePosterior((), jnp.zeros(0)).log_prob(z)
+
+
+# ---------------------------------------------------------------- only samples
 
 
 class Sampler(NamedTuple):
