@@ -17,6 +17,7 @@ from vlae_jax.factor import Factor, factorize
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, as_gaussian
 
 VariationalGradient = Literal["stop", "unroll"]
+VariationalFamily = Literal["full", "diagonal"]
 
 _CONVERGED = 1e-2
 """Nats below which neither mean nor precision is worth another step."""
@@ -60,6 +61,8 @@ class _Point(NamedTuple):
     grad: Float[Array, " latent"]
     excess: Float[Array, "latent latent"]
     """L⁻¹P̄L⁻ᵀ - I: by what the mean precision P̄ exceeds the Gaussian's own LLᵀ, in its units."""
+    whole_excess: Float[Array, "latent latent"]
+    """The same with all its entries, where the family keeps those of the diagonal alone."""
     repaired: Float[Array, "latent latent"]
     """The same of the repair's mean precision; of the log joint's where there is no repair."""
     decrement: Float[Array, ""]
@@ -78,6 +81,7 @@ def variational_refine(
     mean_step_size: float = 0.5,
     repair: Expansion | None = None,
     gradient: VariationalGradient = "stop",
+    family: VariationalFamily = "full",
     chunk_size: int | None = None,
 ) -> tuple[GaussianPosterior, VariationalInfo]:
     """Move a Gaussian, Laplace's say, towards the full-covariance Gaussian of largest ELBO.
@@ -115,6 +119,9 @@ def variational_refine(
             ELBO: d ELBO/dθ = E[∂ log p(x, z)/∂θ], samples held, since moving the posterior gains
             nothing to first order. "unroll" differentiates the steps, with the choice of their
             lengths held constant.
+        family: "diagonal" keeps a diagonal precision, that of a mean-field posterior; it must be
+            given one, a `DiagonalPosterior` say. Its precision follows the diagonal of P̄, and its
+            mean takes steps by all of P̄.
         chunk_size: Samples expanded at once, to bound the memory; all by default.
 
     Returns:
@@ -134,7 +141,7 @@ def variational_refine(
         (2023), The Bayesian learning rule; Lin, Schmidt and Khan (2020), Handling the
         positive-definite constraint in the Bayesian learning rule.
     """
-    _check(num_steps, num_samples, gradient, chunk_size)
+    _check(num_steps, num_samples, gradient, family, chunk_size)
     _check_sizes(step_size=step_size, mean_step_size=mean_step_size)
     mean, chol = as_gaussian(posterior)
     if gradient == "stop":
@@ -147,7 +154,7 @@ def variational_refine(
     noise = jax.random.normal(key, (num_samples // 2, mean.size), mean.dtype)
 
     def look(trial: GaussianPosterior) -> _Point:
-        return _look(trial, noise, expand, repair, chunk_size)
+        return _look(trial, noise, expand, repair, family, chunk_size)
 
     def step(carry, index):
         point, trial, length = carry
@@ -156,7 +163,7 @@ def variational_refine(
         point = jax.tree.map(lambda new, old: jnp.where(accept, new, old), seen, point)
         length = jnp.where(accept, jnp.minimum(2 * length, 1.0), 0.5 * length)
         sizes = length * step_size, length * mean_step_size
-        trial = _move(point, *sizes, is_repaired=repair is not None)
+        trial = _move(point, *sizes, family=family, is_repaired=repair is not None)
         return (point, trial, length), (jnp.mean(point.pairs), point.decrement, accept)
 
     nowhere = jax.tree.map(
@@ -174,6 +181,7 @@ def _look(
     noise: Float[Array, "pair latent"],
     expand: Expansion,
     repair: Expansion | None,
+    family: VariationalFamily,
     chunk_size: int | None,
 ) -> _Point:
     """Average over mirrored samples of a Gaussian."""
@@ -181,11 +189,12 @@ def _look(
     offsets = solve_triangular(chol, noise.T, lower=True, trans=1).T
     points = mean[None] + jnp.concatenate([offsets, -offsets])
     value, grad, precision = _sweep(expand, points, chunk_size)
-    excess = _excess(chol, precision)
+    whole = _excess(chol, precision)
+    excess = _within(family, whole)
     pairs = _pair(value) + _known_part(posterior, offsets, _pair(precision)) + posterior.entropy()
     repaired = excess
     if repair is not None:
-        repaired = _excess(chol, _sweep(repair, points, chunk_size).precision)
+        repaired = _within(family, _excess(chol, _sweep(repair, points, chunk_size).precision))
     grads = solve_triangular(chol, _pair(grad).T, lower=True)
     spread = jnp.sum(jnp.var(grads, axis=1))
     return _Point(
@@ -193,6 +202,7 @@ def _look(
         pairs,
         jnp.mean(grad, axis=0),
         excess,
+        whole,
         repaired,
         decrement=0.5 * jnp.sum(jnp.mean(grads, axis=1) ** 2),
         precision_decrement=0.25 * jnp.sum(excess**2),
@@ -230,6 +240,13 @@ def _excess(
     return 0.5 * (whitened + whitened.T) - jnp.eye(len(chol), dtype=chol.dtype)
 
 
+def _within(
+    family: VariationalFamily, excess: Float[Array, "latent latent"]
+) -> Float[Array, "latent latent"]:
+    """The part of an excess that the family can follow."""
+    return excess if family == "full" else jnp.diag(jnp.diagonal(excess))
+
+
 def _pair(array: Float[Array, "twice_pairs ..."]) -> Float[Array, "pairs ..."]:
     one, other = jnp.split(array, 2)
     return 0.5 * (one + other)
@@ -255,6 +272,7 @@ def _move(
     point: _Point,
     step_size: Float[Array, ""],
     mean_step_size: Float[Array, ""],
+    family: VariationalFamily,
     is_repaired: bool,
 ) -> GaussianPosterior:
     """Where a step of these lengths leads, in units of the Gaussian at hand.
@@ -268,9 +286,15 @@ def _move(
     instead = step_size * point.repaired if is_repaired else stretch + 0.5 * stretch @ stretch
     # Its factor is the identity where there is none: the precision then stays.
     factor = _factorize(identity + stretch, identity + instead)
-    chol = chol @ factor.chol
-    step = solve_triangular(chol, point.grad, lower=True)
-    step = solve_triangular(chol, step, lower=True, trans=1)
+    metric = chol = chol @ factor.chol
+    if family == "diagonal":
+        # Dimensions that depend on each other would be moved too far, each as if it were alone.
+        metric = (
+            point.posterior.chol_precision
+            @ _factorize(identity + point.whole_excess, identity + instead).chol
+        )
+    step = solve_triangular(metric, point.grad, lower=True)
+    step = solve_triangular(metric, step, lower=True, trans=1)
     step = jnp.where(jnp.all(jnp.isfinite(step)), step, 0.0)
     return GaussianPosterior(mean + mean_step_size * step, chol)
 
@@ -314,7 +338,9 @@ def _held(expand: Expansion, z: Float[Array, " latent"]) -> Expansion:
     return lambda z: pure(z, *constants)
 
 
-def _check(num_steps: int, num_samples: int, gradient: str, chunk_size: int | None) -> None:
+def _check(
+    num_steps: int, num_samples: int, gradient: str, family: str, chunk_size: int | None
+) -> None:
     if num_steps < 0:
         raise ValueError(f"num_steps must be at least 0, got {num_steps}")
     if num_samples < 2 or num_samples % 2:
@@ -325,6 +351,8 @@ def _check(num_steps: int, num_samples: int, gradient: str, chunk_size: int | No
         raise ValueError(
             f"gradient must be one of {get_args(VariationalGradient)}, got {gradient!r}"
         )
+    if family not in get_args(VariationalFamily):
+        raise ValueError(f"family must be one of {get_args(VariationalFamily)}, got {family!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from vlae_jax.errors import require_counts
+from vlae_jax.errors import require, require_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,14 @@ class GapConfig:
     """Leapfrog steps of one HMC transition."""
     start: Literal["laplace", "prior"] = "laplace"
     """Start of the chains: laplace, the Laplace posterior at a converged mode; or prior."""
-    family_steps: int = 500
-    """Steps of Adam in the search for the best posterior of the family."""
-    family_samples: int = 16
-    """Samples in each step of that search."""
+    family_steps: int = 20
+    """Variational Newton steps that search the best Gaussian of the system's family."""
+    family_samples: int = 32
+    """Samples in each of them, an even number."""
+    flow_steps: int = 500
+    """For flows: steps of Adam in their place."""
+    flow_samples: int = 16
+    """For flows: samples in each step of Adam."""
     elbo_samples: int = 2000
     """Samples of each ELBO."""
     search_steps: int = 50
@@ -38,3 +42,7 @@ class GapConfig:
         of_two = {"elbo_samples", "temperatures"}
         require_counts(self, *sorted(counts - of_two))
         require_counts(self, *sorted(of_two), least=2)
+        require(
+            self.family_samples % 2 == 0,
+            f"family_samples must be even, as samples come in pairs, got {self.family_samples}",
+        )

@@ -1,0 +1,103 @@
+"""log p(x) by a proposal made for each image, against quadrature and closed forms."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import digits, untrained
+from scipy.special import logsumexp
+
+from vlae_jax.analysis import evaluation
+from vlae_jax.analysis.estimation import Effort, anneal_log_prob, estimate_log_prob, within_budget
+from vlae_jax.analysis.evaluation import evaluate
+from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def bent():
+    """A model of one latent dimension whose decoder bends, and whose encoder knows nothing."""
+    config = Config(
+        model=ModelConfig(latent=1, hidden=(8,), min_std=0.3),
+        inference=InferenceConfig("vae"),
+        training=TrainingConfig(epochs=0, batch_size=16),
+    )
+    trained = untrained(config)
+    # A louder decoder than an untrained one: the posterior is then neither Gaussian nor the prior.
+    params = jax.tree.map(lambda leaf: leaf, trained.params)
+    kernel = params["head"]["kernel"]
+    kernel[...] = 3.0 * kernel[...] / jnp.std(kernel[...])
+    return trained.with_params(params)
+
+
+def by_quadrature(trained, key, pixels) -> float:
+    """log p(x) of one image on a fine grid of z."""
+    inferred = trained.infer(key, pixels)
+    grid = jnp.linspace(-8, 8, 20_001)
+    values = np.asarray(jax.vmap(lambda z: inferred.log_joint(z[None]))(grid), np.float64)
+    return float(logsumexp(values) + math.log(float(grid[1] - grid[0])))
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_the_estimate_is_the_integral(bent, index):
+    """Whatever the encoder says: this one is untrained, and its own posterior misses by nats."""
+    pixels, key = digits().test[index], jax.random.key(index)
+    truth = by_quadrature(bent, key, pixels)
+    inferred = bent.infer(key, pixels)
+    effort = Effort(20, 8, 16, 4000)
+    log_prob, info = estimate_log_prob(inferred, effort, attempt=0, chunk_size=500)
+    assert abs(log_prob - truth) < 4 * info.standard_error + 0.01
+    annealed, error = anneal_log_prob(inferred, effort, attempt=1)
+    assert abs(annealed - truth) < 4 * error + 0.05
+
+
+def test_what_is_doubtful_is_estimated_again_as_far_as_the_budget_goes(bent, monkeypatch):
+    """Every image counts as doubtful here: the budget alone decides who gets a second estimate."""
+    monkeypatch.setattr(evaluation, "is_doubtful", lambda shapes: np.ones(len(shapes), bool))
+    images = digits().test[:6]
+    few = bent.with_config("evaluation", importance_samples=50, evaluation_batch=3)
+    once = evaluate(few.with_config("evaluation", evaluation_budget=0.0), images).per_image
+    assert not once["annealed"].any()
+    some = evaluate(few.with_config("evaluation", evaluation_budget=3.0), images).per_image
+    changed = some["log_prob"] != once["log_prob"]
+    assert changed[0] and not changed[-1]
+    assert not some["annealed"].any()
+    much = evaluate(few.with_config("evaluation", evaluation_budget=1e6), images).per_image
+    assert much["annealed"].all()
+
+
+def test_every_proposal_estimates_the_same_number(bent):
+    """They differ in how well, not in what: with many samples in one dimension all agree."""
+    images = digits().test[:2]
+    found = {}
+    for proposal in ("auto", "student_t", "widened"):
+        changed = bent.with_config(
+            "evaluation", proposal=proposal, importance_samples=20_000, proposal_df=2.0
+        )
+        found[proposal] = evaluate(changed, images).per_image
+    error = found["student_t"]["log_prob_sampling_error"] + found["auto"]["log_prob_sampling_error"]
+    difference = found["auto"]["log_prob"] - found["student_t"]["log_prob"]
+    assert (np.abs(difference) < 5 * error + 0.02).all()
+
+
+def test_the_budget_pays_for_the_first_images_it_can():
+    rows, left = within_budget(np.array([3, 5, 8]), 10, 25.0)
+    assert rows.tolist() == [3, 5] and left == 5.0
+    rows, left = within_budget(np.array([3]), 10, 9.0)
+    assert rows.tolist() == [] and left == 9.0
+
+
+def test_another_way_to_infer_leaves_the_estimate_where_it_was(bent):
+    """log p(x) belongs to the decoder: a Laplace posterior raises the ELBO alone."""
+    images = digits().test[:3]
+    sampled = bent.with_config("evaluation", importance_samples=4000)
+    laplace = sampled.with_inference(method="vlae", steps=20, refine="variational")
+    one, other = (evaluate(each, images).per_image for each in (sampled, laplace))
+    assert (other["elbo"] > one["elbo"] + 0.1).all()
+    error = one["log_prob_sampling_error"] + other["log_prob_sampling_error"]
+    assert (np.abs(one["log_prob"] - other["log_prob"]) < 5 * error + 0.01).all()
+    assert dataclasses.asdict(laplace.config.model) == dataclasses.asdict(bent.config.model)
