@@ -266,6 +266,8 @@ def _metrics(results: Mapping[str, Any]) -> list[Element]:
 
 def _value_and_error(words: str) -> list[Element | str]:
     value, sign, error = words.partition(" ± ")
+    if sign and error.endswith(" %"):
+        value += " %"
     return [f"{value} ", E("small", f"± {error}")] if sign else [value]
 
 
