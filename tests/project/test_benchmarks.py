@@ -229,7 +229,7 @@ def test_the_command_for_an_accelerator_measures_every_part(tmp_path):
     np.savez(tmp_path / "mnist.npz", **images)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.accelerator", "--tiny"]
-    command += ["--data-dir", str(tmp_path), "--out", str(out)]
+    command += ["--data-dir", str(tmp_path), "--out", str(out), "--minutes", "30"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     parts = {part["part"]: part for part in json.loads((out / "results.json").read_text())["parts"]}
