@@ -13,8 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from vlae_jax.runs.folder import write_atomically
-from vlae_jax.runs.storage import in_bucket, writing
+from vlae_jax.runs.storage import in_bucket, write_atomically, writing
 
 DPI = 150
 

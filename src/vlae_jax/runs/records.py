@@ -14,7 +14,7 @@ import numpy as np
 from vlae_jax.errors import UserError
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.runs.methods import METHODS
-from vlae_jax.runs.storage import as_folder, errors_of, one_line, resolved
+from vlae_jax.runs.storage import as_folder, read_bytes, read_json, resolved
 
 Curve = tuple[np.ndarray, np.ndarray]
 _IMAGE = "height, width, 1 or 3"
@@ -198,33 +198,6 @@ def read_runs(run_dirs: Iterable[str | os.PathLike[str]]) -> list[Run]:
     if not folders:
         raise UserError("no run to report on: give one or more folders that training wrote")
     return [read_run(run_dir) for run_dir in folders.values()]
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a file.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except errors_of(path) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        UserError: If it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it holds no JSON ({one_line(error)})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _read_metrics(path: Path, remedy: str) -> dict[str, Any] | None:
