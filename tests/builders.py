@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 from scipy.stats import multivariate_normal
 
 from vlae_jax.commands.main import main
+from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.data.sets import Dataset, load_dataset
 from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.systems import Inference, vae
@@ -101,13 +103,14 @@ def linear_config(
 
 
 class Linear:
-    """p(x) and p(z | x) of a model without hidden layers on raw pixels, by numpy in float64."""
+    """p(x) and p(z | x) of a model without hidden layers, by numpy in float64."""
 
     def __init__(self, trained: Trained, images: np.ndarray) -> None:
         model = trained.model
         self.kernel, self.bias = doubles(model.head.kernel, model.head.bias)
         self.noise = float(np.exp(np.float64(model.log_var)))
-        self.mean = np.asarray(trained.preprocessor.mean, np.float64)
+        self.preprocessor = trained.preprocessor
+        self.mean = np.asarray(self.preprocessor.mean, np.float64)
         self.levels, self.shape = trained.provenance.levels, trained.provenance.image_shape
         self.pixels = images
         self.xs = self.as_x(images)
@@ -121,8 +124,11 @@ class Linear:
         self.modes = self.modes_of(self.xs)
 
     def as_x(self, images: np.ndarray) -> np.ndarray:
-        """The images as the model sees them."""
-        return images.reshape(len(images), -1) / (self.levels - 1) - self.mean
+        """The images as the model sees them, with the noise of all that is measured."""
+        if self.preprocessor.kind == "raw":
+            return images.reshape(len(images), -1) / (self.levels - 1) - self.mean
+        noise = jax.vmap(lambda key: Keys.split(key).noise)(fixed_keys(len(images)))
+        return np.float64(jax.vmap(self.preprocessor.apply)(noise, images)[0])
 
     def modes_of(self, xs: np.ndarray) -> np.ndarray:
         """The posterior means."""
@@ -155,7 +161,7 @@ class Linear:
         return zs @ self.kernel + self.bias
 
     def pictures(self, zs: np.ndarray) -> np.ndarray:
-        """The expected images, in [0, 1]."""
+        """The expected images, in [0, 1]; of raw pixels alone."""
         return np.clip(self.decode(zs) + self.mean, 0, 1).reshape(*zs.shape[:-1], *self.shape)
 
 

@@ -35,7 +35,7 @@ QUICK = GapConfig(
 @pytest.fixture(scope="module")
 def linear(quick_compile):
     """Probabilistic PCA of the digits with 3 dimensions, and its gaps."""
-    trained = untrained(linear_config("ppca"))
+    trained = untrained(linear_config("ppca", preprocess="logit"))
     metrics, per_image = measure_gaps(trained, digits().test, QUICK)
     return trained, {metric.name: metric for metric in metrics}, per_image
 
@@ -57,7 +57,9 @@ def test_a_poor_encoder_loses_by_amortization_and_early_stops_by_non_convergence
     The Laplace posterior at its guess has the right covariance: the KL divergence is the energy
     of how far off it is. Chains start at the prior here, which is not where they must end.
     """
-    config = dataclasses.replace(linear_config(), inference=InferenceConfig(steps=0))
+    config = dataclasses.replace(
+        linear_config(preprocess="logit"), inference=InferenceConfig(steps=0)
+    )
     trained = untrained(config)
     options = dataclasses.replace(
         QUICK, family_steps=300, family_samples=16, start="prior", temperatures=60, chains=16
@@ -70,7 +72,9 @@ def test_a_poor_encoder_loses_by_amortization_and_early_stops_by_non_convergence
     lost = truth.decrements(truth.guesses)
     assert lost.mean() > 0.05
     np.testing.assert_allclose(per_image["converged_elbo"], truth.log_prob(), rtol=1e-4)
-    np.testing.assert_allclose(per_image["non_convergence_gap"].mean(), lost.mean(), rtol=0.2)
+    # The weights of a Gaussian that is only moved have twice that variance.
+    error = np.sqrt(2 * lost / options.elbo_samples)
+    assert (np.abs(per_image["non_convergence_gap"] - lost) < 5 * error + 1e-3).all()
     # With a Laplace posterior all of the amortization gap is non-convergence.
     np.testing.assert_allclose(
         per_image["amortization_gap"], per_image["non_convergence_gap"], atol=0.02

@@ -454,7 +454,7 @@ def test_impute_refuses_masks_of_another_shape(run):
 def of_arrays(tmp_path_factory, quick_compile):
     """A model of arrays that lie nowhere, some images like them, and where it was saved."""
     images = tiny_images(0, 60)
-    trained = untrained(tiny_config("vlae"), dataset_from_arrays(images[:50]))
+    trained = untrained(tiny_config(), dataset_from_arrays(images[:50]))
     folder = tmp_path_factory.mktemp("arrays") / "run"
     save(trained, folder)
     return trained, images[50:], folder

@@ -89,12 +89,12 @@ def fit(
                 config, data, run_dir=Path(folder) / "run", options=options, placement=placement
             )
     run = RunFolder.at(run_dir)
-    if resume:
-        run.require_continuable(config)
     dataset = processes.together(lambda: as_dataset(data, config.data))
     if config.data.dataset != dataset.name:
         named = dataclasses.replace(config.data, dataset=dataset.name)
         config = dataclasses.replace(config, data=named)
+    if resume:
+        run.require_continuable(config)
     # The images may lie elsewhere on another machine: their fingerprint tells what they are.
     same = dataclasses.replace(config.data, data_dir=None)
     chosen = (dataclasses.replace(config, data=same), run.path, resume)
