@@ -414,7 +414,7 @@ def test_setup_installs_this_source_or_a_release_at_the_pinned_versions(cloud, i
     cloud.ready(installed)
     home = cloud.folder / "workers" / "1"
     source = home / "vlae_jax" / "source"
-    for name in ("pyproject.toml", "constraints.txt", "src/vlae_jax/cli.py"):
+    for name in ("pyproject.toml", "constraints.txt", "src/vlae_jax/commands/main.py"):
         assert (source / name).read_bytes() == (ROOT / name).read_bytes()
     words = (home / "uv.log").read_text().split("\x1f")
     assert words[-3] == "vlae-jax"

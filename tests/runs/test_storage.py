@@ -67,6 +67,7 @@ def metrics(folder):
     return read_json(folder.results)["metrics"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_bucket(
     bucket, monkeypatch, tmp_path, capsys
 ):

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import tyro
@@ -72,11 +72,9 @@ class _Use:
 
         return load(self.run_dir)
 
-    def write(self, target: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    def write(self, target: Path, arrays: Mapping[str, Any]) -> None:
         """Write the file, and print its name and contents."""
-        write_atomically(
-            target, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays)
-        )
+        write_atomically(target, lambda file: np.savez_compressed(file, **arrays))
         shapes = ", ".join(f"{name} {shape(array)}" for name, array in arrays.items())
         print(f"{target}: {shapes}")
 

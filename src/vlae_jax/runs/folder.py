@@ -145,8 +145,10 @@ class RunFolder:
         """Check that a configuration can continue the run that is here.
 
         Raises:
-            UserError: If there is none, or it was trained with another configuration.
+            UserError: If there is none, it was trained with another configuration, or its
+                metrics.jsonl is damaged.
         """
+        self.read_metrics()
         if differences := config.differences(self.read_config()):
             raise UserError(
                 f"{self.path} was trained with another configuration: {'; '.join(differences)}"
