@@ -26,9 +26,10 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
 }
 """Files in place of which the site has a page, by their paths from the root."""
+_PUBLIC = (*vlae_jax.__all__, *vlae_jax.APPLICATION)
 NAMES = (
-    {name: f"vlae_jax.{name}" for name in vlae_jax.__all__}
-    | {f"vlae_jax.{name}": f"vlae_jax.{name}" for name in vlae_jax.__all__}
+    {name: f"vlae_jax.{name}" for name in _PUBLIC}
+    | {f"vlae_jax.{name}": f"vlae_jax.{name}" for name in _PUBLIC}
     | {f"vlae_jax.{room}": f"vlae_jax.{room}" for room in ("annealing", "gaps", "interop")}
 )
 """Targets in the reference, by the names that prose writes."""

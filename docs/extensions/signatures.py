@@ -60,7 +60,7 @@ def docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
         lines[:] = _FIELDS.pop(name, lines)
     if lines and lines[0].startswith("Alias for field number"):
         lines.clear()  # a field of a NamedTuple that its name explains
-    if what == "data" and name.rpartition(".")[2] in vlae_jax.__all__:
+    if what == "data" and name.rpartition(".")[2] in (*vlae_jax.__all__, *vlae_jax.APPLICATION):
         lines[:] = _alias(name.rpartition(".")[2])[1].splitlines()
     # In reStructuredText bars mean a substitution; here they are determinants and conditions. A
     # star before a name is no emphasis but many arguments.

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_APPLICATION = {
+APPLICATION = {
     "Config": "vlae_jax.runs.config",
     "Trained": "vlae_jax.models.trained",
     "default_config": "vlae_jax.runs.presets",
@@ -76,7 +76,6 @@ _APPLICATION = {
 """Names that need the `train` extra, and where they are."""
 
 __all__ = [
-    "Config",
     "DiagonalPosterior",
     "Expansion",
     "GaussianPosterior",
@@ -90,16 +89,13 @@ __all__ = [
     "RefinementInfo",
     "SkewedPosterior",
     "StudentTPosterior",
-    "Trained",
     "VariationalInfo",
     "affine_head_expansion",
     "bernoulli",
     "categorical",
-    "default_config",
     "discretized_logistic",
     "elbo",
     "exact_expansion",
-    "fit",
     "gauss_newton_expansion",
     "gaussian",
     "gaussian_heteroscedastic",
@@ -111,11 +107,9 @@ __all__ = [
     "iwae_bound",
     "laplace_evidence",
     "laplace_posterior",
-    "load",
     "multivariate_normal",
     "newton_refine",
     "poisson",
-    "save",
     "shifted_expansion",
     "standard_normal",
     "student_t",
@@ -125,11 +119,15 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *APPLICATION})
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _APPLICATION:
+    if name not in APPLICATION:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(_APPLICATION[name]), name)
+        return getattr(importlib.import_module(APPLICATION[name]), name)
     except ModuleNotFoundError as error:
         raise ImportError(
             f"vlae_jax.{name} needs {error.name}: pip install 'vlae-jax[train]'"
