@@ -58,10 +58,12 @@ from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine
 from vlae_jax.variational import VariationalInfo, variational_refine
 
 if TYPE_CHECKING:
-    from vlae_jax.models.trained import Trained, load, save
-    from vlae_jax.runs.config import Config
-    from vlae_jax.runs.presets import default_config
-    from vlae_jax.training.loop import fit
+    from vlae_jax.models.trained import Trained as Trained
+    from vlae_jax.models.trained import load as load
+    from vlae_jax.models.trained import save as save
+    from vlae_jax.runs.config import Config as Config
+    from vlae_jax.runs.presets import default_config as default_config
+    from vlae_jax.training.loop import fit as fit
 
 __version__ = "0.1.0"
 
