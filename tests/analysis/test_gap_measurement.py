@@ -162,4 +162,4 @@ def test_the_command_writes_what_was_measured(linear, run, capsys, monkeypatch):
     assert written["settings"]["chains"] == 4
     values = {metric["name"]: metric["value"] for metric in written["metrics"]}
     assert values == {name: metric.value for name, metric in metrics.items()}
-    assert "approximation gap" in printed and "AIS sandwich" in printed
+    assert "approximation gap" in printed and "bdmc gap" in printed
