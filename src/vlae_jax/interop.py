@@ -152,8 +152,8 @@ def optimistix_refine(
         max_steps: Where to give up.
 
     Returns:
-        The mode (latent,) and the `RefinementInfo`. A solver shows no path: `path` and `log_joint`
-        have two rows, for the first guess and the mode. `steps_used` is the solver's own count of
+        The mode (latent,) and the `RefinementInfo`. A solver does not show its iterates: `iterates` and
+        `log_joint` have two rows, for the first guess and the mode. `steps_used` is the solver's own count of
         its steps, rejected ones included. `converged` asks for both: the solver's word for
         success, and a Newton decrement (by the exact Hessian) below 0.01 nats. Nothing is raised
         for an example that fails.
@@ -189,7 +189,7 @@ def optimistix_refine(
         lambda z, held: -pure(z, *held), solver, z_init, held, max_steps=max_steps, throw=False
     )
     mode = jax.lax.stop_gradient(found.value)
-    search = Search(mode, z_init[None], held_log_joint(z_init)[None], stalls_at_modes=False)
+    search = Search(mode, z_init[None], held_log_joint(z_init)[None], num_taken=1)
     expand = exact_expansion(log_joint)
     mode, (quadratic, factor) = at_implicit_mode(lambda z: factorize(expand, z), mode)
     info = search_info(search, quadratic, factor)
