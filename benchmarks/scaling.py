@@ -280,9 +280,9 @@ def count_products(experiment: Experiment, params: Any, pixels: np.ndarray) -> l
         return conjugate_gradients(counted, grad, shortfall=SHORTFALL)
 
     direction = jax.jit(jax.vmap(one))
-    paths = jax.jit(jax.vmap(lambda x, key: experiment.system(model, x, key).path))(xs, keys)
+    iterates = jax.jit(jax.vmap(lambda x, key: experiment.system(model, x, key).iterates))(xs, keys)
     found = []
-    for start in np.moveaxis(np.asarray(paths), 1, 0)[:-1]:
+    for start in np.moveaxis(np.asarray(iterates), 1, 0)[:-1]:
         count = 0
         jax.block_until_ready(direction(xs, start))
         jax.effects_barrier()

@@ -57,7 +57,7 @@ from vlae_jax import (
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-NUM_STEPS = 3  # a path of four points, unlike any other size
+NUM_STEPS = 3  # four iterates, unlike any other size
 
 
 class Arguments(NamedTuple):
@@ -130,12 +130,13 @@ def shape(*sizes: int) -> Shape:
 
 QUADRATIC = Quadratic(shape(), shape(LATENT), shape(LATENT, LATENT))
 INFO = RefinementInfo(
-    path=shape(NUM_STEPS + 1, LATENT),
+    iterates=shape(NUM_STEPS + 1, LATENT),
     log_joint=shape(NUM_STEPS + 1),
     newton_decrement=shape(),
     converged=shape().of("bool"),
     is_pd=shape().of("bool"),
     steps_used=shape().of("int"),
+    is_kink=shape().of("bool"),
 )
 POSTERIOR = GaussianPosterior(shape(LATENT), shape(LATENT, LATENT))
 METHODS = {

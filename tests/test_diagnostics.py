@@ -92,7 +92,7 @@ def test_interpolations_lead_from_one_posterior_mean_to_another(searched):
 
 
 def test_snapshots_of_a_flow_have_its_sampled_moments():
-    """One point instead of a path; the covariance is positive definite."""
+    """One iterate instead of several; the covariance is positive definite."""
     experiment = linear_experiment("vae_iaf")
     snapshots = take_snapshots(experiment, experiment.initial_params)
     assert snapshots["reconstructions"].shape == (10, 1, 8, 8, 1)

@@ -419,8 +419,8 @@ def test_optimistix_finds_the_mode_that_newton_finds(x64):
 def test_the_report_of_an_optimistix_search_has_its_start_and_its_mode(x64):
     layers, z_init = random_layers(1), random_vector(1, LATENT)
     mode, info = search(layers, z_init)
-    np.testing.assert_array_equal(info.path, np.stack([z_init, mode]))
-    ends = jax.vmap(functools.partial(NETWORK.log_joint, layers))(info.path)
+    np.testing.assert_array_equal(info.iterates, np.stack([z_init, mode]))
+    ends = jax.vmap(functools.partial(NETWORK.log_joint, layers))(info.iterates)
     assert_close(info.log_joint, np.asarray(ends))
     assert info.log_joint[1] > info.log_joint[0] + 0.1
 

@@ -45,7 +45,7 @@ def refine(layers, z_init, *, damping, num_steps):
     mode, info = newton_refine(
         NETWORK.gauss_newton(layers), z_init, num_steps=num_steps, damping=damping
     )
-    return mode, info, jax.vmap(functools.partial(NETWORK.log_joint, layers))(info.path)
+    return mode, info, jax.vmap(functools.partial(NETWORK.log_joint, layers))(info.iterates)
 
 
 # ---------------------------------------------------------------- linear decoders
@@ -65,8 +65,8 @@ def test_paper_steps_leave_a_known_factor_of_the_initial_error(linear_gaussian):
     for mode, info in refine_linear(problem, damping="paper", num_steps=8).values():
         error = np.float64(problem.z_init) - truth.mode
         for num_steps, factor in [(1, 0.5), (2, 0.375), (4, 0.2734375), (8, 0.196380615234375)]:
-            assert_close(info.path[num_steps], truth.mode + factor * error)
-        np.testing.assert_array_equal(info.path[8], mode)
+            assert_close(info.iterates[num_steps], truth.mode + factor * error)
+        np.testing.assert_array_equal(info.iterates[8], mode)
 
 
 @pytest.mark.parametrize("damping", ["line_search", "trust_region"])
@@ -106,26 +106,26 @@ def search_many():
         mode, info = newton_refine(expand, z_init, num_steps=6, damping="trust_region")
         start = expand(z_init)
         full_step = z_init + jnp.linalg.solve(start.precision, start.grad)
-        return mode, info, jax.vmap(log_joint)(info.path), log_joint(full_step)
+        return mode, info, jax.vmap(log_joint)(info.iterates), log_joint(full_step)
 
     return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4096))
 
 
 def test_the_log_joint_never_falls_on_thousands_of_random_decoders(x64):
     """Nor by line search, nor in float32: see the test of the engine's robustness."""
-    mode, info, along_path, after_full_step = search_many()
-    rounding = 1e-12 * np.max(np.abs(along_path), axis=1)
-    assert np.all(np.diff(along_path, axis=1) >= -rounding[:, None])
-    np.testing.assert_array_equal(info.path[:, -1], mode)
+    mode, info, along, after_full_step = search_many()
+    rounding = 1e-12 * np.max(np.abs(along), axis=1)
+    assert np.all(np.diff(along, axis=1) >= -rounding[:, None])
+    np.testing.assert_array_equal(info.iterates[:, -1], mode)
     # The property is not free: undamped steps would often fall, and these do climb.
-    assert np.mean(after_full_step < along_path[:, 0]) > 0.2
-    assert np.mean(along_path[:, -1] > along_path[:, 0]) > 0.95
+    assert np.mean(after_full_step < along[:, 0]) > 0.2
+    assert np.mean(along[:, -1] > along[:, 0]) > 0.95
 
 
 def test_a_step_that_the_trust_region_refuses_is_not_convergence(x64):
     """It may only have been too long; what is left to gain decides."""
     _, info, _, _ = search_many()
-    refused = np.all(info.path[:, -1] == info.path[:, -2], axis=1)
+    refused = np.all(info.iterates[:, -1] == info.iterates[:, -2], axis=1)
     far = np.asarray(info.newton_decrement) > 1.0
     assert np.sum(refused & far) > 100
     assert not np.any(info.converged & refused & far)
@@ -135,21 +135,21 @@ def test_a_step_that_the_trust_region_refuses_is_not_convergence(x64):
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
-def test_info_log_joint_is_the_log_joint_along_the_path(x64, damping):
+def test_info_log_joint_is_the_log_joint_at_the_iterates(x64, damping):
     z_init = random_vector(1, LATENT)
     mode, info, recomputed = refine(random_layers(1), z_init, damping=damping, num_steps=5)
-    assert info.path.shape == (6, LATENT) and info.log_joint.shape == (6,)
-    np.testing.assert_array_equal(info.path[0], z_init)
-    np.testing.assert_array_equal(info.path[-1], mode)
+    assert info.iterates.shape == (6, LATENT) and info.log_joint.shape == (6,)
+    np.testing.assert_array_equal(info.iterates[0], z_init)
+    np.testing.assert_array_equal(info.iterates[-1], mode)
     assert_close(info.log_joint, np.asarray(recomputed))
-    assert info.steps_used == np.sum(np.any(np.diff(info.path, axis=0) != 0, axis=1))
+    assert info.steps_used == np.sum(np.any(np.diff(info.iterates, axis=0) != 0, axis=1))
 
 
 def test_no_steps_return_the_first_guess(x64):
     z_init = random_vector(1, LATENT)
     mode, info, recomputed = refine(random_layers(1), z_init, damping="line_search", num_steps=0)
     np.testing.assert_array_equal(mode, z_init)
-    np.testing.assert_array_equal(info.path, z_init[None])
+    np.testing.assert_array_equal(info.iterates, z_init[None])
     assert_close(info.log_joint, np.asarray(recomputed))
     assert info.steps_used == 0 and info.is_pd and not info.converged
 
@@ -248,7 +248,7 @@ def test_gradient_refine_reaches_the_maximum_scipy_finds(x64, name):
     assert_close(mode, found.x, rtol=1e-6)
     assert_close(info.log_joint[-1], -found.fun)
     assert info.converged and info.is_pd and info.newton_decrement < 1e-9
-    assert info.path.shape == (num_steps + 1, LATENT)
+    assert info.iterates.shape == (num_steps + 1, LATENT)
 
 
 class SteepestDescent:
@@ -273,7 +273,7 @@ def test_a_hand_written_optimizer_works(x64):
     z_init = random_vector(3, LATENT)
     (mode, info), _ = descend(z_init)
     kept = 0.9 ** np.arange(6)
-    assert_close(info.path, kept[:, None] * np.asarray(z_init))
+    assert_close(info.iterates, kept[:, None] * np.asarray(z_init))
     assert_close(info.newton_decrement, 0.5 * np.sum(np.square(mode)))
 
 

@@ -301,7 +301,7 @@ def test_products_of_conjugate_gradients_are_counted(curvatures, products):
     experiment = SimpleNamespace(
         preprocessor=SimpleNamespace(apply=lambda key, pixels: (pixels, 0.0)),
         merge=lambda params: model,
-        system=lambda model, x, key: SimpleNamespace(path=jnp.zeros((4, 2)) + x[0]),
+        system=lambda model, x, key: SimpleNamespace(iterates=jnp.zeros((4, 2)) + x[0]),
     )
     assert count_products(experiment, None, np.zeros((5, 2), np.float32)) == [products] * 3
 

@@ -63,7 +63,7 @@ CASES = {
     "sa_vae, stop": InferenceConfig(method="sa_vae", steps=2, gradient="stop"),
     "vlae, gradient search": InferenceConfig(steps=2, search="gradient", ascent_clip=1.0),
 }
-POINTS_OF_THE_PATH = {"sa_vae": 3, "vlae": 3, "ppca": 2}
+NUM_ITERATES = {"sa_vae": 3, "vlae": 3, "ppca": 2}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,12 +91,12 @@ def test_every_system_gives_samples_with_their_density_and_trains_what_it_has(na
             before, log_before = posterior.base.sample_and_log_prob(key)
             jacobian = jax.jacfwd(lambda z: posterior.flow(z, posterior.context)[0])(before)
             again = log_before - jnp.linalg.slogdet(jacobian)[1]
-        return z, log_q, again, inference.path, jax.grad(value)(params, x, key)
+        return z, log_q, again, inference.iterates, jax.grad(value)(params, x, key)
 
-    z, log_q, log_prob, path, grads = run(params, xs, jax.random.split(KEY, 4))
+    z, log_q, log_prob, iterates, grads = run(params, xs, jax.random.split(KEY, 4))
     assert z.shape == (4, LATENT)
     np.testing.assert_allclose(log_q, log_prob, rtol=1e-4, atol=1e-4)
-    assert path.shape == (4, POINTS_OF_THE_PATH.get(method, 1), LATENT)
+    assert iterates.shape == (4, NUM_ITERATES.get(method, 1), LATENT)
     flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(grads)}
     assert all(np.isfinite(grad).all() for grad in flat.values())
     # A Laplace posterior has no use for the encoder's own spread; all else must learn.
@@ -115,10 +115,10 @@ def test_systems_give_their_kind_of_posterior(x):
 
     (by_encoder, by_search), guess = both(x)
     assert isinstance(by_encoder.posterior, DiagonalPosterior)
-    np.testing.assert_array_equal(by_encoder.path[0], guess)
+    np.testing.assert_array_equal(by_encoder.iterates[0], guess)
     assert isinstance(by_search.posterior, GaussianPosterior)
-    assert by_search.path.shape == (4, 3)
-    np.testing.assert_array_equal(by_search.path[0], guess)
+    assert by_search.iterates.shape == (4, 3)
+    np.testing.assert_array_equal(by_search.iterates[0], guess)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():
@@ -215,9 +215,9 @@ def test_ascent_of_an_elbo_without_a_likelihood_has_a_closed_form(x):
     for name, how in ASCENTS.items():
         refined = found[name]
         assert_close(list(refined.posterior), ascend(mean, log_std, **how))
-        np.testing.assert_array_equal(refined.path[0], mean)
-        np.testing.assert_array_equal(refined.path[-1], refined.posterior.mean)
-        assert refined.path.shape == (how["steps"] + 1, LATENT)
+        np.testing.assert_array_equal(refined.iterates[0], mean)
+        np.testing.assert_array_equal(refined.iterates[-1], refined.posterior.mean)
+        assert refined.iterates.shape == (how["steps"] + 1, LATENT)
         assert refined.amortization_loss == 0
     np.testing.assert_array_equal(found["none"].posterior, start.posterior)
     moved = np.ravel(found["clipped"].posterior) - np.ravel(start.posterior)
@@ -366,7 +366,7 @@ def test_the_amortisation_loss_is_the_excess_energy_of_the_first_guess(x):
     @jax.jit
     def infer(x):
         inference, log_joint = vlae(model, x, KEY, InferenceConfig(steps=1)), model.log_joint(x)
-        excess = log_joint(inference.posterior.mean) - log_joint(inference.path[0])
+        excess = log_joint(inference.posterior.mean) - log_joint(inference.iterates[0])
         losses = [vlae(model, x, KEY, config).amortization_loss for config in others]
         return inference.amortization_loss, excess, losses
 
@@ -427,8 +427,8 @@ def test_gradient_search_ends_at_the_mode_of_a_linear_model_and_knows_how_it_mov
     assert inference.flags["converged"] and inference.flags["is_pd"]
     assert_close(inference.posterior.mean, mode)
     assert_close(inference.posterior.covariance(), np.linalg.inv(precision))
-    assert inference.path.shape == (501, LATENT)
-    assert_close(inference.path[-1], np.asarray(inference.posterior.mean))
+    assert inference.iterates.shape == (501, LATENT)
+    assert_close(inference.iterates[-1], np.asarray(inference.posterior.mean))
     moved = np.asarray(model.encode(x)[0]) - mode
     assert_close(inference.amortization_loss, 0.5 * moved @ precision @ moved)
     truth = -np.asarray(direction) @ np.linalg.solve(precision, kernel) / variance
@@ -461,4 +461,4 @@ def test_probabilistic_pca_is_exact_wherever_the_encoder_begins(x):
     inference = jax.jit(find_system("ppca").build(InferenceConfig()))(model, x, KEY)
     assert_close(inference.posterior.mean, mode_of(model, precision, x), rtol=1e-4)
     assert_close(inference.posterior.covariance(), np.linalg.inv(precision), rtol=1e-4)
-    assert inference.path.shape == (2, LATENT)
+    assert inference.iterates.shape == (2, LATENT)

@@ -37,6 +37,7 @@ from vlae_jax.expansions import (
     shifted_expansion,
 )
 from vlae_jax.inference import infer_posterior
+from vlae_jax.kinks import KinkCheck, certify_kink, check_kink
 from vlae_jax.posterior import (
     DiagonalPosterior,
     GaussianPosterior,
@@ -55,6 +56,7 @@ __all__ = [
     "Expansion",
     "GaussianPosterior",
     "ImportanceInfo",
+    "KinkCheck",
     "LogDensity",
     "MatrixFreeExpansion",
     "Posterior",
@@ -65,6 +67,8 @@ __all__ = [
     "affine_head_expansion",
     "bernoulli",
     "categorical",
+    "certify_kink",
+    "check_kink",
     "discretized_logistic",
     "elbo",
     "exact_expansion",

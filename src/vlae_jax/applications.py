@@ -85,9 +85,9 @@ def reconstruct(
     def one(params: Any, pixels: Pixels, key: PRNGKeyArray) -> dict[str, Array]:
         x, sample_key = _seen(experiment, pixels, key)
         model = experiment.merge(params)
-        path = experiment.system(model, x, sample_key).path
-        path = path if every_step else path[-1:]
-        steps = jax.vmap(lambda z: preprocessor.to_pixels(model.reconstruct(z)))(path)
+        iterates = experiment.system(model, x, sample_key).iterates
+        iterates = iterates if every_step else iterates[-1:]
+        steps = jax.vmap(lambda z: preprocessor.to_pixels(model.reconstruct(z)))(iterates)
         seen = preprocessor.to_pixels(x)
         found = {
             "images": seen,
@@ -280,7 +280,7 @@ def _encoder_alone(
     """Where the encoder puts x, and the posterior that it was trained to give."""
     if model.posterior_head is not None:
         inference = experiment.system(model, x, key)
-        return inference.path[-1], inference.posterior
+        return inference.iterates[-1], inference.posterior
     mean, log_std = model.encode(x)
     if experiment.config.inference.method == "vlae":
         log_std = jnp.full_like(log_std, -jnp.inf)  # never trained: the mean is all it gives

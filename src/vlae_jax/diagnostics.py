@@ -39,10 +39,10 @@ def take_snapshots(experiment: Experiment, params: Any) -> dict[str, np.ndarray]
         noise_key, sample_key = jax.random.split(key)
         x, _ = preprocessor.apply(noise_key, pixels)
         model = experiment.merge(params)
-        path = experiment.system(model, x, sample_key).path
-        residuals = jax.vmap(model.reconstruct)(path) - x
+        iterates = experiment.system(model, x, sample_key).iterates
+        residuals = jax.vmap(model.reconstruct)(iterates) - x
         return {
-            "step_log_joint": jax.vmap(model.log_joint(x))(path),
+            "step_log_joint": jax.vmap(model.log_joint(x))(iterates),
             "step_error": jnp.sqrt(jnp.mean(residuals**2, axis=1)),
         }
 
@@ -56,7 +56,7 @@ def take_snapshots(experiment: Experiment, params: Any) -> dict[str, np.ndarray]
         )
         return {
             "data": preprocessor.to_pixels(x),
-            "reconstructions": jax.vmap(lambda z: decode(model, z))(inference.path),
+            "reconstructions": jax.vmap(lambda z: decode(model, z))(inference.iterates),
             "covariances": covariance,
             "means": mean,
         }

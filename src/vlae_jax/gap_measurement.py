@@ -76,7 +76,7 @@ def measure_gaps(
         model = experiment.merge(params)
         log_joint = model.log_joint(x, head)
         inference = experiment.system(model, x, key)
-        laplace = _converged(model, x, inference.path[-1], options)
+        laplace = _converged(model, x, inference.iterates[-1], options)
         keys = jax.random.split(key, 4)
         log_prob, annealing = _lower_bound(keys[0], log_joint, _start(laplace, options), options)
         best = best_in_family(

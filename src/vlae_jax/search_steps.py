@@ -171,9 +171,7 @@ def _next_ridge(
     square, slope = direction @ direction, grad @ direction
     # The first ridge is the curvature along the step that went too far; where there was no step,
     # what gives the next one about unit length.
-    curvature = jnp.where(
-        square > 0, slope / jnp.where(square > 0, square, 1.0), _safe_norm(grad)
-    )
+    curvature = jnp.where(square > 0, slope / jnp.where(square > 0, square, 1.0), _safe_norm(grad))
     largest = jnp.finfo(ridge.dtype).max ** 0.5
     raised = jnp.clip(jnp.maximum(_RIDGE_FACTOR * ridge, curvature), 0.0, largest)
     raised = jnp.where(jnp.isfinite(raised), raised, ridge)

@@ -36,7 +36,7 @@ class Inference(NamedTuple):
     """Can be sampled, with a log density."""
     amortization_loss: Float[Array, ""]
     """Nats subtracted from the ELBO in training, to teach the encoder what the ELBO does not."""
-    path: Float[Array, "steps_and_one latent"]
+    iterates: Float[Array, "steps_and_one latent"]
     """Where the posterior was centred, from the encoder's guess on."""
     flags: dict[str, Array]
     """Diagnostics by name, averaged over images: `converged`, `is_pd`, ..."""
@@ -120,11 +120,11 @@ def semi_amortized_vae(
     # No sample of a bound has so large a number: what they draw from the same key is independent.
     step_keys = jax.random.split(jax.random.fold_in(key, 2**32 - 1), config.steps)
     (refined, _), means = jax.lax.scan(step, (start, optimizer.init(start)), step_keys)
-    path = jnp.concatenate([means, refined.mean[None]])
+    iterates = jnp.concatenate([means, refined.mean[None]])
     if not stop:
-        return Inference(refined, jnp.zeros(()), path, {})
+        return Inference(refined, jnp.zeros(()), iterates, {})
     refined = jax.lax.stop_gradient(refined)
-    return Inference(refined, _diagonal_kl(initial, refined), path, {})
+    return Inference(refined, _diagonal_kl(initial, refined), iterates, {})
 
 
 def _diagonal_kl(q: DiagonalPosterior, p: DiagonalPosterior) -> Float[Array, ""]:
@@ -158,13 +158,13 @@ def vlae(
     gradient = "implicit" if config.gradient == "auto" else config.gradient
     # With no steps there is nothing to unroll, and the ELBO reaches the encoder directly.
     gradient = "unroll" if config.steps == 0 else gradient
-    start, steps, path = z_init, config.steps, None
+    start, steps, iterates = z_init, config.steps, None
     if config.search == "gradient":
         optimizer = ascent_optimizer(config)
         start, found = gradient_refine(
             model.log_joint(x), z_init, optimizer=optimizer, num_steps=config.steps
         )
-        steps, path = 0, found.path
+        steps, iterates = 0, found.iterates
     posterior, info = infer_posterior(
         expand,
         start,
@@ -184,7 +184,9 @@ def vlae(
         "is_pd": info.is_pd,
         "newton_decrement": info.newton_decrement,
     }
-    return Inference(posterior, amortization_loss, info.path if path is None else path, flags)
+    return Inference(
+        posterior, amortization_loss, info.iterates if iterates is None else iterates, flags
+    )
 
 
 def probabilistic_pca(
