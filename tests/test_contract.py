@@ -26,11 +26,14 @@ from vlae_jax import (
     DiagonalPosterior,
     GaussianPosterior,
     ImportanceInfo,
+    KinkCheck,
     Quadratic,
     RefinementInfo,
     affine_head_expansion,
     bernoulli,
     categorical,
+    certify_kink,
+    check_kink,
     discretized_logistic,
     elbo,
     exact_expansion,
@@ -204,6 +207,26 @@ CASES = [
         (shape(LATENT), INFO),
     ),
     Case(
+        "infer_posterior, until_converged",
+        lambda a: infer_posterior(a.gauss_newton(), a.z, num_steps=NUM_STEPS, until_converged=True),
+        (POSTERIOR, INFO),
+    ),
+    Case(
+        "check_kink",
+        lambda a: check_kink(jax.random.key(0), a.log_joint, a.posterior(), num_points=8),
+        KinkCheck(shape(), shape()),
+    ),
+    Case(
+        "certify_kink",
+        lambda a: certify_kink(
+            jax.random.key(0),
+            a.log_joint,
+            *infer_posterior(a.gauss_newton(), a.z, num_steps=NUM_STEPS),
+            num_points=8,
+        ),
+        INFO,
+    ),
+    Case(
         "gradient_refine",
         lambda a: gradient_refine(a.log_joint, a.z, optimizer=optax.adam(0.1), num_steps=NUM_STEPS),
         (shape(LATENT), INFO),
@@ -268,6 +291,9 @@ CASES = [
         (shape(), ImportanceInfo(shape(), shape(), shape(), shape(1))),
     ),
 ]
+
+
+WITHOUT_GRADIENTS = {"check_kink", "certify_kink"}
 
 
 def test_every_public_function_is_held_to_the_contract():
@@ -348,6 +374,9 @@ def test_a_second_call_does_not_retrace(compiled):
 def test_gradients_are_finite_through_checkpoint(compiled):
     leaves = jax.tree.leaves(compiled.gradient)
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+    if compiled.case.name in WITHOUT_GRADIENTS:
+        assert not any(np.any(leaf != 0) for leaf in leaves)
+        return
     assert any(np.any(leaf != 0) for leaf in leaves)
 
 
@@ -461,6 +490,18 @@ WRONG_CALLS = {
     "unknown gradient": (
         lambda: infer_posterior(EXPAND, Z, num_steps=1, gradient="implict"),
         "implicit.*'implict'",
+    ),
+    "unrolled search of no fixed length": (
+        lambda: infer_posterior(EXPAND, Z, num_steps=1, gradient="unroll", until_converged=True),
+        "until_converged.*'implicit'",
+    ),
+    "odd number of points around a kink": (
+        lambda: check_kink(KEY, standard_normal, GaussianPosterior(Z, jnp.eye(3)), num_points=7),
+        "num_points.*even.*7",
+    ),
+    "no radius around a kink": (
+        lambda: check_kink(KEY, standard_normal, GaussianPosterior(Z, jnp.eye(3)), radius=0.0),
+        "radius.*positive.*0",
     ),
     "unknown solver": (
         lambda: infer_posterior(EXPAND, Z, num_steps=1, solver="qr"),

@@ -127,7 +127,7 @@ def at_implicit_mode(
 ) -> tuple[Float[Array, " latent"], tuple[Quadratic, Factor]]:
     """The mode and the curvature there, the mode moving with what `curvature` closes over.
 
-    One evaluation of the curvature serves the value, the factor of the solve and, linearised, the
+    One evaluation of the curvature serves the value, the factor of the solve and, linearized, the
     whole derivative.
     """
     pure, closed_over = jax.closure_convert(curvature, mode)
