@@ -215,7 +215,7 @@ def audit(
         given = jax.tree.map(lambda array: jnp.asarray(array[:batch], dtype), drawn)
         keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), batch)
         posterior, info = jax.device_get(search(given, keys))
-        info = jax.tree.map(lambda array: array[:size], info)
+        info = jax.tree.map(lambda array, size=size: array[:size], info)
         double = jax.tree.map(np.float64, (given, posterior))
         # Elsewhere scipy would return at once.
         is_steep = ~(np.asarray(slope(*double))[:size] < SLOPE)

@@ -546,3 +546,23 @@ for call in [
         "this needs optimistix",
     ]
     assert all(line.endswith("pip install 'vlae-jax[interop]'") for line in lines)
+
+
+def test_a_numpyro_model_may_be_given_its_start():
+    """Its density is 0 at numpyro's feasible point."""
+
+    def model(y):
+        t = numpyro.sample("t", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Uniform(t - 1, t + 1), obs=y)
+
+    y = jnp.array([5.0, 5.3])
+    flat = numpyro_log_joint(model, y, init_values={"t": 5.1})
+    assert_close(flat.z_init, np.array([5.1]))
+    assert np.isfinite(flat.log_joint(flat.z_init))
+    with pytest.raises(ValueError, match=r"init_values.*'t'.*'s'"):
+        numpyro_log_joint(model, y, init_values={"s": 5.1})
+
+
+def test_a_numpyro_model_without_latent_sites_is_refused():
+    with pytest.raises(ValueError, match="no latent site"):
+        numpyro_log_joint(lambda y: numpyro.sample("y", dist.Normal(0, 1), obs=y), jnp.ones(2))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 _NEGLIGIBLE = 1e-2
-"""Nats, times the share, that are never worth another product."""
+"""A Newton decrement in nats that counts as converged: of less than this no share need be found."""
 
 
 def conjugate_gradients(

@@ -91,7 +91,7 @@ def look_by_products(
 
 
 def hold_value(expand: Expansion, z: Float[Array, " latent"]) -> Evaluate:
-    """z → the log joint, with everything `expand` closes over held constant.
+    """The log joint as a function of z, with everything `expand` closes over held constant.
 
     A loop of no fixed length has no reverse mode; one that no derivative enters needs none.
     """
