@@ -182,9 +182,9 @@ def optimistix_refine(
     Returns:
         The mode (latent,) and the `RefinementInfo`. A solver does not show its iterates:
         `iterates` and `log_joint` have two rows, for the first guess and the mode. `steps_used` is
-        the solver's own count of its steps, rejected ones included. `converged` asks for both: the solver's word for
-        success, and a Newton decrement (by the exact Hessian) below 0.01 nats. Nothing is raised
-        for an example that fails.
+        the solver's own count of its steps, rejected ones included. `converged` asks for both: the
+        solver's word for success, and a Newton decrement (by the exact Hessian) below 0.01 nats.
+        Nothing is raised for an example that fails.
 
     Raises:
         ImportError: Without Optimistix.
