@@ -196,7 +196,7 @@ def newton_search(
     move = line_search_step if damping == "line_search" else trust_region_step
     evaluate = hold_value(expand, z_init)
 
-    def step(state: _State, t: Int[Array, ""]):
+    def step(state, t):
         z, ridge, _ = state
         local = look(z, ridge)
         if damping == "paper":
