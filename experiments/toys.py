@@ -108,7 +108,7 @@ def draw(
         expand = expansion(params, x)
         best = zs[jnp.argmax(jax.vmap(lambda z, expand=expand: expand(z).value)(zs))]
         mode, info = vl.newton_refine(expand, best + offset, num_steps=STEPS)
-        path = jax.vmap(lambda z: decode(params, z))(info.path) + jnp.array([0.0, aside])
+        iterates = jax.vmap(lambda z: decode(params, z))(info.iterates) + jnp.array([0.0, aside])
         posterior = vl.laplace_posterior(expand, mode)
         std = jnp.sqrt(posterior.covariance()[0])
         likely = jax.vmap(lambda z: decode(params, z))(
@@ -124,7 +124,7 @@ def draw(
             label="posterior, ± 2 standard deviations" if first else None,
         )
         axes.plot(
-            *path.T,
+            *iterates.T,
             "o-",
             color=ORANGE,
             markersize=3.5,
@@ -132,14 +132,14 @@ def draw(
             label=f"search, {STEPS} steps" if first else None,
         )
         axes.plot(
-            *path[0],
+            *iterates[0],
             "o",
             markersize=7,
             markerfacecolor="none",
             color=ORANGE,
             label="first guess" if first else None,
         )
-        axes.plot(*jnp.stack([path[-1], x]).T, ":", color=FAINT, linewidth=1.2)
+        axes.plot(*jnp.stack([iterates[-1], x]).T, ":", color=FAINT, linewidth=1.2)
         axes.plot(*x, "x", color=INK, markersize=6, label="observed x" if first else None)
     axes.set_title(title, loc="left", fontsize=9.5)
     axes.set_aspect("equal")

@@ -26,6 +26,7 @@ from vlae_jax import (
     DiagonalPosterior,
     GaussianPosterior,
     ImportanceInfo,
+    KinkCheck,
     MixturePosterior,
     Quadratic,
     RefinementInfo,
@@ -34,6 +35,8 @@ from vlae_jax import (
     affine_head_expansion,
     bernoulli,
     categorical,
+    certify_kink,
+    check_kink,
     discretized_logistic,
     elbo,
     exact_expansion,
@@ -62,7 +65,7 @@ from vlae_jax import (
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KEY = jax.random.key(0)
-NUM_STEPS = 3  # a path of four points, unlike any other size
+NUM_STEPS = 3  # four iterates, unlike any other size
 
 
 class Arguments(NamedTuple):
@@ -151,12 +154,13 @@ def shape(*sizes: int) -> Shape:
 
 QUADRATIC = Quadratic(shape(), shape(LATENT), shape(LATENT, LATENT))
 INFO = RefinementInfo(
-    path=shape(NUM_STEPS + 1, LATENT),
+    iterates=shape(NUM_STEPS + 1, LATENT),
     log_joint=shape(NUM_STEPS + 1),
     newton_decrement=shape(),
     converged=shape().of("bool"),
     is_pd=shape().of("bool"),
     steps_used=shape().of("int"),
+    is_kink=shape().of("bool"),
 )
 VARIATIONAL_INFO = VariationalInfo(
     elbo=shape(NUM_STEPS + 1),
@@ -232,6 +236,26 @@ CASES = [
         "newton_refine, cg",
         lambda a: newton_refine(a.exact(), a.z, num_steps=NUM_STEPS, solver="cg"),
         (shape(LATENT), INFO),
+    ),
+    Case(
+        "infer_posterior, until_converged",
+        lambda a: infer_posterior(a.gauss_newton(), a.z, num_steps=NUM_STEPS, until_converged=True),
+        (POSTERIOR, INFO),
+    ),
+    Case(
+        "check_kink",
+        lambda a: check_kink(jax.random.key(0), a.log_joint, a.posterior(), num_points=8),
+        KinkCheck(shape(), shape()),
+    ),
+    Case(
+        "certify_kink",
+        lambda a: certify_kink(
+            jax.random.key(0),
+            a.log_joint,
+            *infer_posterior(a.gauss_newton(), a.z, num_steps=NUM_STEPS),
+            num_points=8,
+        ),
+        INFO,
     ),
     Case(
         "gradient_refine",
@@ -345,6 +369,9 @@ CASES = [
 ]
 
 
+WITHOUT_GRADIENTS = {"check_kink", "certify_kink"}
+
+
 def test_every_public_function_is_held_to_the_contract():
     functions = {
         name
@@ -423,6 +450,9 @@ def test_a_second_call_does_not_retrace(compiled):
 def test_gradients_are_finite_through_checkpoint(compiled):
     leaves = jax.tree.leaves(compiled.gradient)
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+    if compiled.case.name in WITHOUT_GRADIENTS:
+        assert not any(np.any(leaf != 0) for leaf in leaves)
+        return
     assert any(np.any(leaf != 0) for leaf in leaves)
 
 
@@ -543,6 +573,18 @@ WRONG_CALLS = {
     "unknown gradient": (
         lambda: infer_posterior(EXPAND, Z, num_steps=1, gradient="implict"),
         "implicit.*'implict'",
+    ),
+    "unrolled search of no fixed length": (
+        lambda: infer_posterior(EXPAND, Z, num_steps=1, gradient="unroll", until_converged=True),
+        "until_converged.*'implicit'",
+    ),
+    "odd number of points around a kink": (
+        lambda: check_kink(KEY, standard_normal, GaussianPosterior(Z, jnp.eye(3)), num_points=7),
+        "num_points.*even.*7",
+    ),
+    "no radius around a kink": (
+        lambda: check_kink(KEY, standard_normal, GaussianPosterior(Z, jnp.eye(3)), radius=0.0),
+        "radius.*positive.*0",
     ),
     "unknown solver": (
         lambda: infer_posterior(EXPAND, Z, num_steps=1, solver="qr"),

@@ -75,7 +75,7 @@ def test_one_step_gives_the_exact_posterior_of_a_linear_decoder(linear_gaussian)
 # ---------------------------------------------------------------- unroll
 
 
-def line_search_margin(expand, path) -> float:
+def line_search_margin(expand, iterates) -> float:
     """How clearly the best of the five step sizes won at each step, in nats."""
 
     def margin(z):
@@ -87,7 +87,7 @@ def line_search_margin(expand, path) -> float:
         ranked = jnp.sort(jnp.append(tried, value))
         return ranked[-1] - ranked[-2]
 
-    return float(jnp.min(jax.jit(jax.vmap(margin))(path)))
+    return float(jnp.min(jax.jit(jax.vmap(margin))(iterates)))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_unrolled_gradient_equals_differences_of_the_whole_chain(x64, name, damp
     gradient, info = jax.jit(jax.grad(chain, has_aux=True))(arguments)
     assert info.is_pd and info.steps_used == 3
     if "ReLU" in name:
-        assert kink_margin(arguments[0], info.path) > 1e-3
+        assert kink_margin(arguments[0], info.iterates) > 1e-3
     if damping == "line_search":
-        assert line_search_margin(make(arguments[0]), info.path[:-1]) > 1e-6
+        assert line_search_margin(make(arguments[0]), info.iterates[:-1]) > 1e-6
     expected = central_differences(lambda arguments: chain(arguments)[0], arguments)
     assert_close(flatten(gradient), expected, rtol=FINITE_DIFFERENCE)
     assert np.max(np.abs(gradient[1])) > 1e-4
@@ -136,14 +136,14 @@ def test_implicit_gradient_equals_differences_of_the_converged_chain(x64, name):
 
     def chain(layers):
         """A line search stops at the rounding of the log joint; plain Newton steps go further."""
-        mode = info.path[-1]
+        mode = info.iterates[-1]
         for _ in range(4):
             _, grad, precision = make(layers)(mode)
             mode = mode + jnp.linalg.solve(precision, grad)
         return jnp.stack([jnp.sum(jnp.sin(mode)), weigh(laplace_posterior(make(layers), mode))])
 
     if "ReLU" in name:
-        assert kink_margin(layers, info.path[-1:]) > 1e-3
+        assert kink_margin(layers, info.iterates[-1:]) > 1e-3
     jacobian = jax.vmap(flatten)(jacobian)
     expected = central_differences(chain, layers)
     for ours, truth in zip(jacobian, expected, strict=True):
@@ -188,13 +188,13 @@ def test_stop_gradient_equals_differences_with_the_mode_held(x64, name):
     def differentiate(layers):
         z_init = 0.5 * random_vector(2, LATENT)
         posterior, info = infer_posterior(make(layers), z_init, num_steps=2, gradient="stop")
-        return weigh(posterior), info.path
+        return weigh(posterior), info.iterates
 
-    gradient, path = differentiate(layers)
+    gradient, iterates = differentiate(layers)
     if "ReLU" in name:
-        assert kink_margin(layers, path) > 1e-3
+        assert kink_margin(layers, iterates) > 1e-3
     expected = central_differences(
-        lambda layers: weigh(laplace_posterior(make(layers), path[-1])), layers
+        lambda layers: weigh(laplace_posterior(make(layers), iterates[-1])), layers
     )
     assert np.max(np.abs(expected)) > 1e-2
     assert_close(flatten(gradient), expected, rtol=FINITE_DIFFERENCE)

@@ -419,8 +419,8 @@ def test_optimistix_finds_the_mode_that_newton_finds(x64):
 def test_the_report_of_an_optimistix_search_has_its_start_and_its_mode(x64):
     layers, z_init = random_layers(1), random_vector(1, LATENT)
     mode, info = search(layers, z_init)
-    np.testing.assert_array_equal(info.path, np.stack([z_init, mode]))
-    ends = jax.vmap(functools.partial(NETWORK.log_joint, layers))(info.path)
+    np.testing.assert_array_equal(info.iterates, np.stack([z_init, mode]))
+    ends = jax.vmap(functools.partial(NETWORK.log_joint, layers))(info.iterates)
     assert_close(info.log_joint, np.asarray(ends))
     assert info.log_joint[1] > info.log_joint[0] + 0.1
 
@@ -546,3 +546,23 @@ for call in [
         "this needs optimistix",
     ]
     assert all(line.endswith("pip install 'vlae-jax[interop]'") for line in lines)
+
+
+def test_a_numpyro_model_may_be_given_its_start():
+    """Its density is 0 at numpyro's feasible point."""
+
+    def model(y):
+        t = numpyro.sample("t", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Uniform(t - 1, t + 1), obs=y)
+
+    y = jnp.array([5.0, 5.3])
+    flat = numpyro_log_joint(model, y, init_values={"t": 5.1})
+    assert_close(flat.z_init, np.array([5.1]))
+    assert np.isfinite(flat.log_joint(flat.z_init))
+    with pytest.raises(ValueError, match=r"init_values.*'t'.*'s'"):
+        numpyro_log_joint(model, y, init_values={"s": 5.1})
+
+
+def test_a_numpyro_model_without_latent_sites_is_refused():
+    with pytest.raises(ValueError, match="no latent site"):
+        numpyro_log_joint(lambda y: numpyro.sample("y", dist.Normal(0, 1), obs=y), jnp.ones(2))

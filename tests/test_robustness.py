@@ -251,7 +251,7 @@ def is_finite(tree: Any) -> np.ndarray:
 
 
 def check_every_number_is_finite_with_a_repair(name):
-    """Mean, factor, path, flags, ELBO and its gradient in all weights, wherever the model is sane.
+    """Mean, factor, iterates, flags, ELBO and its gradient, wherever the model is sane.
 
     A log rate or a log variance from a loud decoder is exponentiated, which float32 cannot hold;
     no other likelihood ever leaves its range.

@@ -120,7 +120,7 @@ def test_products_are_those_of_the_matrix(x64, make):
 
 @pytest.mark.parametrize("damping", ["paper", "line_search", "trust_region"])
 def test_both_solvers_find_the_same_mode(x64, damping):
-    """Where the search has ended; the path may differ."""
+    """Where the search has ended; the iterates may differ."""
     layers, z_init = random_layers(4), 0.3 * random_vector(4, LATENT)
 
     @jax.jit

@@ -43,6 +43,7 @@ from vlae_jax.expansions import (
     shifted_expansion,
 )
 from vlae_jax.inference import infer_posterior
+from vlae_jax.kinks import KinkCheck, certify_kink, check_kink
 from vlae_jax.posterior import (
     DiagonalPosterior,
     GaussianPosterior,
@@ -82,6 +83,7 @@ __all__ = [
     "Expansion",
     "GaussianPosterior",
     "ImportanceInfo",
+    "KinkCheck",
     "LogDensity",
     "MatrixFreeExpansion",
     "MixturePosterior",
@@ -95,6 +97,8 @@ __all__ = [
     "affine_head_expansion",
     "bernoulli",
     "categorical",
+    "certify_kink",
+    "check_kink",
     "discretized_logistic",
     "elbo",
     "exact_expansion",

@@ -35,7 +35,7 @@ def affine_head_expansion(
         log_var: Log noise variance; a scalar or shape (dim,).
         x: The example, (dim,).
         log_prior: z → log p(z), nats.
-        exact: Take the Hessian of the log joint. The default linearises the features, which is
+        exact: Take the Hessian of the log joint. The default linearizes the features, which is
             the same almost everywhere if they are piecewise linear.
         form: "gram"; "explicit", by the Jacobian of the whole decoder; or what costs less for
             these sizes (`gram_is_cheaper`).
@@ -99,7 +99,7 @@ def compress_affine_gaussian(
     """
     with jax.default_matmul_precision("highest"):
         noise_precision = jnp.broadcast_to(jnp.exp(-log_var), bias.shape)
-        weighted = kernel * noise_precision
+        weighted = kernel * noise_precision[None]
         gram = weighted @ kernel.T
         projected = weighted @ (x - bias)
         constant = gaussian(x, bias, log_var)
@@ -132,7 +132,7 @@ def whiten_affine_head(
     """
     scale = jnp.broadcast_to(jnp.exp(-0.5 * log_var), kernel.shape[1:])
     with jax.default_matmul_precision("highest"):
-        basis, factor = jnp.linalg.qr((kernel * scale).T)
+        basis, factor = jnp.linalg.qr((kernel * scale[None]).T)
     return WhitenedHead(factor, basis)
 
 

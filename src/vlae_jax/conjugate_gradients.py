@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 _NEGLIGIBLE = 1e-2
-"""Nats, times the share, that are never worth another product."""
+"""A Newton decrement in nats that counts as converged: of less than this no share need be found."""
 
 
 def conjugate_gradients(
@@ -17,11 +17,19 @@ def conjugate_gradients(
     *,
     shortfall: float,
 ) -> Float[Array, " latent"]:
-    """Solve P v = rhs until at most this share of the decrement ½ rhsᵀP⁻¹rhs can be missing.
+    """Solve P v = rhs until a given share of the decrement ½ rhsᵀP⁻¹rhs, at most, is missing.
 
-    What is missing is bounded by Gauss-Radau quadrature from the coefficients of the iteration
-    and a lower bound of 1 on the eigenvalues of P. Stops early, with the best v so far, where P
-    shows negative curvature; if that is at once, v is rhs over the size of that curvature.
+    The missing part is bounded from above by Gauss-Radau quadrature: from the coefficients of the
+    iteration, and from 1 as a lower bound of the eigenvalues of P. Where P has smaller ones the
+    loop may end early; v is a direction of ascent all the same. Where P shows negative curvature
+    the loop ends with the v found so far; if that is in the first product, with rhs divided by the
+    size of that curvature.
+
+    Args:
+        times: v → P v.
+        rhs: The right-hand side, (latent,).
+        shortfall: The share of the decrement that may be missing. A hundredth of a nat times this
+            share may always be missing.
 
     References:
         Meurant and Tichý (2013), On computing quadrature-based bounds for the A-norm of the error

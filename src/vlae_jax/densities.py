@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import gammaln
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
 """A point → its log density in nats, a scalar. Closes over everything else."""
@@ -56,13 +56,16 @@ def gaussian(
     return -0.5 * jnp.sum(scaled + log_var + math.log(2 * math.pi))
 
 
-def bernoulli(x: Float[Array, " dim"], logits: Float[Array, " dim"]) -> Float[Array, ""]:
+def bernoulli(
+    x: Num[Array, " dim"] | Bool[Array, " dim"], logits: Float[Array, " dim"]
+) -> Float[Array, ""]:
     """Log probability of the binary vector `x` under independent Bernoullis, in nats.
 
     Args:
-        x: Zeros and ones, shape (dim,).
+        x: Zeros and ones, shape (dim,), of any dtype.
         logits: Log odds of a one, shape (dim,). Saturated logits keep their gradient.
     """
+    x = jnp.asarray(x, logits.dtype)
     return jnp.sum(x * logits - jax.nn.softplus(logits))
 
 
@@ -71,7 +74,7 @@ def categorical(x: Int[Array, "..."], logits: Float[Array, "..."]) -> Float[Arra
 
     Args:
         x: Class indices 0, 1, ..., of any integer type and any shape: (dim,), or () for one label.
-        logits: Unnormalised log probabilities, the classes of an entry on the last axis: the shape
+        logits: Unnormalized log probabilities, the classes of an entry on the last axis: the shape
             of `x` and then (classes,); or the same numbers flat, as a decoder gives them.
 
     Returns:

@@ -108,7 +108,7 @@ def gauss_newton_expansion(
     fisher: Callable[[Float[Array, " out"]], Float[Array, " out"]] | None = None,
     chunk_size: int | None = None,
 ) -> MatrixFreeExpansion:
-    """Expand log p(x | decode(z)) + log p(z) with the decoder linearised: JᵀWJ + prior precision.
+    """Expand log p(x | decode(z)) + log p(z) with the decoder linearized: JᵀWJ + prior precision.
 
     W is minus the Hessian of the log likelihood with respect to the decoder's output, J the
     Jacobian of the decoder. For a concave log likelihood and prior the precision is positive
@@ -166,7 +166,7 @@ def gauss_newton_expansion(
                 return _by_columns(products(z), z, chunk_size)
             value, grad, push, weigh = linearized(z)
             _require_memory(z, jax.eval_shape(push, z).size)
-            basis = jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)  # varies as z does
+            basis = _basis(z)
             fit = _sandwich(jax.vmap(push)(basis), weigh)
             return Quadratic(value, grad, fit - jax.hessian(log_prior)(z))
 
@@ -247,10 +247,15 @@ def depend_on_data(log_joint: LogDensity, z: Float[Array, " latent"]) -> Float[A
     return z + jnp.zeros_like(value).astype(z.dtype)
 
 
+def _basis(z: Float[Array, " latent"]) -> Float[Array, "latent latent"]:
+    """The unit vectors, varying over devices as z does: see `depend_on_data`."""
+    return jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)[None]
+
+
 def _by_columns(products: Products, z: Float[Array, " latent"], chunk_size: int) -> Quadratic:
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    basis = jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)  # varies as z does
+    basis = _basis(z)
     columns = jax.lax.map(jax.checkpoint(products.times), basis, batch_size=min(chunk_size, z.size))
     return Quadratic(products.value, products.grad, columns)
 

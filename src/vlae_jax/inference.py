@@ -32,13 +32,14 @@ def infer_posterior(
     gradient: Gradient = "implicit",
     repair: Expansion | None = None,
     solver: Solver = "auto",
+    until_converged: bool = False,
 ) -> tuple[GaussianPosterior, RefinementInfo]:
     """Refine `z_init` to a mode of the log joint and take the Laplace posterior there.
 
     Args:
         expand: Expansion of one example's log joint; closes over the example and parameters.
         z_init: First guess, shape (latent,): an encoder's mean, or zeros.
-        num_steps: Steps T of the search.
+        num_steps: Steps T of the search; the most of them with `until_converged`.
         damping: See `newton_refine`.
         gradient: How what `expand` closes over sees the mode μ. The precision is differentiated in
             all three.
@@ -51,19 +52,26 @@ def infer_posterior(
         repair: Expansion whose precision replaces one that is not positive definite.
         solver: How the steps of the search are solved for; see `newton_refine`. The precision at
             the mode is always formed, and factored once.
+        until_converged: Stop the search early; see `newton_refine`. Not with "unroll".
 
     Returns:
         The posterior and the `RefinementInfo`. Where the precision at the mode is neither positive
         definite nor repaired, the factor is NaN for this example alone and `info.is_pd` false.
 
     Raises:
-        ValueError: While tracing, for an unknown `gradient` or what `newton_refine` refuses.
+        ValueError: While tracing, for an unknown `gradient`, for an unrolled search without a fixed
+            number of steps, or for what `newton_refine` refuses.
 
     References:
         Park, Kim and Kim (2019), algorithm 1 (gradient "unroll").
     """
     if gradient not in get_args(Gradient):
         raise ValueError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
+    if until_converged and gradient == "unroll":
+        raise ValueError(
+            "a search until_converged cannot be differentiated step by step: choose gradient "
+            "'implicit' or 'stop', or a fixed number of steps"
+        )
 
     def curvature(z):
         return factorize(expand, z, repair)
@@ -81,6 +89,7 @@ def infer_posterior(
         repair=searched_repair,
         solver=solver,
         shortfall=shortfall,
+        until_converged=until_converged,
     )
     if gradient == "implicit":
         mode, (quadratic, factor) = at_implicit_mode(curvature, search.mode)
@@ -118,7 +127,7 @@ def at_implicit_mode(
 ) -> tuple[Float[Array, " latent"], tuple[Quadratic, Factor]]:
     """The mode and the curvature there, the mode moving with what `curvature` closes over.
 
-    One evaluation of the curvature serves the value, the factor of the solve and, linearised, the
+    One evaluation of the curvature serves the value, the factor of the solve and, linearized, the
     whole derivative.
     """
     pure, closed_over = jax.closure_convert(curvature, mode)

@@ -6,7 +6,7 @@ as it is (see `examples/`). Each library is imported by the function that uses i
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -85,12 +85,17 @@ class FlatModel(NamedTuple):
     log_joint: LogDensity
     """z of shape (latent,) → log p(data, z), nats, as a density of the unconstrained z."""
     z_init: Float[Array, " latent"]
-    """Zeros, numpyro's feasible point."""
+    """Where to start: what was given, or zeros, numpyro's feasible point."""
     constrain: Callable[[Float[Array, " latent"]], dict[str, Array]]
     """z → the value of every latent site on its own support, by name."""
 
 
-def numpyro_log_joint(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FlatModel:
+def numpyro_log_joint(
+    model: Callable[..., Any],
+    *args: Any,
+    init_values: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> FlatModel:
     """The log density of a numpyro model as a function of a flat unconstrained z.
 
     Sites with a bounded support are moved to the whole real line by numpyro's own bijections, with
@@ -100,26 +105,40 @@ def numpyro_log_joint(model: Callable[..., Any], *args: Any, **kwargs: Any) -> F
     Args:
         model: A function with numpyro's primitives. Its latent sites must be continuous.
         *args: What to call it with, observations included.
-        **kwargs: Likewise.
+        init_values: The value of every latent site where the search is to start, by name, each on
+            its own support. By default zeros of the unconstrained space, where the density of
+            some models is 0.
+        **kwargs: What else to call the model with, by name.
 
     Returns:
         The `FlatModel`, whose `log_joint` goes to `exact_expansion`.
 
     Raises:
         ImportError: Without numpyro.
-        RuntimeError: If the density at `z_init` is not finite (only seen outside `jit`).
+        ValueError: If the model has no latent site, or `init_values` are not those of its latent
+            sites.
+        RuntimeError: If the density at `z_init` is not finite (only seen outside `jit`): give a
+            start by `init_values`.
 
     Gradients:
         Flow through z and the arguments.
     """
     with _needed_from_the_extra():
-        from numpyro.infer import init_to_feasible
+        from numpyro.infer import init_to_feasible, init_to_value
         from numpyro.infer.util import initialize_model
 
+    latent = _latent_sites(model, args, kwargs)
+    if not latent:
+        raise ValueError("the model has no latent site: each of its samples is observed")
+    if init_values is not None and set(init_values) != latent:
+        raise ValueError(
+            f"init_values must have a value for each of {sorted(latent)}, got {sorted(init_values)}"
+        )
+    start = init_to_feasible if init_values is None else init_to_value(values=dict(init_values))
     found = initialize_model(
         jax.random.key(0),  # the feasible point does not depend on it
         model,
-        init_strategy=init_to_feasible,
+        init_strategy=start,
         model_args=args,
         model_kwargs=kwargs,
         validate_grad=False,
@@ -130,6 +149,15 @@ def numpyro_log_joint(model: Callable[..., Any], *args: Any, **kwargs: Any) -> F
         z_init=z_init,
         constrain=lambda z: found.postprocess_fn(unravel(z)),
     )
+
+
+def _latent_sites(model: Callable[..., Any], args: Any, kwargs: Any) -> set[str]:
+    from numpyro.handlers import seed, trace
+
+    sites = trace(seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
+    return {
+        name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]
+    }
 
 
 def optimistix_refine(
@@ -152,11 +180,11 @@ def optimistix_refine(
         max_steps: Where to give up.
 
     Returns:
-        The mode (latent,) and the `RefinementInfo`. A solver shows no path: `path` and `log_joint`
-        have two rows, for the first guess and the mode. `steps_used` is the solver's own count of
-        its steps, rejected ones included. `converged` asks for both: the solver's word for
-        success, and a Newton decrement (by the exact Hessian) below 0.01 nats. Nothing is raised
-        for an example that fails.
+        The mode (latent,) and the `RefinementInfo`. A solver does not show its iterates:
+        `iterates` and `log_joint` have two rows, for the first guess and the mode. `steps_used` is
+        the solver's own count of its steps, rejected ones included. `converged` asks for both: the
+        solver's word for success, and a Newton decrement (by the exact Hessian) below 0.01 nats.
+        Nothing is raised for an example that fails.
 
     Raises:
         ImportError: Without Optimistix.
@@ -189,7 +217,7 @@ def optimistix_refine(
         lambda z, held: -pure(z, *held), solver, z_init, held, max_steps=max_steps, throw=False
     )
     mode = jax.lax.stop_gradient(found.value)
-    search = Search(mode, z_init[None], held_log_joint(z_init)[None], stalls_at_modes=False)
+    search = Search(mode, z_init[None], held_log_joint(z_init)[None], num_taken=1)
     expand = exact_expansion(log_joint)
     mode, (quadratic, factor) = at_implicit_mode(lambda z: factorize(expand, z), mode)
     info = search_info(search, quadratic, factor)

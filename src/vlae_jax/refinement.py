@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float, Int
 
-from vlae_jax.conjugate_gradients import conjugate_gradients
 from vlae_jax.densities import LogDensity
 from vlae_jax.expansions import (
     Expansion,
@@ -20,36 +19,53 @@ from vlae_jax.expansions import (
     exact_expansion,
 )
 from vlae_jax.factor import Factor, factorize
+from vlae_jax.search_steps import (
+    hold_value,
+    line_search_step,
+    look_by_factor,
+    look_by_products,
+    promises_more_than_rounding,
+    trust_region_step,
+)
 
 Damping = Literal["paper", "line_search", "trust_region"]
 Solver = Literal["auto", "cholesky", "cg"]
 
+TOLERANCE = 1e-2
+"""Nats below the local maximum, by the Newton decrement, at which a search has converged."""
 SHORTFALL = 0.1
-"""Share of the Newton decrement that conjugate gradients may leave out."""
+"""Share of the Newton decrement that a direction found by conjugate gradients may lack."""
 _CG_LATENT = 24
-"""Dimensions from which conjugate gradients cost less than forming the precision."""
-_STEP_SIZES = (1.0, 0.5, 0.25, 0.125)
-_STALLED = 1e-2
+"""Latent dimensions from which conjugate gradients cost less than forming the precision."""
 
 
 class RefinementInfo(NamedTuple):
     """How one example's search went. Carries no gradients."""
 
-    path: Float[Array, "steps_and_one latent"]
-    """The points visited, from the first guess to the mode."""
+    iterates: Float[Array, "steps_and_one latent"]
+    """The points visited, from the first guess to the mode. A search that ended early repeats its
+    last point."""
     log_joint: Float[Array, " steps_and_one"]
     """The log joint at each of them, nats."""
     newton_decrement: Float[Array, ""]
-    """½ gᵀP⁻¹g at the mode: how far below its local maximum it lies, nats. P is that of the repair
-    where its own is not PD; NaN where there is none."""
+    """½ gᵀP⁻¹g at the mode: how far below the maximum of its quadratic model it lies, nats. P is
+    that of the repair where its own is not positive definite; NaN where there is none."""
     converged: Bool[Array, ""]
-    """The decrement, or a line search's last gain, is below 0.01 nats, and P is PD, unrepaired: a
-    minimum has no gradient either. The gain counts
-    only where rounding of the log joint would not hide it: below 84,000 nats in float32."""
+    """Either the decrement is below 0.01 nats, with what rounding of the point may hide added to
+    it, and P is positive definite without a repair (a minimum has no gradient either); or
+    `certify_kink` has found the point to be a kink. That no step gained anything is no reason."""
     is_pd: Bool[Array, ""]
     """Whether the precision at the mode was positive definite, before any repair."""
     steps_used: Int[Array, ""]
     """Steps that moved the point."""
+    is_kink: Bool[Array, ""]
+    """Whether the point is certified to be a maximum where the gradient jumps, as those of ReLU
+    networks can be. False unless `certify_kink` was asked."""
+
+    @property
+    def is_mode(self) -> Bool[Array, ""]:
+        """Whether the point is a maximum at which the gradient vanishes."""
+        return self.converged & ~self.is_kink
 
 
 @runtime_checkable
@@ -68,8 +84,9 @@ def newton_refine(
     damping: Damping = "line_search",
     repair: Expansion | None = None,
     solver: Solver = "auto",
+    until_converged: bool = False,
 ) -> tuple[Float[Array, " latent"], RefinementInfo]:
-    """Search the mode by damped steps z + α P⁻¹∇ log p(x, z).
+    """Search the mode by damped steps z + α (P + λI)⁻¹∇ log p(x, z).
 
     With the Gauss-Newton precision of a ReLU decoder the full step is the closed-form posterior
     mean of the local linear model (probabilistic PCA); it is Newton's method, Fisher scoring or
@@ -79,11 +96,15 @@ def newton_refine(
         expand: Expansion of one example's log joint.
         z_init: First guess, shape (latent,).
         num_steps: Steps T; 0 returns `z_init`.
-        damping: "line_search" takes the best of α ∈ {0, 1/8, 1/4, 1/2, 1}, so the log joint never
-            falls; "paper" takes α = 0.5/(t + 1); "trust_region" (Levenberg-Marquardt) solves with
-            P + λI and accepts only what raises the log joint.
+        damping: "line_search" takes the best of α ∈ {0, 1/8, 1/4, 1/2, 1}, and where none of
+            them gains enough, of α down to 2⁻¹⁴; where none of those does, the next step has a
+            larger ridge λ. "trust_region" (Levenberg-Marquardt) has α = 1 and takes only steps
+            that raise the log joint, with a larger λ after each that does not. In both the log
+            joint never falls, and λ returns to 0 as steps succeed. "paper" takes
+            α = 0.5/(t + 1), λ = 0.
         repair: Expansion whose precision is used for a step where that of `expand` is not
-            positive definite. Without it such a step does not move.
+            positive definite. Without it such a step follows the gradient, and the next has a
+            larger ridge; one of the paper's does not move.
         solver: How P⁻¹∇ is found. "cholesky" forms and factors P. "cg" multiplies by P without
             forming it, until the direction provably holds 90 % of the Newton decrement (for
             P ≥ I: a Gauss-Newton precision with a standard normal prior; to rounding where the
@@ -91,6 +112,9 @@ def newton_refine(
             negative curvature, and needs no repair. "auto"
             takes "cg" where `expand` has products, z has at least 24 dimensions and damping is
             not "paper", whose steps are meant to be those of the paper.
+        until_converged: Stop after the first step that began within 0.01 nats of convergence, or
+            when nothing is left to try; `num_steps` is then the most that are taken. A batch
+            under `vmap` takes as many steps as its slowest example.
 
     Returns:
         The mode (latent,) and the `RefinementInfo`.
@@ -100,10 +124,12 @@ def newton_refine(
 
     Gradients:
         Flow through every step into `z_init` and the parameters, with step sizes held constant.
-        `infer_posterior` has cheaper ways.
+        JAX cannot differentiate a search `until_converged` in reverse. `infer_posterior` has
+        cheaper ways, which can use one.
 
     References:
-        Park, Kim and Kim (2019), section 3.1 and algorithm 1; Levenberg (1944); Marquardt (1963).
+        Park, Kim and Kim (2019), section 3.1 and algorithm 1; Levenberg (1944); Marquardt (1963);
+        Nocedal and Wright (2006), Numerical optimization, chapters 3 and 4.
     """
     search = newton_search(
         expand,
@@ -113,6 +139,7 @@ def newton_refine(
         repair=repair,
         solver=solver,
         shortfall=None,
+        until_converged=until_converged,
     )
     return search.mode, search_info(search, *factorize(expand, search.mode, repair))
 
@@ -121,12 +148,20 @@ class Search(NamedTuple):
     """A mode search before anything is known of the curvature where it ended."""
 
     mode: Float[Array, " latent"]
-    path: Float[Array, "steps latent"]
+    iterates: Float[Array, "steps latent"]
     """Where each step began."""
     log_joint: Float[Array, " steps"]
     """The log joint there, nats."""
-    stalls_at_modes: bool
-    """Whether a step that gains nothing means that there is nothing to gain nearby."""
+    num_taken: int | Int[Array, ""]
+    """Steps taken; later rows of `iterates` and `log_joint` mean nothing."""
+
+
+class _State(NamedTuple):
+    """What one step of a Newton search leaves to the next."""
+
+    z: Float[Array, " latent"]
+    ridge: Float[Array, ""]
+    is_done: Bool[Array, ""]
 
 
 def newton_search(
@@ -138,11 +173,13 @@ def newton_search(
     repair: Expansion | None,
     solver: Solver,
     shortfall: float | None,
+    until_converged: bool,
 ) -> Search:
     """`newton_refine` without its last expansion, for callers that need that one themselves.
 
-    A search that is differentiated, as if its directions were exact, needs them to rounding:
-    `shortfall` None.
+    `shortfall` is the share of the Newton decrement that a direction found by conjugate gradients
+    may lack. None solves to rounding: reverse mode through the search takes every direction to be
+    the exact solution.
     """
     if num_steps < 0:
         raise ValueError(f"num_steps must be at least 0, got {num_steps}")
@@ -153,34 +190,50 @@ def newton_search(
         shortfall = 10 * float(jnp.finfo(z_init.dtype).eps)
     if _choose(solver, expand, z_init.size, damping) == "cg":
         matrix_free = cast(MatrixFreeExpansion, expand)
-        look = functools.partial(_by_products, matrix_free, shortfall)
+        look = functools.partial(look_by_products, matrix_free, shortfall)
     else:
-        look = functools.partial(_by_factor, expand, repair)
+        look = functools.partial(look_by_factor, expand, repair)
+    move = line_search_step if damping == "line_search" else trust_region_step
+    evaluate = hold_value(expand, z_init)
 
-    def step(carry, t):
-        z, ridge = carry
+    def step(state, t):
+        z, ridge, _ = state
         local = look(z, ridge)
         if damping == "paper":
-            next_z = z + (0.5 / (t + 1)).astype(z.dtype) * local.direction
-        elif damping == "line_search":
-            next_z = _best_on_ray(expand, z, local)
+            length = 0.5 / (t + 1).astype(z.dtype)
+            moved = z + length * jnp.where(local.is_newton, local.direction, 0.0)
         else:
-            next_z, ridge = _trust_or_retry(expand, z, local, ridge)
-        return (next_z, ridge), (z, local.value)
+            moved, ridge = move(evaluate, z, local, ridge)
+        is_there = local.is_pd & (state.ridge == 0)
+        is_there &= 0.5 * local.grad @ local.direction <= TOLERANCE
+        is_stuck = ~promises_more_than_rounding(local) & jnp.all(moved == z)
+        return _State(moved, ridge, is_there | is_stuck), (z, local.value)
 
-    carry = (z_init, jnp.zeros_like(z_init[0]))
-    (mode, _), (path, values) = jax.lax.scan(step, carry, jnp.arange(num_steps))
-    # A trust region also refuses steps that were only too long.
-    return Search(mode, path, values, stalls_at_modes=damping == "line_search")
+    first = _State(z_init, jnp.zeros_like(z_init[0]), jnp.zeros_like(z_init[0]) > 0)
+    if until_converged:
+        return _search_until_done(step, first, num_steps)
+    last, (iterates, values) = jax.lax.scan(step, first, jnp.arange(num_steps))
+    return Search(last.z, iterates, values, num_steps)
 
 
-class _Local(NamedTuple):
-    """What a step knows of where it begins."""
+def _search_until_done(step: Callable, first: _State, num_steps: int) -> Search:
+    """The steps of a scan, but no more of them than the search asks for."""
+    rows = jnp.zeros((num_steps, 1), first.z.dtype)
+    iterates = rows + jnp.zeros_like(first.z)[None]
+    values = rows[:, 0] + jnp.zeros_like(first.ridge)[None]
 
-    value: Float[Array, ""]
-    grad: Float[Array, " latent"]
-    direction: Float[Array, " latent"]
-    """(P + ridge I)⁻¹ grad, or close to it."""
+    def goes_on(carry):
+        t, state, _, _ = carry
+        return (t < num_steps) & ~state.is_done
+
+    def advance(carry):
+        t, state, iterates, values = carry
+        state, (z, value) = step(state, t)
+        return t + 1, state, iterates.at[t].set(z), values.at[t].set(value)
+
+    carry = (jnp.asarray(0), first, iterates, values)
+    num_taken, last, iterates, values = jax.lax.while_loop(goes_on, advance, carry)
+    return Search(last.z, iterates, values, num_taken)
 
 
 def _choose(solver: Solver, expand: Expansion, latent: int, damping: Damping) -> Solver:
@@ -198,42 +251,6 @@ def _choose(solver: Solver, expand: Expansion, latent: int, damping: Damping) ->
     return solver
 
 
-def _by_factor(
-    expand: Expansion,
-    repair: Expansion | None,
-    z: Float[Array, " latent"],
-    ridge: Float[Array, ""],
-) -> _Local:
-    """Form the precision and factor it."""
-    ridge_matrix = ridge * jnp.eye(z.size, dtype=z.dtype)
-    quadratic, factor = factorize(
-        _add_ridge(expand, ridge_matrix),
-        z,
-        None if repair is None else _add_ridge(repair, ridge_matrix),
-    )
-    direction = jnp.where(factor.is_finite, cho_solve((factor.chol, True), quadratic.grad), 0.0)
-    return _Local(quadratic.value, quadratic.grad, direction)
-
-
-def _by_products(
-    expand: MatrixFreeExpansion,
-    shortfall: float,
-    z: Float[Array, " latent"],
-    ridge: Float[Array, ""],
-) -> _Local:
-    """Multiply by the precision until the direction is good enough."""
-    value, grad, times = expand.products(z)
-
-    def ridged(v):
-        return times(v) + ridge * v
-
-    def solve(matvec, rhs):
-        return conjugate_gradients(matvec, rhs, shortfall=shortfall)
-
-    direction = jax.lax.custom_linear_solve(ridged, grad, solve, symmetric=True)
-    return _Local(value, grad, direction)
-
-
 def gradient_refine(
     log_joint: LogDensity,
     z_init: Float[Array, " latent"],
@@ -247,7 +264,7 @@ def gradient_refine(
         log_joint: z of shape (latent,) → log p(x, z), a scalar in nats.
         z_init: First guess, shape (latent,).
         optimizer: An optax gradient transformation. It is given the gradient of -log p(x, z),
-            which optax minimises.
+            which optax minimizes.
         num_steps: Steps T; 0 returns `z_init`.
 
     Returns:
@@ -280,66 +297,30 @@ def gradient_refine(
         return (z + update, state), (z, -value)
 
     state = optimizer.init(z_init)
-    (mode, _), (path, values) = jax.lax.scan(step, (z_init, state), length=num_steps)
-    search = Search(mode, path, values, stalls_at_modes=False)
+    (mode, _), (iterates, values) = jax.lax.scan(step, (z_init, state), length=num_steps)
+    search = Search(mode, iterates, values, num_steps)
     return mode, search_info(search, *factorize(exact_expansion(log_joint), mode))
-
-
-def _add_ridge(expand: Expansion, ridge: Float[Array, "latent latent"]) -> Expansion:
-    def ridged(z):
-        quadratic = expand(z)
-        return quadratic._replace(precision=quadratic.precision + ridge)
-
-    return ridged
-
-
-def _best_on_ray(expand, z, local):
-    """The best of a few step lengths, all tried in one batch; 0 is among them."""
-    value, direction = local.value, local.direction
-    sizes = jnp.asarray(_STEP_SIZES, z.dtype)
-    tried = jax.lax.stop_gradient(jax.vmap(lambda size: expand(z + size * direction).value)(sizes))
-    tried = jnp.where(jnp.isnan(tried), -jnp.inf, tried)
-    best = jnp.argmax(tried)
-    size = jnp.where(tried[best] > value, sizes[best], 0.0)
-    # A direction that is not taken may be infinite.
-    return z + size * jnp.where(size > 0, direction, 0.0)
-
-
-def _trust_or_retry(expand, z, local, ridge):
-    """Accept a step that keeps at least a little of its promise; else stay, and damp more."""
-    direction = local.direction
-    promised = 0.5 * (local.grad @ direction + ridge * direction @ direction)
-    gained = expand(z + direction).value - local.value
-    accept = gained > 1e-4 * promised
-    lowered = jnp.where(gained > 0.75 * promised, ridge / 10, ridge)
-    # A first ridge: the curvature along the step that went too far; or, where the precision had
-    # no factor and there was no step, what keeps the next one at about unit length.
-    square = direction @ direction
-    along = local.grad @ direction / jnp.where(square > 0, square, 1.0)
-    scale = jnp.where(square > 0, along, jnp.sqrt(local.grad @ local.grad))
-    raised = jnp.maximum(10 * ridge, scale)
-    ridge = jax.lax.stop_gradient(jnp.where(accept, lowered, raised))
-    return jnp.where(accept, z + direction, z), ridge
 
 
 def search_info(search: Search, quadratic: Quadratic, factor: Factor) -> RefinementInfo:
     """Sum up a search, given the expansion at its mode and the factor of its precision."""
-    step = cho_solve((factor.chol, True), quadratic.grad)
-    decrement = jnp.where(factor.is_finite, 0.5 * quadratic.grad @ step, jnp.nan)
-    path = jnp.concatenate([search.path, search.mode[None]])
-    values = jnp.append(search.log_joint, quadratic.value)
-    converged = decrement <= _STALLED
-    if search.stalls_at_modes and values.size > 1:
-        # Where rounding hides a gain of that size, gaining nothing says nothing.
-        is_resolved = jnp.finfo(values.dtype).eps * jnp.abs(values[-1]) <= _STALLED
-        converged |= is_resolved & (values[-1] - values[-2] <= _STALLED)
-    moved = jnp.any(path[1:] != path[:-1], axis=1)
+    mode, grad = search.mode, quadratic.grad
+    step = cho_solve((factor.chol, True), grad)
+    decrement = jnp.where(factor.is_finite, 0.5 * grad @ step, jnp.nan)
+    # The mode is known to half a unit in its last place, and the decrement to what that costs.
+    rounding = jnp.finfo(mode.dtype).eps * (factor.chol.T @ mode)
+    is_small = decrement + 0.5 * rounding @ rounding <= TOLERANCE
+    is_taken = jnp.arange(len(search.log_joint)) < search.num_taken
+    iterates = jnp.where(is_taken[:, None], search.iterates, mode[None])
+    iterates = jnp.concatenate([iterates, mode[None]])
+    values = jnp.where(is_taken, search.log_joint, quadratic.value)
     info = RefinementInfo(
-        path=path,
-        log_joint=values,
+        iterates=iterates,
+        log_joint=jnp.append(values, quadratic.value),
         newton_decrement=decrement,
-        converged=converged & jnp.isfinite(decrement) & factor.is_pd,
+        converged=is_small & factor.is_pd & jnp.isfinite(quadratic.value),
         is_pd=factor.is_pd,
-        steps_used=jnp.sum(moved),
+        steps_used=jnp.sum(jnp.any(iterates[1:] != iterates[:-1], axis=1)),
+        is_kink=jnp.zeros_like(factor.is_pd),
     )
     return jax.lax.stop_gradient(info)

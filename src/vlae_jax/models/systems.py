@@ -152,7 +152,7 @@ def vlae(
         start, found = gradient_refine(
             at.log_joint, z_init, optimizer=optimizer, num_steps=config.steps
         )
-        steps, iterates = 0, found.path
+        steps, iterates = 0, found.iterates
     posterior, info = infer_posterior(
         expand,
         start,
@@ -172,7 +172,7 @@ def vlae(
         "is_pd": info.is_pd,
         "newton_decrement": info.newton_decrement,
     }
-    iterates = info.path if iterates is None else iterates
+    iterates = info.iterates if iterates is None else iterates
     return Inference(posterior, amortization_loss, iterates, flags)
 
 
