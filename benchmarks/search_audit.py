@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+from jax import Array
 
 import vlae_jax as vl
+from vlae_jax.refinement import Damping
 
 FALSE = 0.05
 """Nats that scipy must gain for a flag to be called false."""
@@ -36,7 +38,7 @@ class Kind(NamedTuple):
     """(parameters of one example, z) → nats."""
 
 
-def _draw_heavy_tails(rng, count):
+def _draw_heavy_tails(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Few observations with few degrees of freedom, in units from 1e-4 to 1e4."""
     unit = 10 ** rng.uniform(-4, 4, (count, 1))
     return {
@@ -48,13 +50,13 @@ def _draw_heavy_tails(rng, count):
     }
 
 
-def _heavy_tails(p, z):
+def _heavy_tails(p: Any, z: Array) -> Array:
     scaled = z / p["unit"]
     prior = vl.gaussian(scaled, jnp.zeros_like(scaled), jnp.full_like(scaled, 6.0))
     return vl.student_t(p["x"], scaled @ p["kernel"], jnp.zeros_like(p["x"]), p["freedom"]) + prior
 
 
-def _draw_scales(rng, count):
+def _draw_scales(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Coordinates that differ by up to eight orders of magnitude, seen through a smooth bend."""
     unit = 10 ** rng.uniform(-4, 4, (count, LATENT))
     return {
@@ -66,7 +68,7 @@ def _draw_scales(rng, count):
     }
 
 
-def _scales(p, z):
+def _scales(p: Any, z: Array) -> Array:
     scaled = z / p["unit"]
     mean = 2 * jnp.tanh(scaled @ p["kernel"])
     return vl.gaussian(p["x"], mean, jnp.broadcast_to(p["log_var"], mean.shape)) + (
@@ -74,7 +76,7 @@ def _scales(p, z):
     )
 
 
-def _draw_saddles(rng, count):
+def _draw_saddles(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Double wells, searched from the saddle between them or from very near it."""
     basis = np.linalg.qr(rng.normal(size=(count, LATENT, LATENT)))[0]
     size = 10 ** rng.uniform(-2, 2, (count, 1))
@@ -87,13 +89,13 @@ def _draw_saddles(rng, count):
     }
 
 
-def _saddles(p, z):
+def _saddles(p: Any, z: Array) -> Array:
     along = p["basis"] @ (z / p["size"])
     # A well, a hill that falls off at last, and a plain square.
     return -(p["height"] @ jnp.stack([(along[0] ** 2 - 1) ** 2, along[1] ** 2, along[2] ** 4]))
 
 
-def _draw_funnels(rng, count):
+def _draw_funnels(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Neal's funnel with two numbers observed."""
     return {
         "x": rng.normal(size=(count, 2)) * np.exp(rng.normal(size=(count, 1))),
@@ -102,14 +104,14 @@ def _draw_funnels(rng, count):
     }
 
 
-def _funnels(p, z):
+def _funnels(p: Any, z: Array) -> Array:
     zeros = jnp.zeros_like(z[1:])
     prior = vl.gaussian(z[:1], zeros[:1], jnp.full_like(z[:1], 2 * np.log(3.0)))
     neck = vl.gaussian(z[1:], zeros, jnp.broadcast_to(z[0], zeros.shape))
     return prior + neck + vl.gaussian(p["x"], z[1:], jnp.broadcast_to(p["log_var"], zeros.shape))
 
 
-def _draw_relu(rng, count):
+def _draw_relu(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Two layers of ReLUs, weak to violent weights, and a Gaussian output."""
     weight = np.exp(rng.uniform(-1, 1.5, (count, 1, 1)))
     return {
@@ -121,14 +123,14 @@ def _draw_relu(rng, count):
     }
 
 
-def _relu(p, z):
+def _relu(p: Any, z: Array) -> Array:
     mean = jax.nn.relu(z @ p["first"]) @ p["second"]
     return vl.gaussian(p["x"], mean, jnp.broadcast_to(p["log_var"], mean.shape)) + (
         vl.standard_normal(z)
     )
 
 
-def _draw_mean_and_log_sd(rng, count):
+def _draw_mean_and_log_sd(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Three numbers of a Gaussian with both parameters unknown."""
     spread = 10 ** rng.uniform(-3, 1.5, (count, 1))
     return {
@@ -137,12 +139,12 @@ def _draw_mean_and_log_sd(rng, count):
     }
 
 
-def _mean_and_log_sd(p, z):
+def _mean_and_log_sd(p: Any, z: Array) -> Array:
     mean = jnp.broadcast_to(z[0], p["x"].shape)
     return vl.gaussian(p["x"], mean, jnp.broadcast_to(2 * z[1], mean.shape)) + vl.standard_normal(z)
 
 
-def _draw_counts(rng, count):
+def _draw_counts(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Poisson counts, up to thousands where the first guess expects one."""
     rate = 10 ** rng.uniform(-1, 4, (count, 6))
     return {
@@ -152,7 +154,7 @@ def _draw_counts(rng, count):
     }
 
 
-def _counts(p, z):
+def _counts(p: Any, z: Array) -> Array:
     return vl.poisson(p["x"], z @ p["kernel"]) + vl.standard_normal(z)
 
 
@@ -170,7 +172,7 @@ KINDS = {
 class Finding(NamedTuple):
     """Of one kind, one dtype and one damping."""
 
-    count: int
+    searches: int
     converged: int
     kinks: int
     false: int
@@ -181,7 +183,14 @@ class Finding(NamedTuple):
 
 
 def audit(
-    name: str, *, count: int, seed: int, dtype: Any, damping: str, num_steps: int, batch: int = 1000
+    name: str,
+    *,
+    count: int,
+    seed: int,
+    dtype: Any,
+    damping: Damping,
+    num_steps: int,
+    batch: int = 1000,
 ) -> Finding:
     """Search `count` random log joints of one kind, and hold the flags to scipy's findings."""
     kind = KINDS[name]
@@ -189,23 +198,23 @@ def audit(
 
     @jax.jit
     @jax.vmap
-    def search(p, key):
+    def search(p: Any, key: Array) -> Any:
         log_joint = functools.partial(kind.log_joint, p)
         posterior, info = vl.infer_posterior(
             vl.exact_expansion(log_joint), p["z_init"], num_steps=num_steps, damping=damping
         )
         return posterior, vl.certify_kink(key, log_joint, posterior, info)
 
-    def lost(p, mode, chol, u):
+    def lost(p: Any, mode: Array, chol: Array, u: Array) -> Array:
         return -kind.log_joint(p, mode + jax.scipy.linalg.solve_triangular(chol.T, u))
 
     @jax.jit
-    def climb(*point):
+    def climb(*point: Any) -> tuple[Array, Array, Array]:
         return lost(*point), jax.grad(lost, 3)(*point), jax.hessian(lost, 3)(*point)
 
     @jax.jit
     @jax.vmap
-    def slope(p, posterior):
+    def slope(p: Any, posterior: Any) -> Array:
         return jnp.linalg.norm(jax.grad(lost, 3)(p, *posterior, jnp.zeros_like(posterior.mean)))
 
     total = np.zeros(5)
@@ -226,8 +235,8 @@ def audit(
         worst = max([worst, *gains])
         rounding = 10 * np.finfo(dtype).eps * np.abs(info.log_joint[:, :-1])
         fell = np.any(np.diff(info.log_joint) < -rounding, axis=1)
-        total += [size, info.converged.sum(), info.is_kink.sum(), sum(g > FALSE for g in gains),
-                  fell.sum()]  # fmt: skip
+        false = sum(gain > FALSE for gain in gains)
+        total += [size, info.converged.sum(), info.is_kink.sum(), false, fell.sum()]
     examined, converged, kinks, false, fell = map(int, total)
     return Finding(examined, converged, kinks, false, worst, fell)
 
@@ -243,7 +252,7 @@ def _gain(climb: Callable, example: Any) -> float:
     mode, chol = posterior
     known: dict[bytes, Any] = {}
 
-    def at(u, part):
+    def at(u: np.ndarray, part: int) -> Any:
         if u.tobytes() not in known:
             known.clear()
             known[u.tobytes()] = jax.device_get(climb(p, mode, chol, u))
@@ -272,8 +281,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    ways = [(dtype, damping) for dtype in ("float32", "float64")
-            for damping in ("line_search", "trust_region")]  # fmt: skip
+    dampings: tuple[Damping, ...] = ("line_search", "trust_region")
+    ways = [(dtype, damping) for dtype in ("float32", "float64") for damping in dampings]
     share = -(-options.count // (len(KINDS) * len(ways)))
     print(
         "| kind | dtype | damping | searches | converged | of them kinks | false | worst | fell |"
@@ -282,11 +291,15 @@ def main() -> None:
     for name in KINDS:
         for dtype, damping in ways:
             found = audit(
-                name, count=share, seed=options.seed, dtype=dtype, damping=damping,
+                name,
+                count=share,
+                seed=options.seed,
+                dtype=dtype,
+                damping=damping,
                 num_steps=options.steps,
-            )  # fmt: skip
+            )
             print(
-                f"| {name} | {dtype} | {damping} | {found.count} | {found.converged} | "
+                f"| {name} | {dtype} | {damping} | {found.searches} | {found.converged} | "
                 f"{found.kinks} | {found.false} | {found.worst:.4f} | {found.fell} |",
                 flush=True,
             )

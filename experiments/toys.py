@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from jax import Array
+from jaxtyping import PRNGKeyArray
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -63,8 +65,8 @@ def train(xs: jax.Array, key: jax.Array) -> Any:
     }
     guesses = jnp.linspace(-2, 2, 9)[:, None]
 
-    def loss(params, key):
-        def bound(x, key):
+    def loss(params: Any, key: PRNGKeyArray) -> Array:
+        def bound(x: Array, key: PRNGKeyArray) -> Array:
             expand = expansion(params, x)
             start = guesses[jnp.argmax(jax.vmap(lambda z: expand(z).value)(guesses))]
             posterior, _ = vl.infer_posterior(expand, start, num_steps=STEPS)
@@ -74,7 +76,7 @@ def train(xs: jax.Array, key: jax.Array) -> Any:
 
     optimizer = optax.adam(optax.cosine_decay_schedule(0.02, 1500))
 
-    def step(carry, key):
+    def step(carry: Any, key: PRNGKeyArray) -> tuple[Any, None]:
         params, state = carry
         value, grads = jax.value_and_grad(loss)(params, key)
         updates, state = optimizer.update(grads, state)
@@ -101,7 +103,7 @@ def draw(
     """
     zs = jnp.linspace(-2.8, 2.8, 400)[:, None]
     curve = jax.vmap(lambda z: decode(params, z))(zs)
-    axes.scatter(*xs.T, s=3, color="#cccccc", linewidths=0)
+    axes.scatter(xs[:, 0], xs[:, 1], s=3, color="#cccccc", linewidths=0)
     axes.plot(*curve.T, color=INK, linewidth=1.3, label="decoder g(z)")
     for index, (offset, aside) in enumerate(zip(offsets, asides, strict=True)):
         x = jnp.asarray(xs[index])

@@ -76,7 +76,7 @@ def test_exact_weights_have_full_sample_size_and_no_standard_error(linear_gaussi
 
 
 def log_joint(z):
-    """Not normalised, not Gaussian, and separable: its evidence is a product of integrals."""
+    """Not normalized, not Gaussian, and separable: its evidence is a product of integrals."""
     return standard_normal(z) - jnp.sum(jnp.log(jnp.cosh(z - 0.5)))
 
 
@@ -284,7 +284,7 @@ class Samples(NamedTuple):
 
 
 @pytest.mark.parametrize("estimate", [elbo, iwae_bound, importance_weighted_log_prob])
-def test_antithetic_samples_need_pairs_and_a_centre(estimate):
+def test_antithetic_samples_need_pairs_and_a_center(estimate):
     q = proposal(jnp.float32)
     with pytest.raises(ValueError, match=r"symmetric.*Samples is not"):
         estimate(KEY, log_joint, Samples(q), num_samples=2, antithetic=True)

@@ -99,9 +99,9 @@ class Arguments(NamedTuple):
     def posterior(self):
         return GaussianPosterior(self.z, self.chol)
 
-    def mixture(self, centred):
+    def mixture(self, centered):
         components = (self.posterior(), heavy_tailed(self.posterior(), 5.0))
-        return MixturePosterior(components, self.x[:2], self.x[:LATENT] if centred else None)
+        return MixturePosterior(components, self.x[:2], self.x[:LATENT] if centered else None)
 
     def refine(self, **options):
         expand, sizes = self.gauss_newton(), {"num_steps": NUM_STEPS, "num_samples": 4}
@@ -305,11 +305,11 @@ CASES = [
     ),
     *(
         Case(
-            f"MixturePosterior, {centred=}",
-            lambda a, centred=centred: some_methods(a.mixture(centred), a.x[:LATENT]),
+            f"MixturePosterior, {centered=}",
+            lambda a, centered=centered: some_methods(a.mixture(centered), a.x[:LATENT]),
             {"sample": METHODS["sample"], "log_prob": shape()},
         )
-        for centred in (False, True)
+        for centered in (False, True)
     ),
     Case(
         "elbo",

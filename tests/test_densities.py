@@ -233,7 +233,7 @@ def test_an_overflowing_rate_has_probability_zero():
     assert value == -jnp.inf
 
 
-# ---------------------------------------------------------------- discretised logistic
+# ---------------------------------------------------------------- discretized logistic
 
 
 def exact_logistic(x, mean, log_scale, low, high, levels):
@@ -613,8 +613,8 @@ def test_a_mixture_prior_finds_its_modes_and_flags_the_saddle_between(x64):
     noise, x = 2.0, 0.0
 
     def log_prior(z):
-        centre = jnp.full(1, 3.0)
-        both = [multivariate_normal(z, side * centre, jnp.eye(1)) for side in (1, -1)]
+        center = jnp.full(1, 3.0)
+        both = [multivariate_normal(z, side * center, jnp.eye(1)) for side in (1, -1)]
         return jnp.logaddexp(*both) - np.log(2)
 
     @jax.jit

@@ -130,7 +130,7 @@ def test_the_log_density_that_comes_with_a_sample_is_its_log_prob(x64, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sample_gradients_are_reparametrised(x64, kind):
+def test_sample_gradients_are_reparameterized(x64, kind):
     """Differences at a fixed key, of the sample and of its log density; no score in the latter."""
     posterior, _ = make(kind)
 
@@ -179,8 +179,8 @@ def test_heavy_tailed_samples_have_the_moments_of_a_student_t(x64):
     expected = df / (df - 2) * scale
     error = np.sqrt(np.diag(expected) / num_samples)
     assert_close(np.mean(z, axis=0), np.asarray(posterior.mean), standard_error=error)
-    centred = np.asarray(z) - np.asarray(posterior.mean)
-    products = np.einsum("ni,nj->nij", centred, centred)
+    centered = np.asarray(z) - np.asarray(posterior.mean)
+    products = np.einsum("ni,nj->nij", centered, centered)
     error = np.std(products, axis=0) / np.sqrt(num_samples)
     assert_close(np.mean(products, axis=0), expected, standard_error=error)
     truth = scipy.stats.multivariate_normal(np.asarray(posterior.mean), scale)
@@ -308,15 +308,15 @@ def test_only_the_symmetric_is_skewed():
 # ---------------------------------------------------------------- mixtures
 
 
-def mixture(dtype, *, centred):
+def mixture(dtype, *, centered):
     """Of a Gaussian, a diagonal and a Student-t, and their densities by scipy."""
     mean, log_weights = jnp.asarray([0.5, -1, 2], dtype), jnp.asarray([0.3, -0.4, 1.0], dtype)
     gaussian, covariance = make("gaussian", dtype)
     diagonal, variances = make("diagonal", dtype)
     wide = heavy_tailed(diagonal._replace(mean=-mean), 9.0)
     components = (gaussian, diagonal._replace(mean=mean), wide)
-    centre = jnp.asarray([1.0, 2.0, -1.0], dtype) if centred else None
-    means = [np.float64(c.mean if centre is None else centre) for c in components]
+    center = jnp.asarray([1.0, 2.0, -1.0], dtype) if centered else None
+    means = [np.float64(c.mean if center is None else center) for c in components]
     truths = [
         scipy.stats.multivariate_normal(means[0], covariance),
         scipy.stats.multivariate_normal(means[1], variances),
@@ -324,7 +324,7 @@ def mixture(dtype, *, centred):
     ]
     shares = scipy.special.softmax(np.float64(log_weights))
     covariances = [covariance, variances, variances * 9 / 7]
-    return MixturePosterior(components, log_weights, centre), shares, truths, means, covariances
+    return MixturePosterior(components, log_weights, center), shares, truths, means, covariances
 
 
 @jax.jit
@@ -334,10 +334,10 @@ def draw_mixture(keys, posterior, points):
         return z, log_q, jax.vmap(posterior.log_prob)(points)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_a_mixture_is_scipys(dtype, centred):
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_mixture_is_scipys(dtype, centered):
     """Densities, at samples and elsewhere, and the mean and the second moments of samples."""
-    posterior, shares, truths, means, covariances = mixture(dtype, centred=centred)
+    posterior, shares, truths, means, covariances = mixture(dtype, centered=centered)
     num_samples = 8000
     points = jnp.stack([10.0**far * random_vector(far, LATENT, dtype) for far in range(3)])
     z, log_q, log_prob = draw_mixture(
@@ -362,17 +362,17 @@ def test_a_mixture_is_scipys(dtype, centred):
     assert_close(np.mean(products, axis=0), second, standard_error=error)
 
 
-def test_a_mixture_is_symmetric_about_a_centre_that_its_components_share():
-    posterior, *_ = mixture(jnp.float32, centred=True)
+def test_a_mixture_is_symmetric_about_a_center_that_its_components_share():
+    posterior, *_ = mixture(jnp.float32, centered=True)
     z = random_vector(4, LATENT, jnp.float32)
     assert_close(posterior.log_prob(posterior.reflect(z)), np.float32(posterior.log_prob(z)))
-    off_centre, *_ = mixture(jnp.float32, centred=False)
+    off_center, *_ = mixture(jnp.float32, centered=False)
     weigh = functools.partial(elbo, jax.random.key(0), standard_normal, num_samples=2)
     assert jax.eval_shape(functools.partial(weigh, posterior, antithetic=True)).shape == ()
-    with pytest.raises(ValueError, match=r"centre.*antithetic=False"):
-        jax.eval_shape(functools.partial(weigh, off_centre, antithetic=True))
+    with pytest.raises(ValueError, match=r"center.*antithetic=False"):
+        jax.eval_shape(functools.partial(weigh, off_center, antithetic=True))
     with pytest.raises(ValueError, match="MixturePosterior is not"):
-        posterior._replace(components=(off_centre,), log_weights=jnp.zeros(1)).log_prob(z)
+        posterior._replace(components=(off_center,), log_weights=jnp.zeros(1)).log_prob(z)
     with pytest.raises(ValueError, match=r"3 components and log weights of shape \(2,\)"):
         posterior._replace(log_weights=jnp.zeros(2)).log_prob(z)
     with pytest.raises(ValueError, match="at least one component"):
@@ -480,7 +480,7 @@ def test_a_repair_gives_finite_values_and_gradients_through_the_batch(batch):
 
 
 def test_gauss_newton_repairs_a_smooth_decoder(x64):
-    """The same network linearised; where the exact precision is positive definite it stays."""
+    """The same network linearized; where the exact precision is positive definite it stays."""
     network, z = Network("tanh", "bernoulli"), jnp.zeros(LATENT)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Conjugate gradients against the factorisation, and columns in chunks against all at once."""
+"""Conjugate gradients against the factorization, and columns in chunks against all at once."""
 
 import functools
 

@@ -1,7 +1,7 @@
 """Gaussian decoders that end in an affine layer, free of the data dimension."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +180,7 @@ def _half_square(
 
 
 @_half_square.defjvp
-def _half_square_jvp(primals, tangents):
+def _half_square_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (gram, a), (gram_dot, a_dot) = primals, tangents
     slope = a @ gram  # in this order a batch of them needs no transposed copies
     return 0.5 * a @ slope, slope @ a_dot + 0.5 * a @ (gram_dot @ a)

@@ -109,7 +109,7 @@ def annealed_importance_sampling(
     )
     start_key, run_key = jax.random.split(key)
 
-    def sample(chain):
+    def sample(chain: Array) -> Array:
         return start.sample_and_log_prob(jax.random.fold_in(start_key, chain))[0]
 
     origins = jax.vmap(sample)(jnp.arange(num_chains))
@@ -195,7 +195,16 @@ class _Chains(NamedTuple):
     """What adaptation has made of the step sizes given."""
 
 
-def _anneal(key, log_joint, start, origins, betas, num_leapfrog, step_sizes, adapt):
+def _anneal(
+    key: PRNGKeyArray,
+    log_joint: LogDensity,
+    start: Any,
+    origins: Array,
+    betas: np.ndarray,
+    num_leapfrog: int,
+    step_sizes: Array,
+    adapt: bool | Array,
+) -> tuple[Array, AnnealingInfo]:
     """Run chains from `origins` along `betas`; the log of the mean of their weights.
 
     Weights are those of the path as it is run: along falling β they are 1/w.
@@ -209,14 +218,14 @@ def _anneal(key, log_joint, start, origins, betas, num_leapfrog, step_sizes, ada
     stretch = _whitening(start)
     kernel = hmc.build_kernel()
 
-    def log_density(offset, origin, beta):
+    def log_density(offset: Array, origin: Array, beta: Array) -> Any:
         """The annealed density at one point, with log p(x, z) - log start(z)."""
         z = origin + stretch(offset)
         joint, reference = log_joint(z), start.log_prob(z)
         joint = jnp.where(jnp.isfinite(joint), joint, -jnp.inf)
         return (1 - beta) * reference + beta * joint, joint - reference
 
-    def move(key, offset, origin, beta, step_size):
+    def move(key: PRNGKeyArray, offset: Array, origin: Array, beta: Array, step_size: Array) -> Any:
         """The log ratio at one chain's point, and a transition from there."""
         kernel_key, jitter_key = jax.random.split(key)
         step_size *= jax.random.uniform(jitter_key, (), dtype, 1 - _JITTER, 1 + _JITTER)
@@ -233,7 +242,7 @@ def _anneal(key, log_joint, start, origins, betas, num_leapfrog, step_sizes, ada
         )
         return log_ratio, state.position, info.acceptance_rate
 
-    def step(chains, given):
+    def step(chains: Any, given: Any) -> tuple[Any, Any]:
         index, beta, delta, step_size = given
         keys = jax.random.split(jax.random.fold_in(key, index), num_chains)
         step_size *= jnp.exp(chains.log_factor)

@@ -1,8 +1,8 @@
-"""What is maximised and reported: ELBO, Laplace evidence, importance-weighted log-likelihood."""
+"""What is maximized and reported: ELBO, Laplace evidence, importance-weighted log-likelihood."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,9 @@ def elbo(
         log_joint: z of shape (latent,) → log p(x, z), nats.
         posterior: The approximate posterior q.
         num_samples: Samples averaged.
-        antithetic: Take samples in pairs z and 2 centre - z, for which q must be symmetric. Pair k
+        antithetic: Take samples in pairs z and 2 center - z, for which q must be symmetric. Pair k
             uses `fold_in(key, k)`; `num_samples` counts both of each, and is even. What is odd in
-            z about the centre of q then averages out exactly.
+            z about the center of q then averages out exactly.
 
     Returns:
         A lower bound on log p(x) in expectation, nats.
@@ -70,7 +70,7 @@ def elbo(
             is not symmetric (a flow).
 
     Gradients:
-        Flow through the parameters and, by reparametrisation, through the posterior.
+        Flow through the parameters and, by reparameterization, through the posterior.
 
     References:
         Kingma and Welling (2014); Rezende, Mohamed and Wierstra (2014).
@@ -127,7 +127,7 @@ def importance_weighted_log_prob(
         chunk_size: Samples held at once.
         place: Identity on the numbers of a chunk's samples that says where they are: a
             `jax.lax.with_sharding_constraint` spreads each chunk over devices.
-        antithetic: Take samples in pairs z and 2 centre - z, for which q must be symmetric. K and
+        antithetic: Take samples in pairs z and 2 center - z, for which q must be symmetric. K and
             `chunk_size` still count evaluations, and K is even; pair k uses `fold_in(key, k)`, and
             `place` is given the numbers of a chunk's pairs, half as many. Sample size, standard
             error and largest weights are those of the K/2 mean weights of pairs, which are
@@ -142,7 +142,7 @@ def importance_weighted_log_prob(
             symmetric (a flow).
 
     Gradients:
-        Those of the K-sample bound, by reparametrisation.
+        Those of the K-sample bound, by reparameterization.
 
     References:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, equation 8;
@@ -154,7 +154,7 @@ def importance_weighted_log_prob(
     num_chunks = -(-count // chunk_size)
     kept = min(tail_size(count) + 1, count)
 
-    def add_up(largest, chunk):
+    def add_up(largest: Array, chunk: Array) -> tuple[Array, Any]:
         index = chunk * chunk_size + jnp.arange(chunk_size)
         if place is not None:
             index = place(index)
@@ -203,9 +203,9 @@ def iwae_bound(
         num_samples: K.
         doubly_reparameterized: The gradient with respect to q that does not lose its signal as K
             grows. The score of q is dropped and the path through z weighted by the square of the
-            normalised weights; unbiased all the same. What `log_joint` closes over gets the usual
+            normalized weights; unbiased all the same. What `log_joint` closes over gets the usual
             gradient. Costs one more evaluation of the weights. Needs a posterior with `log_prob`.
-        antithetic: Take samples in pairs z and 2 centre - z, for which q must be symmetric. Pair k
+        antithetic: Take samples in pairs z and 2 center - z, for which q must be symmetric. Pair k
             uses `fold_in(key, k)`; K counts both of each, and is even. K = 2 gives the ELBO of
             `SkewedPosterior`.
 
@@ -231,10 +231,10 @@ def iwae_bound(
         )
     constant = jax.lax.stop_gradient(posterior)
 
-    def draw(k):
+    def draw(k: Array) -> Array:
         return posterior.sample_and_log_prob(jax.random.fold_in(key, k))[0]
 
-    def log_weight(z):
+    def log_weight(z: Array) -> Array:
         return log_joint(z) - constant.log_prob(z)
 
     zs = jax.vmap(draw)(index)
@@ -257,17 +257,22 @@ def iwae_bound(
 _ANTITHETIC = "antithetic=True"
 
 
-def _log_weights(key, index, log_joint, posterior, antithetic):
+def _log_weights(
+    key: PRNGKeyArray,
+    index: Int[Array, " draw"],
+    log_joint: LogDensity,
+    posterior: Posterior,
+    antithetic: bool,
+) -> tuple[Float[Array, " draw"], Float[Array, " draw"]]:
     """Of each draw, or of its pair: the log of the mean weight, and the mean log weight."""
-    if antithetic:
-        posterior = require_symmetric(posterior, _ANTITHETIC)
+    mirror = require_symmetric(posterior, _ANTITHETIC) if antithetic else None
 
-    def log_weight(k):
+    def log_weight(k: Array) -> tuple[Array, Array]:
         z, log_q = posterior.sample_and_log_prob(jax.random.fold_in(key, k))
-        if not antithetic:
+        if mirror is None:
             weight = log_joint(z) - log_q
             return weight, weight
-        one, other = jax.vmap(log_joint)(jnp.stack([z, posterior.reflect(z)])) - log_q
+        one, other = jax.vmap(log_joint)(jnp.stack([z, mirror.reflect(z)])) - log_q
         return jnp.logaddexp(one, other) - math.log(2), 0.5 * (one + other)
 
     return jax.vmap(log_weight)(index)

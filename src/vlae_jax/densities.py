@@ -122,7 +122,7 @@ def discretized_logistic(
 ) -> Float[Array, ""]:
     """Log probability of pixels under logistic distributions rounded to the pixels' levels, nats.
 
-    A level takes the probability between the midpoints to its neighbours; the lowest and the
+    A level takes the probability between the midpoints to its neighbors; the lowest and the
     highest also take the tails beyond them, so that all levels sum to one. Log-concave in `mean`.
 
     Args:
@@ -209,7 +209,7 @@ def student_t(
 
     Args:
         x: Where to evaluate, shape (dim,).
-        loc: Centres, shape (dim,).
+        loc: Centers, shape (dim,).
         log_scale: Log of the scale, which multiplies a standard t; a scalar or shape (dim,).
         freedom: Degrees of freedom, positive; a scalar or shape (dim,).
     """
@@ -231,7 +231,7 @@ def student_t_fisher(
     """Fisher information of `student_t` in `loc`, diagonal: (ν + 1) / ((ν + 3) scale²), (dim,).
 
     Args:
-        loc: Centres, shape (dim,); only their shape matters.
+        loc: Centers, shape (dim,); only their shape matters.
         log_scale: As in `student_t`.
         freedom: ν, as in `student_t`.
     """

@@ -8,7 +8,7 @@ tested equal to `exact_expansion`.
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,7 @@ def gauss_newton_expansion(
     def log_joint(z: Float[Array, " latent"]) -> Float[Array, ""]:
         return log_likelihood(decode(z)) + log_prior(z)
 
-    def linearized(z):
+    def linearized(z: Array) -> tuple[Array, Array, Callable[[Array], Array], Partial]:
         """The value, the gradient, the decoder's tangent map and the product with W."""
         value, grad = jax.value_and_grad(log_joint)(z)
         eta, push = jax.linearize(decode, z)
@@ -299,7 +299,7 @@ def _sandwich(
 
 
 @_sandwich.defjvp
-def _sandwich_jvp(primals, tangents):
+def _sandwich_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (jacobian_t, weigh), (jacobian_t_dot, weigh_dot) = primals, tangents
     weighted, weighted_dot = jax.jvp(
         lambda weigh: jax.vmap(weigh)(jacobian_t), (weigh,), (weigh_dot,)

@@ -1,6 +1,6 @@
 """Cholesky factors that stay finite, values and gradients, whatever precision comes in."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def _safe_cholesky(
 
 
 @_safe_cholesky.defjvp
-def _safe_cholesky_jvp(primals, tangents):
+def _safe_cholesky_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     (matrix,), (matrix_dot,) = primals, tangents
     chol, is_pd = _safe_cholesky(matrix)
     safe = jnp.where(is_pd > 0, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))

@@ -106,7 +106,7 @@ def estimate_elbo(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
-    def log_weight(k):
+    def log_weight(k: Array) -> Array:
         z, log_q = posterior.sample_and_log_prob(jax.random.fold_in(key, k))
         return log_joint(z) - log_q
 
@@ -124,7 +124,7 @@ def best_in_family(
     num_samples: int,
     learning_rate: float = 0.1,
 ) -> Any:
-    """Maximise the ELBO of one example over the local parameters of its posterior's family.
+    """Maximize the ELBO of one example over the local parameters of its posterior's family.
 
     Adam with a cosine decay to 0, on fresh samples in every step; a gradient that is not finite is
     left out. Parameters are relative to the given posterior (see `local_parameters`), so a step is
@@ -168,17 +168,17 @@ def best_in_family(
         max_consecutive_errors=num_steps,
     )
 
-    def loss(params, key):
+    def loss(params: Any, key: PRNGKeyArray) -> Array:
         searched = family.rebuild(params)
         held = family.rebuild(jax.lax.stop_gradient(params))
 
-        def log_weight(key):
+        def log_weight(key: PRNGKeyArray) -> Array:
             z, log_q = searched.sample_and_log_prob(key)
             return log_joint(z) - (held.log_prob(z) if family.has_density else log_q)
 
         return -jnp.mean(jax.vmap(log_weight)(jax.random.split(key, num_samples)))
 
-    def step(carry, index):
+    def step(carry: Any, index: Array) -> tuple[Any, None]:
         params, state = carry
         slope = jax.grad(loss)(params, jax.random.fold_in(search_key, index))
         updates, state = optimizer.update(slope, state, params)
@@ -188,7 +188,7 @@ def best_in_family(
     (params, _), _ = jax.lax.scan(step, carry, jnp.arange(num_steps))
     found = family.rebuild(params)
 
-    def judge(posterior):
+    def judge(posterior: Posterior) -> Array:
         bound, _ = estimate_elbo(
             judge_key, log_joint, posterior, num_samples=16 * num_samples, chunk_size=num_samples
         )
@@ -218,7 +218,7 @@ def local_parameters(posterior: Any) -> Family:
       as a logarithm and the rest times the root of the dimension. L⁻ᵀA is upper, so L A⁻ᵀ is the
       new lower factor of the precision; the ELBO of a log joint that is concave in z is concave in
       m and A (Challis and Barber, 2013).
-    - A NamedTuple with fields `base` and `context`, such as a normalising flow conditioned on what
+    - A NamedTuple with fields `base` and `context`, such as a normalizing flow conditioned on what
       the encoder says: the parameters of `base`, by these rules, and `context` itself. All its
       other fields are common to the examples, and stay as they are.
 
@@ -238,7 +238,7 @@ def local_parameters(posterior: Any) -> Family:
 
 
 def _diagonal(posterior: DiagonalPosterior) -> Family:
-    def rebuild(params):
+    def rebuild(params: Any) -> Any:
         shift, log_scale = params
         mean = posterior.mean + jnp.exp(posterior.log_std) * shift
         return DiagonalPosterior(mean, posterior.log_std + log_scale)
@@ -250,7 +250,7 @@ def _diagonal(posterior: DiagonalPosterior) -> Family:
 def _gaussian(posterior: GaussianPosterior) -> Family:
     mean, chol = posterior
 
-    def rebuild(params):
+    def rebuild(params: Any) -> Any:
         shift, log_diagonal, strict = params
         # Adam moves all entries alike: unscaled, a row of them would outweigh mean and diagonal.
         strict = jnp.triu(strict, 1) / mean.size**0.5
@@ -265,7 +265,7 @@ def _gaussian(posterior: GaussianPosterior) -> Family:
 def _conditional(posterior: Any) -> Family:
     base = local_parameters(posterior.base)
 
-    def rebuild(params):
+    def rebuild(params: Any) -> Any:
         base_params, shift = params
         context = jax.tree.map(jnp.add, posterior.context, shift)
         return posterior._replace(base=base.rebuild(base_params), context=context)

@@ -1,7 +1,7 @@
 """The chain, spelled once: first guess → mode → precision → posterior."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def infer_posterior(
             "'implicit' or 'stop', or a fixed number of steps"
         )
 
-    def curvature(z):
+    def curvature(z: Array) -> tuple[Quadratic, Factor]:
         return factorize(expand, z, repair)
 
     searched, searched_repair, shortfall = expand, repair, None
@@ -108,14 +108,14 @@ def _without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansi
     if not hasattr(expand, "products"):
         return lambda z: quadratic(z, *held)
 
-    def multiply(z, v):
+    def multiply(z: Array, v: Array) -> tuple[Array, Array, Array]:
         value, grad, times = expand.products(z)
         return value, grad, times(v)
 
     pure, closed_over = jax.closure_convert(multiply, z, z)
     also_held = jax.lax.stop_gradient(closed_over)
 
-    def products(z):
+    def products(z: Array) -> Products:
         value, grad, _ = pure(z, z, *also_held)
         return Products(value, grad, jax.linearize(lambda v: pure(z, v, *also_held)[2], z)[1])
 
@@ -133,11 +133,11 @@ def at_implicit_mode(
     pure, closed_over = jax.closure_convert(curvature, mode)
 
     @jax.custom_jvp
-    def at_mode(mode, closed_over):
+    def at_mode(mode: Array, closed_over: Any) -> tuple[Array, tuple[Quadratic, Factor]]:
         return mode, pure(mode, *closed_over)
 
     @at_mode.defjvp
-    def at_mode_jvp(primals, tangents):
+    def at_mode_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
         mode, closed_over = primals
         _, closed_over_dot = tangents
         at, push = jax.linearize(lambda z, consts: pure(z, *consts), mode, closed_over)

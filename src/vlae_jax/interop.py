@@ -167,7 +167,7 @@ def optimistix_refine(
     solver: "AbstractMinimiser",
     max_steps: int = 256,
 ) -> tuple[Float[Array, " latent"], RefinementInfo]:
-    """Search the mode by a minimiser of Optimistix, until it says it is there.
+    """Search the mode by a minimizer of Optimistix, until it says it is there.
 
     Under `vmap` the batch takes as many steps as its slowest example; `newton_refine` with a fixed
     number costs the same for all.
@@ -175,7 +175,7 @@ def optimistix_refine(
     Args:
         log_joint: z of shape (latent,) → log p(x, z), a scalar in nats.
         z_init: First guess, shape (latent,).
-        solver: An Optimistix minimiser, such as `optimistix.BFGS(rtol=1e-6, atol=1e-6)`. It is
+        solver: An Optimistix minimizer, such as `optimistix.BFGS(rtol=1e-6, atol=1e-6)`. It is
             given -log p(x, z).
         max_steps: Where to give up.
 
@@ -199,7 +199,7 @@ def optimistix_refine(
 
     References:
         Nocedal and Wright (2006), Numerical Optimization, for the solvers; Rader, Lyons and Kidger
-        (2024), Optimistix: modular optimisation in JAX and Equinox.
+        (2024), Optimistix: modular optimization in JAX and Equinox.
     """
     with _needed_from_the_extra():
         import optimistix
@@ -210,10 +210,10 @@ def optimistix_refine(
     pure, closed_over = jax.closure_convert(log_joint, z_init)
     held = jax.lax.stop_gradient(closed_over)  # so that the search is not even traced for it
 
-    def held_log_joint(z):
+    def held_log_joint(z: Array) -> Array:
         return pure(z, *held)
 
-    found = optimistix.minimise(
+    found = optimistix.minimize(
         lambda z, held: -pure(z, *held), solver, z_init, held, max_steps=max_steps, throw=False
     )
     mode = jax.lax.stop_gradient(found.value)

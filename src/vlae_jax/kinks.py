@@ -5,7 +5,7 @@ with a slope towards the other. There 0 is not the gradient, but it is a convex 
 gradients nearby (an element of Goldstein's ε-subdifferential), and no point nearby is higher.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def _shortest_combination(vectors: Float[Array, "points latent"]) -> Float[Array
     shortest = jnp.argmin(jnp.diagonal(gram))
     weights = jax.nn.one_hot(shortest, len(gram), dtype=gram.dtype)
 
-    def shift(_, carry):
+    def shift(_: Array, carry: Any) -> Any:
         weights, slope = carry
         gains = jnp.argmin(slope)
         loses = jnp.argmax(jnp.where(weights > 0, slope, -jnp.inf))

@@ -23,7 +23,7 @@ class Posterior(Protocol):
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """One reparametrised sample, (latent,), and its log density in nats."""
+        """One reparameterized sample, (latent,), and its log density in nats."""
         ...
 
 
@@ -38,10 +38,10 @@ class EvaluablePosterior(Posterior, Protocol):
 
 @runtime_checkable
 class SymmetricPosterior(EvaluablePosterior, Protocol):
-    """One whose density is the same on both sides of a centre: samples come with their mirror."""
+    """One whose density is the same on both sides of a center: samples come with their mirror."""
 
     def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
-        """The mirror image 2 centre - z of `z`, (latent,), where the density is that of `z`."""
+        """The mirror image 2 center - z of `z`, (latent,), where the density is that of `z`."""
         ...
 
 
@@ -68,7 +68,7 @@ def require_symmetric(posterior: Posterior, purpose: str) -> SymmetricPosterior:
     """
     if not isinstance(posterior, SymmetricPosterior):
         raise ValueError(
-            f"{purpose} needs a posterior that is symmetric about a centre, with `log_prob` and "
+            f"{purpose} needs a posterior that is symmetric about a center, with `log_prob` and "
             f"`reflect`, as Gaussians and Student-t have; {type(posterior).__name__} is not"
         )
     return posterior
@@ -122,7 +122,7 @@ class GaussianPosterior(NamedTuple):
             The sample, (latent,), and its log density in nats.
 
         Gradients:
-            Flow through mean and factor (reparametrisation). The log density is written in ε, so
+            Flow through mean and factor (reparameterization). The log density is written in ε, so
             it carries the gradient of the entropy and no score.
         """
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
@@ -163,7 +163,7 @@ class GaussianPosterior(NamedTuple):
 
 
 class DiagonalPosterior(NamedTuple):
-    """N(mean, diag(exp(log_std))²): the amortised posterior of a plain VAE."""
+    """N(mean, diag(exp(log_std))²): the amortized posterior of a plain VAE."""
 
     mean: Float[Array, " latent"]
     log_std: Float[Array, " latent"]
@@ -171,7 +171,7 @@ class DiagonalPosterior(NamedTuple):
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """Draw z = mean + std ε, (latent,), with its log density in nats; reparametrised."""
+        """Draw z = mean + std ε, (latent,), with its log density in nats; reparameterized."""
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         z = self.mean + jnp.exp(self.log_std) * noise
         return z, self._log_normalizer() - 0.5 * noise @ noise
@@ -218,7 +218,7 @@ class StudentTPosterior(NamedTuple):
         """Draw mean + L⁻ᵀε / √(g / ν), g from χ²(ν): (latent,), and its log density in nats.
 
         Gradients:
-            Flow through mean and factor (reparametrisation), and implicitly through ν.
+            Flow through mean and factor (reparameterization), and implicitly through ν.
         """
         normal_key, gamma_key = jax.random.split(key)
         noise = jax.random.normal(normal_key, self.mean.shape, self.mean.dtype)
@@ -308,8 +308,8 @@ class MixturePosterior(NamedTuple):
     components: tuple[EvaluablePosterior, ...]
     """Gaussians, Student-t or any others with `log_prob`, of one shape of z."""
     log_weights: Float[Array, " component"]
-    """Log weights of the components; they need not be normalised."""
-    centre: Float[Array, " latent"] | None = None
+    """Log weights of the components; they need not be normalized."""
+    center: Float[Array, " latent"] | None = None
     """Where given, (latent,), every component is moved there, which makes the mixture symmetric
     and fit for antithetic estimates. Needs components with a field `mean`."""
 
@@ -339,38 +339,38 @@ class MixturePosterior(NamedTuple):
         return jax.nn.logsumexp(jax.nn.log_softmax(self.log_weights) + log_probs)
 
     def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
-        """The mirror image 2 centre - z of `z`, (latent,).
+        """The mirror image 2 center - z of `z`, (latent,).
 
         Raises:
-            ValueError: While tracing, if the mixture has no centre that its components share.
+            ValueError: While tracing, if the mixture has no center that its components share.
         """
-        if self.centre is None:
+        if self.center is None:
             raise ValueError(
-                "a MixturePosterior is symmetric only about a `centre` that its components share; "
+                "a MixturePosterior is symmetric only about a `center` that its components share; "
                 "give it, or use antithetic=False"
             )
-        return 2 * self.centre - z
+        return 2 * self.center - z
 
     def _placed(self) -> list[Any]:
-        """The components where they are, or at the centre."""
+        """The components where they are, or at the center."""
         components = list(self.components)
         if not components or self.log_weights.shape != (len(components),):
             raise ValueError(
                 "a MixturePosterior needs at least one component and a log weight for each, got "
                 f"{len(components)} components and log weights of shape {self.log_weights.shape}"
             )
-        if self.centre is None:
+        if self.center is None:
             return components
-        return [self._at_centre(component) for component in components]
+        return [self._at_center(component) for component in components]
 
-    def _at_centre(self, component: Any) -> Any:
+    def _at_center(self, component: Any) -> Any:
         has_mean = isinstance(component, SymmetricPosterior) and hasattr(component, "mean")
         if not has_mean:
             raise ValueError(
-                "a MixturePosterior with a `centre` needs components that are symmetric about "
+                "a MixturePosterior with a `center` needs components that are symmetric about "
                 f"their `mean`; {type(component).__name__} is not"
             )
-        return component._replace(mean=self.centre)
+        return component._replace(mean=self.center)
 
 
 def as_gaussian(posterior: GaussianPosterior | DiagonalPosterior) -> GaussianPosterior:

@@ -196,7 +196,7 @@ def newton_search(
     move = line_search_step if damping == "line_search" else trust_region_step
     evaluate = hold_value(expand, z_init)
 
-    def step(state, t):
+    def step(state: Any, t: Array) -> Any:
         z, ridge, _ = state
         local = look(z, ridge)
         if damping == "paper":
@@ -222,11 +222,11 @@ def _search_until_done(step: Callable, first: _State, num_steps: int) -> Search:
     iterates = rows + jnp.zeros_like(first.z)[None]
     values = rows[:, 0] + jnp.zeros_like(first.ridge)[None]
 
-    def goes_on(carry):
+    def goes_on(carry: Any) -> Array:
         t, state, _, _ = carry
         return (t < num_steps) & ~state.is_done
 
-    def advance(carry):
+    def advance(carry: Any) -> Any:
         t, state, iterates, values = carry
         state, (z, value) = step(state, t)
         return t + 1, state, iterates.at[t].set(z), values.at[t].set(value)
@@ -281,7 +281,7 @@ def gradient_refine(
         raise ValueError(f"num_steps must be at least 0, got {num_steps}")
     z_init = depend_on_data(log_joint, z_init)
 
-    def energy(z):
+    def energy(z: Array) -> Array:
         return -log_joint(z)
 
     wants_value = any(
@@ -289,7 +289,7 @@ def gradient_refine(
         for parameter in inspect.signature(optimizer.update).parameters.values()
     )
 
-    def step(carry, _):
+    def step(carry: Any, _: None) -> tuple[Any, Any]:
         z, state = carry
         value, grad = jax.value_and_grad(energy)(z)
         extra = {"value": value, "grad": grad, "value_fn": energy} if wants_value else {}

@@ -7,7 +7,7 @@ move in one step tries something else in the next.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float
 
 from vlae_jax.conjugate_gradients import conjugate_gradients
-from vlae_jax.expansions import Expansion, MatrixFreeExpansion
+from vlae_jax.expansions import Expansion, MatrixFreeExpansion, Quadratic
 from vlae_jax.factor import factorize
 
 Evaluate = Callable[[Float[Array, " latent"]], Float[Array, ""]]
@@ -79,10 +79,10 @@ def look_by_products(
     """Multiply by the precision until the direction is good enough."""
     value, grad, times = expand.products(z)
 
-    def ridged(v):
+    def ridged(v: Array) -> Array:
         return times(v) + ridge * v
 
-    def solve(matvec, rhs):
+    def solve(matvec: Callable[[Array], Array], rhs: Array) -> Array:
         return conjugate_gradients(matvec, rhs, shortfall=shortfall)
 
     direction = jax.lax.custom_linear_solve(ridged, grad, solve, symmetric=True)
@@ -113,14 +113,14 @@ def line_search_step(
     table = jnp.asarray(_LENGTHS, z.dtype)
     is_visible = promises_more_than_rounding(local)
 
-    def is_enough(length, best):
+    def is_enough(length: Array, best: Array) -> Array:
         return best > value + _SUFFICIENT * length * slope
 
-    def goes_on(state):
+    def goes_on(state: Any) -> Array:
         row, length, best = state
         return (row == 0) | ((row < len(_LENGTHS)) & is_visible & ~is_enough(length, best))
 
-    def try_row(state):
+    def try_row(state: Any) -> Any:
         row, length, best = state
         lengths = jax.lax.dynamic_index_in_dim(table, row, keepdims=False)
         tried = jax.vmap(lambda length: evaluate(z + length * direction))(lengths)
@@ -185,7 +185,7 @@ def _next_ridge(
 
 
 def _add_ridge(expand: Expansion, ridge: Float[Array, ""]) -> Expansion:
-    def ridged(z):
+    def ridged(z: Array) -> Quadratic:
         quadratic = expand(z)
         identity = jnp.eye(z.size, dtype=z.dtype)
         return quadratic._replace(precision=quadratic.precision + ridge * identity)

@@ -5,7 +5,7 @@ log joint is no quadratic the best Gaussian is elsewhere and wider. It satisfies
 E[∇ log p(x, z)] = 0 and precision = E[-∇² log p(x, z)], averages under itself.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ def variational_refine(
     def look(trial: GaussianPosterior) -> _Point:
         return _look(trial, noise, expand, repair, family, chunk_size)
 
-    def step(carry, index):
+    def step(carry: Any, index: Array) -> tuple[Any, Any]:
         point, trial, length = carry
         seen = look(trial)
         accept = (index == 0) | _is_no_loss(seen.pairs, point.pairs)
@@ -222,7 +222,7 @@ def _known_part(
     """
     covariance, count = posterior.covariance(), len(offsets)
 
-    def missed(offset, precision):
+    def missed(offset: Array, precision: Array) -> Array:
         return 0.5 * (offset @ precision @ offset - jnp.sum(covariance * precision))
 
     by_all = jax.vmap(missed, in_axes=(0, None))(offsets, jnp.mean(precisions, axis=0))
@@ -304,7 +304,7 @@ def _factorize(
 ) -> Factor:
     """The factor of a precision at hand, or else of the other."""
 
-    def at_hand(precision):
+    def at_hand(precision: Array) -> Expansion:
         return lambda z: Quadratic(jnp.zeros_like(z[0]), z, precision)
 
     return factorize(at_hand(precision), precision[0], at_hand(instead))[1]

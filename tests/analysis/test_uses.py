@@ -293,7 +293,7 @@ def test_pictures_are_read_in_order_and_named(use, truth, tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
 def test_a_picture_is_read_whatever_its_mode(truth, tmp_path, mode):
-    """Eight bits a channel, opaque, grey: all the same picture."""
+    """Eight bits a channel, opaque, gray: all the same picture."""
     Image.fromarray(truth.pixels[1, ..., 0]).convert(mode).save(tmp_path / "one.png")
     one = read_images(tmp_path / "one.png", (8, 8, 1), 17)
     assert (one.pixels == truth.pixels[1:2]).all() and one.names == ("one.png",)

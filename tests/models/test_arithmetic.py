@@ -115,23 +115,23 @@ def test_the_encoder_and_the_decoders_jacobian_keep_to_the_bound_of_their_layers
 
 def test_convolutions_round_too():
     """3 x 3 pixels around every second one; a doubling is a product of matrices."""
-    side, colours, channels = 7, 2, 3
+    side, colors, channels = 7, 2, 3
     encode = ConvEncoder(
-        (side, side, colours),
+        (side, side, colors),
         (channels,),
         (),
         "relu",
         arithmetic=arithmetic("bfloat16"),
         rngs=nnx.Rngs(0),
     )
-    x = jax.random.normal(jax.random.key(0), (side, side, colours))
+    x = jax.random.normal(jax.random.key(0), (side, side, colors))
     (kernel,) = doubles(encode.convolutions[0].kernel[...])
 
     def convolved(x, kernel):
         planes = [
             sum(
                 scipy.signal.correlate2d(x[..., a], kernel[..., a, b], mode="same")[::2, ::2]
-                for a in range(colours)
+                for a in range(colors)
             )
             for b in range(channels)
         ]

@@ -210,10 +210,10 @@ def test_importance_weights_average_to_one(kind):
 
     @jax.jit
     def estimate(key, context):
-        centre, _ = flow(base.mean, context)
+        center, _ = flow(base.mean, context)
         return importance_weighted_log_prob(
             key,
-            lambda z: jnp.sum(norm.logpdf(z, centre, 0.5)),
+            lambda z: jnp.sum(norm.logpdf(z, center, 0.5)),
             FlowPosterior(base, context, flow),
             num_samples=20_000,
             chunk_size=20_000,
@@ -252,8 +252,8 @@ def test_planar_steps_are_invertible_whatever_their_weights(x64):
     assert np.all(np.diff(mapped, axis=1) > 0)
     overlap = weights[:, 0] * weights[:, 1]
     steepest = np.sign(overlap) * np.log1p(np.abs(overlap))
-    is_centred = weights[:, 2] == 0
-    assert_close(np.exp(log_dets[:, 250] - steepest)[is_centred], np.ones(is_centred.sum()))
+    is_centered = weights[:, 2] == 0
+    assert_close(np.exp(log_dets[:, 250] - steepest)[is_centered], np.ones(is_centered.sum()))
 
 
 @pytest.mark.parametrize("kind", FLOWS)

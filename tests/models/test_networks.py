@@ -47,11 +47,11 @@ def loud(model):
 @pytest.mark.parametrize("crop", [0, 1])
 def test_a_doubling_is_a_transposed_convolution_of_stride_two(x64, crop):
     """Pixel a of the block at corner p is 2p + a - 1, and cell c reaches it by tap 2p + a - 2c."""
-    height, width, cells, colours = 3, 2, 4, 5
+    height, width, cells, colors = 3, 2, 4, 5
     size = (2 * height - crop, 2 * width - crop)
-    double = Doubling(cells, colours, size, rngs=nnx.Rngs(0))
-    kernel = np.asarray(double.blocks.kernel[...]).reshape(2, 2, cells, 2, 2, colours)
-    taps = np.zeros((4, 4, cells, colours))
+    double = Doubling(cells, colors, size, rngs=nnx.Rngs(0))
+    kernel = np.asarray(double.blocks.kernel[...]).reshape(2, 2, cells, 2, 2, colors)
+    taps = np.zeros((4, 4, cells, colors))
     for i, j, a, b in np.ndindex(2, 2, 2, 2):
         taps[2 + a - 2 * i, 2 + b - 2 * j] = kernel[i, j, :, a, b]
     coarse = jax.random.normal(jax.random.key(0), (height, width, cells))
@@ -64,10 +64,10 @@ def test_a_doubling_is_a_transposed_convolution_of_stride_two(x64, crop):
 
 def test_a_convolution_sees_three_by_three_pixels_around_its_own():
     """So x is read in the order height, width, channel, and every pixel is read."""
-    height, width, colours = 7, 4, 2
-    encode = ConvEncoder((height, width, colours), (3,), (), "tanh", rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (height * width * colours,))
-    slopes = jax.jit(jax.jacobian(encode))(x).reshape(4, 2, 3, height, width, colours)
+    height, width, colors = 7, 4, 2
+    encode = ConvEncoder((height, width, colors), (3,), (), "tanh", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (height * width * colors,))
+    slopes = jax.jit(jax.jacobian(encode))(x).reshape(4, 2, 3, height, width, colors)
     row, column = np.arange(height), np.arange(width)
     # Flax pads what is odd at both ends, and what is even at the far one.
     rows = np.abs(row - 2 * np.arange(4)[:, None]) <= 1

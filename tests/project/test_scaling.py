@@ -58,7 +58,7 @@ def test_every_training_step_lowers_for_tpus(method, network):
 
 
 def test_foreign_calls_are_seen():
-    """The same factorisation lowered for a CPU is one."""
+    """The same factorization lowered for a CPU is one."""
     from benchmarks.scaling_programs import foreign_calls
 
     lowered = jax.jit(jnp.linalg.cholesky).lower(jnp.eye(3))

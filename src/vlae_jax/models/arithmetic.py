@@ -44,7 +44,7 @@ class Rounded:
             short = lhs.astype(self.dtype), rhs.astype(self.dtype)
             return self.product(*short, *args, **plain).astype(lhs.dtype)
 
-        def derivative(primals, tangents):
+        def derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
             (lhs, rhs), (lhs_dot, rhs_dot) = primals, tangents
             terms = [
                 rounded(*factors)

@@ -108,9 +108,9 @@ class VariationalAutoencoder(nnx.Module):
             self.features = ConvDecoder(
                 latent, widths, channels, image_shape, activation, arithmetic=decoding, rngs=rngs
             )
-            height, width, colours = image_shape
+            height, width, colors = image_shape
             self.head = Doubling(
-                self.features.out_channels, colours, (height, width), kernel_init=quiet, rngs=rngs
+                self.features.out_channels, colors, (height, width), kernel_init=quiet, rngs=rngs
             )
         else:
             self.features = MLP(latent, widths, activation, arithmetic=decoding, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Normalizing flows that bend an amortised posterior, one example at a time (Flax NNX).
+"""Normalizing flows that bend an amortized posterior, one example at a time (Flax NNX).
 
 A flow is an invertible map of z with the log determinant of its Jacobian, so that the density of
 what it maps follows from that of what it was given. Its context is the encoder's last hidden layer.
@@ -59,7 +59,7 @@ class FlowPosterior(NamedTuple):
             The sample, (latent,), and its log density in nats.
 
         Gradients:
-            Flow through base, context and the flow's weights (reparametrisation).
+            Flow through base, context and the flow's weights (reparameterization).
 
         References:
             Rezende and Mohamed (2015), Variational inference with normalizing flows, equation 7.
@@ -112,7 +112,7 @@ class HouseholderFlow(nnx.Module):
         )
 
     def vectors(self, context: Float[Array, " context"]) -> Float[Array, "steps latent"]:
-        """What the steps reflect along, in their order; not normalised."""
+        """What the steps reflect along, in their order; not normalized."""
         vectors = [self.first(context)]
         for layer in self.later:
             vectors.append(layer(vectors[-1]))

@@ -43,7 +43,7 @@ class MLP(nnx.Module):
         widths: Of the hidden layers.
         activation: A key of `ACTIVATIONS`.
         arithmetic: How layers multiply.
-        kernel_init: Initialiser.
+        kernel_init: Initializer.
         rngs: Random streams for the initial weights.
     """
 
@@ -190,7 +190,7 @@ class Doubling(nnx.Module):
         out_channels: Channels of a pixel.
         out_size: (height, width) of the finer grid: twice the coarser, or one less, cropped.
         arithmetic: How it multiplies.
-        kernel_init: Initialiser; a kernel's fan in is 4 cells.
+        kernel_init: Initializer; a kernel's fan in is 4 cells.
         rngs: Random streams for the initial weights.
     """
 

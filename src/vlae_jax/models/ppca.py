@@ -39,8 +39,8 @@ def fit_ppca(xs: np.ndarray, latent: int, *, min_variance: float = 0.0) -> Linea
     if not 1 <= latent < dim:
         raise UserError(f"ppca needs fewer latent dimensions than pixels, got {latent} of {dim}")
     bias = xs.mean(axis=0, dtype=np.float64)
-    centred = xs - bias
-    values, vectors = np.linalg.eigh(centred.T @ centred / n)
+    centered = xs - bias
+    values, vectors = np.linalg.eigh(centered.T @ centered / n)
     noise = max(float(values[: dim - latent].mean()), min_variance)
     values, vectors = values[: -latent - 1 : -1], vectors[:, : -latent - 1 : -1]
     scales = np.sqrt(np.maximum(values - noise, 0.0))

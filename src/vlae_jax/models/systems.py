@@ -7,7 +7,7 @@ random key for what it draws, and the inference section of the configuration.
 
 import pkgutil
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class Inference(NamedTuple):
     amortization_loss: Float[Array, ""]
     """Nats subtracted from the ELBO in training, to teach the encoder what the ELBO does not."""
     iterates: Float[Array, "steps_and_one latent"]
-    """Where the posterior was centred, from the encoder's guess on."""
+    """Where the posterior was centered, from the encoder's guess on."""
     flags: dict[str, Array]
     """Diagnostics by name, averaged over images: `converged`, `is_pd`, ..."""
 
@@ -48,18 +48,18 @@ System = Callable[[Observation, PRNGKeyArray, InferenceConfig], Inference]
 
 
 def vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """The amortised diagonal Gaussian (Kingma and Welling, 2014)."""
+    """The amortized diagonal Gaussian (Kingma and Welling, 2014)."""
     return _amortized(at.guess, at.mean)
 
 
 def full_covariance_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """The amortised Gaussian with a full covariance, its precision factor from the encoder."""
+    """The amortized Gaussian with a full covariance, its precision factor from the encoder."""
     factor = at.model.posterior_head(at.features, at.log_std)
     return _amortized(GaussianPosterior(at.mean, factor), at.mean)
 
 
 def flow_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """An amortised diagonal Gaussian bent by a flow that sees the encoder's features.
+    """An amortized diagonal Gaussian bent by a flow that sees the encoder's features.
 
     References:
         Rezende and Mohamed (2015), planar; Tomczak and Welling (2016), Householder; Kingma et al.
@@ -99,7 +99,7 @@ def semi_amortized_vae(
         z, _ = posterior.sample_and_log_prob(key)
         return posterior.kl_to_standard_normal() - at.log_likelihood(at.model.decode(z))
 
-    def step(carry, step_key):
+    def step(carry: Any, step_key: PRNGKeyArray) -> tuple[Any, Array]:
         posterior, state = carry
         grads = jax.grad(negative_elbo)(posterior, step_key)
         updates, state = optimizer.update(grads, state, posterior)
@@ -186,7 +186,7 @@ def probabilistic_pca(at: Observation, key: PRNGKeyArray, config: InferenceConfi
 
 
 class FullCovarianceHead(nnx.Module):
-    """The Cholesky factor of an amortised Gaussian's precision, from the encoder's features."""
+    """The Cholesky factor of an amortized Gaussian's precision, from the encoder's features."""
 
     def __init__(
         self, latent: int, features: int, *, arithmetic: Arithmetic = FULL, rngs: nnx.Rngs
