@@ -37,12 +37,8 @@ from vlae_jax import (
     laplace_posterior,
     standard_normal,
 )
-from vlae_jax.posterior import (
-    heavy_tailed,
-    kl_to_standard_normal,
-    mean_and_covariance,
-    widened,
-)
+from vlae_jax.posterior import kl_to_standard_normal, mean_and_covariance
+from vlae_jax.proposals import heavy_tailed, widened
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -44,15 +44,12 @@ from vlae_jax.expansions import (
 )
 from vlae_jax.inference import infer_posterior
 from vlae_jax.kinks import KinkCheck, certify_kink, check_kink
-from vlae_jax.posterior import (
-    DiagonalPosterior,
-    GaussianPosterior,
+from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior, laplace_posterior
+from vlae_jax.proposals import (
     MixturePosterior,
-    Posterior,
     SkewedPosterior,
     StudentTPosterior,
     heavy_tailed,
-    laplace_posterior,
     widened,
 )
 from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine

@@ -13,15 +13,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vlae_jax.annealing import annealed_importance_sampling
 from vlae_jax.bounds import ImportanceInfo, importance_weighted_log_prob
+from vlae_jax.densities import LogDensity
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.trained import Inferred
-from vlae_jax.posterior import GaussianPosterior, heavy_tailed
+from vlae_jax.posterior import GaussianPosterior
+from vlae_jax.proposals import StudentTPosterior, heavy_tailed
 from vlae_jax.variational import variational_refine
 
 
@@ -43,6 +46,9 @@ class Effort(NamedTuple):
         return self.importance_samples + latent * expansions
 
 
+_PILOTS = 16
+_NEGLIGIBLE_SPREAD = 0.1
+"""Nats between the log weights of the pilots below which a Gaussian needs no heavier tails."""
 DF = 8.0
 """Degrees of freedom of the Student-t: tails that a Gaussian's weights cannot outrun, in a body
 that is nearly Gaussian."""
@@ -92,6 +98,41 @@ def best_gaussian(
     return refined
 
 
+class _Chosen(NamedTuple):
+    """A Gaussian, or the Student-t of the same mean and scale."""
+
+    gaussian: GaussianPosterior
+    heavy: StudentTPosterior
+    is_gaussian: Bool[Array, ""]
+
+    def sample_and_log_prob(self, key: PRNGKeyArray) -> tuple[Array, Array]:
+        """One sample of the one chosen, and its log density in nats."""
+        light, heavy = (each.sample_and_log_prob(key) for each in (self.gaussian, self.heavy))
+        return jax.tree.map(
+            lambda one, other: jnp.where(self.is_gaussian, one, other), light, heavy
+        )
+
+    def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
+        """Log density of the one chosen at z, nats."""
+        return jnp.where(self.is_gaussian, self.gaussian.log_prob(z), self.heavy.log_prob(z))
+
+    def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
+        """The mirror image of z."""
+        return self.gaussian.reflect(z)
+
+
+def _with_fitting_tails(
+    key: PRNGKeyArray, log_joint: LogDensity, gaussian: GaussianPosterior
+) -> _Chosen:
+    """The Gaussian itself where it is all but the posterior, so that a linear decoder is exact.
+
+    A few pilot samples decide, which the estimate does not use.
+    """
+    zs, log_q = jax.vmap(gaussian.sample_and_log_prob)(jax.random.split(key, _PILOTS))
+    spread = jnp.ptp(jax.vmap(log_joint)(zs) - log_q)
+    return _Chosen(gaussian, heavy_tailed(gaussian, DF), spread < _NEGLIGIBLE_SPREAD)
+
+
 def estimate_log_prob(
     inferred: Inferred,
     effort: Effort,
@@ -111,15 +152,16 @@ def estimate_log_prob(
 
     Returns:
         Nats, a lower bound of log p(x) in expectation, and what its weights say of it: `elbo` is
-        that of the Student-t.
+        that of the proposal.
     """
     refine_key, sample_key = jax.random.split(jax.random.fold_in(inferred.keys.use, attempt))
     start = inferred.inference.iterates[-1]
     gaussian = best_gaussian(inferred.at, start, refine_key, effort)
+    sample_key, pilot_key = jax.random.split(sample_key)
     return importance_weighted_log_prob(
         sample_key,
         inferred.log_joint,
-        heavy_tailed(gaussian, DF),
+        _with_fitting_tails(pilot_key, inferred.log_joint, gaussian),
         num_samples=effort.importance_samples,
         chunk_size=chunk_size,
         place=place,

@@ -33,11 +33,10 @@ from vlae_jax.posterior import (
     DiagonalPosterior,
     GaussianPosterior,
     Posterior,
-    heavy_tailed,
     kl_to_standard_normal,
-    widened,
 )
 from vlae_jax.progress import counting
+from vlae_jax.proposals import heavy_tailed, widened
 from vlae_jax.runs.config import EvaluationConfig
 from vlae_jax.runs.methods import find_method
 from vlae_jax.runs.metrics import UNRELIABLE_K, Metric, mean_metric

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "gradient": "unroll",
         },
         "training": {"epochs": 2000, "batch_size": 128, "learning_rate": 5e-4},
-        "evaluation": {"importance_samples": 5000},
+        "evaluation": {"importance_samples": 5000, "proposal": "posterior"},
     },
 }
 """Published settings, by name; each field is a default that the command line may change."""
