@@ -47,7 +47,7 @@ def small_config(method: str = "vlae", **sections: Any) -> Config:
         "model": ModelConfig(latent=3, hidden=(16,)),
         "inference": InferenceConfig(method=method, steps=2),
         "training": TrainingConfig(epochs=4, learning_rate=1e-2),
-        "evaluation": EvaluationConfig(importance_samples=8, test_images=16),
+        "evaluation": EvaluationConfig(8, "posterior", test_images=16),
     }
     return Config(**{**defaults, **sections})
 
@@ -60,7 +60,7 @@ def tiny_config(method: str = "vae", **training: Any) -> Config:
         training=TrainingConfig(
             **{"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, **training}
         ),
-        evaluation=EvaluationConfig(importance_samples=30, chunk_size=10, evaluation_batch=4),
+        evaluation=EvaluationConfig(30, "posterior", chunk_size=10, evaluation_batch=4),
     )
 
 
@@ -97,7 +97,13 @@ def linear_config(
         inference=InferenceConfig(method=method, steps=1),
         training=TrainingConfig(epochs=0),
         evaluation=EvaluationConfig(
-            **{"importance_samples": 20, "chunk_size": 7, "test_images": 50, **evaluation}
+            **{
+                "importance_samples": 20,
+                "proposal": "posterior",
+                "chunk_size": 7,
+                "test_images": 50,
+                **evaluation,
+            }
         ),
     )
 

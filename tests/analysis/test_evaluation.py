@@ -120,7 +120,7 @@ def test_raw_pixels_have_no_bits_per_dimension_and_dequantized_ones_do(linear_me
     assert "bits_per_dim" not in linear_metrics
     config = Config(
         model=ModelConfig(latent=2, hidden=(8,)),
-        evaluation=EvaluationConfig(importance_samples=10),
+        evaluation=EvaluationConfig(10, "posterior"),
     )
     bits = by_name(untrained(config))["bits_per_dim"].value
     # An untrained model is no better than writing out 17 levels a pixel, and not absurdly worse.

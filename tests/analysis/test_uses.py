@@ -377,8 +377,8 @@ def test_unreadable_files_are_refused(run, tmp_path, capsys, name, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("encode", "--images", 0), "from 1 to 359"),
-        (("encode", "--images", 9999), "from 1 to 359"),
+        (("encode", "--images", 0), "at least 1"),
+        (("encode", "--images", 9999), "at least 1"),
         (("impute",), "one of --mask"),
         (("impute", "--missing", 0.5, "--mask", "m.npy"), "one of --mask"),
         (("impute", "--missing", 1), "between 0 and 1"),

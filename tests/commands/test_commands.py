@@ -98,7 +98,6 @@ def test_a_run_leaves_everything_a_reader_needs(finished):
     metrics = {metric["name"]: metric for metric in results["metrics"]}
     assert metrics["log_prob"]["samples"] == 4
     assert metrics["log_prob"]["images"] == 8
-    assert metrics["log_prob"]["value"] >= metrics["elbo"]["value"]
     assert metrics["bits_per_dim"]["unit"] == "bits/dim"
     assert set(metrics["elbo"]) == {
         *("name", "value", "standard_error", "unit", "images", "samples", "split"),

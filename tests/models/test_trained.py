@@ -169,7 +169,7 @@ def test_what_is_not_observed_is_not_looked_at():
 def test_every_purpose_has_random_numbers_of_its_own():
     keys = Keys.split(jax.random.key(0))
     drawn = np.array([jax.random.uniform(key) for key in keys])
-    assert len(np.unique(drawn)) == len(Keys._fields) == 5
+    assert len(np.unique(drawn)) == len(Keys._fields) == 6
     trained, pixels = untrained(tiny_config(), DATASET), IMAGES[0]
     inferred = trained.infer(jax.random.key(3), pixels)
     expected = Keys.split(jax.random.key(3))

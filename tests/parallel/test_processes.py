@@ -294,14 +294,15 @@ def compiled_once(tmp_path_factory):
 ARGUMENTS = [
     *("--method", "vae", "--hidden", "16", "--latent", "3", "--epochs", "9"),
     *("--batch-size", "128", "--microbatches", "4", "--learning-rate", "0.01"),
-    *("--importance-samples", "8", "--test-images", "16", "--log-every", "1"),
+    *("--importance-samples", "8", "--proposal", "posterior", "--test-images", "16"),
+    *("--log-every", "1"),
 ]
 STEPS = 90
 CONFIG = Config(
     model=ModelConfig(latent=3, hidden=(16,)),
     inference=InferenceConfig(method="vae"),
     training=TrainingConfig(epochs=9, microbatches=4, learning_rate=1e-2),
-    evaluation=EvaluationConfig(importance_samples=8, test_images=16),
+    evaluation=EvaluationConfig(8, "posterior", test_images=16),
 )
 
 

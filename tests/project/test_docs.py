@@ -22,9 +22,11 @@ FOLDERS = ["analysis", "data", "models", "parallel", "runs", "training"]
 INTERNAL = {
     "data.formats",
     "data.prepared",
+    "data.search",
     "data.stored",
     "models.arithmetic",
     "parallel.processes",
+    "runs.records",
     "runs.storage",
 }
 """Modules of those folders that no user calls, and that have no place in the reference."""

@@ -152,14 +152,14 @@ def test_every_study_names_options_that_there_are(monkeypatch):
     from experiments.repairs import WRONG
     from experiments.studies import STUDIES
 
-    from vlae_jax.commands.main import _parse
+    from vlae_jax.commands.main import parse
     from vlae_jax.runs.methods import METHODS
 
     for name, entry in WRONG.items():
         monkeypatch.setitem(METHODS, name, entry)
     for study in STUDIES.values():
         for label, options in study.variants.items():
-            train = _parse(["train", *study.common, *options, "--seed", "3"])
+            train = parse(["train", *study.common, *options, "--seed", "3"])
             assert train.config.training.seed == 3, label
             assert train.config.inference.method in METHODS, label
 

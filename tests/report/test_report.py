@@ -279,8 +279,6 @@ def test_the_table_holds_the_metrics_given(run):
         "gap": "3.62",
         "bits/dim": "1.8125 ± 0.0008",
         "k̂ > 0.7": "12.50 %",
-        "unconverged": "6.25 %",
-        "not PD": "0.00 %",
     }
 
 

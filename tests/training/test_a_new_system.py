@@ -33,7 +33,7 @@ def test_a_new_system_is_one_function_and_one_entry(quick_compile, tmp_path, mon
         [
             *("train", "--dataset", "mine", "--data-dir", str(tmp_path), "--method", "fixed"),
             *("--latent", "2", "--hidden", "8", "--epochs", "3", "--batch-size", "8"),
-            *("--learning-rate", "0.01", "--importance-samples", "30"),
+            *("--learning-rate", "0.01", "--importance-samples", "30", "--proposal", "posterior"),
             *("--run-dir", str(run.path)),
         ]
     )

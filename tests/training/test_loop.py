@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("make_trainer")
 SMALL = [
     *("--method", "vae", "--steps", "2", "--hidden", "16", "--latent", "3"),
     *("--epochs", "4", "--batch-size", "128", "--learning-rate", "0.01"),
-    *("--importance-samples", "8", "--test-images", "16"),
+    *("--importance-samples", "8", "--proposal", "posterior", "--test-images", "16"),
 ]
 TINY = as_dataset(tiny_mapping(), tiny_config().data)
 
