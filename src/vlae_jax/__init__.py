@@ -1,11 +1,11 @@
 """Variational Laplace Autoencoders in JAX: functional, with exact Hessians.
 
 Most names here are pure functions of one example, for use inside your own `jit`, `vmap`, `grad` and
-`scan`; they need jax and jaxtyping alone.
+`scan`; they need only jax and jaxtyping.
 
-The shipped model is trained and used by `fit`, `load`, `save` and `Config`, which are imported when
-they are first asked for and need the `train` extra; so do the folders behind them (`data`,
-`models`, `training`, `analysis`, ...), imported by name.
+The shipped model is trained and used through `fit`, `load`, `save` and `Config`. These need the
+`train` extra and are imported on first access. The subpackages behind them (`data`, `models`,
+`training`, `analysis`, ...) need it too, and are imported by name.
 """
 
 import importlib
@@ -76,7 +76,7 @@ APPLICATION = {
     "load": "vlae_jax.models.trained",
     "save": "vlae_jax.models.trained",
 }
-"""Names that need the `train` extra, and where they are."""
+"""Names that need the `train` extra, each with the module that defines it."""
 
 __all__ = [
     "DiagonalPosterior",

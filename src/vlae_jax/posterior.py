@@ -1,4 +1,4 @@
-"""Posteriors over the latent of one example: what they can do, the Gaussian ones, and proposals."""
+"""Posteriors over the latent of one example: their protocols, Gaussians, and proposals."""
 
 import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,18 +18,18 @@ LOG_2PI = math.log(2 * math.pi)
 
 @runtime_checkable
 class Posterior(Protocol):
-    """What every approximate posterior q(z | x) can do: all that the bounds ask for."""
+    """Protocol of every approximate posterior q(z | x): the method that the bounds require."""
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """One reparameterized sample, (latent,), and its log density in nats."""
+        """Draw one reparameterized sample, (latent,), with its log density in nats."""
         ...
 
 
 @runtime_checkable
 class EvaluablePosterior(Posterior, Protocol):
-    """One that also has its density at points that it did not draw."""
+    """Protocol of a posterior that can also evaluate its density at any point."""
 
     def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
         """Log density at `z`, (latent,), in nats."""
@@ -38,16 +38,16 @@ class EvaluablePosterior(Posterior, Protocol):
 
 @runtime_checkable
 class SymmetricPosterior(EvaluablePosterior, Protocol):
-    """One whose density is the same on both sides of a center: samples come with their mirror."""
+    """Protocol of a posterior whose density is symmetric about a center, for antithetic pairs."""
 
     def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
-        """The mirror image 2 center - z of `z`, (latent,), where the density is that of `z`."""
+        """The mirror image 2 center - z of `z`, (latent,), which has the density of `z`."""
         ...
 
 
 @runtime_checkable
 class ClosedFormPosterior(EvaluablePosterior, Protocol):
-    """One whose moments and divergence need no samples: the Gaussians."""
+    """Protocol of a posterior with moments and KL divergence in closed form: the Gaussians."""
 
     mean: Float[Array, " latent"]
 
@@ -61,10 +61,10 @@ class ClosedFormPosterior(EvaluablePosterior, Protocol):
 
 
 def require_symmetric(posterior: Posterior, purpose: str) -> SymmetricPosterior:
-    """The same posterior.
+    """Check that a posterior is symmetric and return it.
 
     Raises:
-        ValueError: While tracing, if it has no `reflect`.
+        ValueError: While tracing, if the posterior has no `reflect`.
     """
     if not isinstance(posterior, SymmetricPosterior):
         raise ValueError(
@@ -77,7 +77,7 @@ def require_symmetric(posterior: Posterior, purpose: str) -> SymmetricPosterior:
 def kl_to_standard_normal(
     key: PRNGKeyArray, posterior: Posterior, *, num_samples: int
 ) -> Float[Array, ""]:
-    """KL(q ‖ N(0, I)), nats: in closed form where there is one, else the mean over samples.
+    """KL(q ‖ N(0, I)), nats: in closed form where there is one, otherwise a mean over samples.
 
     Args:
         key: Random key; unused where there is a closed form.
@@ -93,7 +93,7 @@ def kl_to_standard_normal(
 def mean_and_covariance(
     key: PRNGKeyArray, posterior: Posterior, *, num_samples: int
 ) -> tuple[Float[Array, " latent"], Float[Array, "latent latent"]]:
-    """The moments of q: (latent,) and (latent, latent), exact where known, else over samples.
+    """Mean (latent,) and covariance (latent, latent) of q: exact where known, else over samples.
 
     Args:
         key: Random key; unused where the moments are known.
@@ -107,7 +107,7 @@ def mean_and_covariance(
 
 
 class GaussianPosterior(NamedTuple):
-    """N(mean, precision⁻¹) with the full precision held as its Cholesky factor, never inverted."""
+    """The Gaussian N(mean, precision⁻¹), its full precision stored as a Cholesky factor."""
 
     mean: Float[Array, " latent"]
     chol_precision: Float[Array, "latent latent"]
@@ -122,8 +122,8 @@ class GaussianPosterior(NamedTuple):
             The sample, (latent,), and its log density in nats.
 
         Gradients:
-            Flow through mean and factor (reparameterization). The log density is written in ε, so
-            it carries the gradient of the entropy and no score.
+            Flow through mean and factor (reparameterization). The log density is computed from ε,
+            so it has the gradient of the entropy and no score term.
         """
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         z = self.mean + _solve(self.chol_precision, noise, transpose=True)
@@ -203,11 +203,11 @@ class DiagonalPosterior(NamedTuple):
 
 
 class StudentTPosterior(NamedTuple):
-    """A multivariate Student-t: a proposal whose tails a Gaussian's weights cannot outrun."""
+    """A multivariate Student-t: a proposal with heavier tails than a Gaussian."""
 
     mean: Float[Array, " latent"]
     chol_precision: Float[Array, "latent latent"]
-    """Lower L; L Lᵀ is the inverse of the scale matrix, as a Gaussian's precision is."""
+    """Lower triangular L; L Lᵀ is the inverse of the scale matrix."""
     df: float | Float[Array, ""]
     """Degrees of freedom ν, positive. The covariance is ν / (ν - 2) times the scale matrix, for
     ν > 2."""
@@ -215,7 +215,7 @@ class StudentTPosterior(NamedTuple):
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """Draw mean + L⁻ᵀε / √(g / ν), g from χ²(ν): (latent,), and its log density in nats.
+        """Draw z = mean + L⁻ᵀε / √(g / ν), g from χ²(ν), (latent,), and its log density in nats.
 
         Gradients:
             Flow through mean and factor (reparameterization), and implicitly through ν.
@@ -246,37 +246,37 @@ class StudentTPosterior(NamedTuple):
 
 
 class SkewedPosterior(NamedTuple):
-    """A symmetric posterior q with each sample moved to its mirror image where that is likelier.
+    """A symmetric posterior q, skewed by choosing between each sample and its mirror image.
 
-    z ~ q is kept with probability p(x, z) / (p(x, z) + p(x, z̄)), z̄ its mirror image, and z̄ taken
-    otherwise: the density is 2 q(z) times that probability. It needs no derivative of the log
-    joint, at the price of a second evaluation. Every sample's log p(x, z) - log q(z) is the log of
-    the mean weight of the pair under q, so its ELBO is the two-sample antithetic
-    importance-weighted bound of q: never below the ELBO of q.
+    z ~ q is kept with probability p(x, z) / (p(x, z) + p(x, z̄)), z̄ its mirror image, and replaced
+    by z̄ otherwise: the density is 2 q(z) times that probability. This needs a second evaluation of
+    the log joint, and no derivative. The log joint minus the log density of a sample is the log of
+    the mean importance weight of the pair under q. So the ELBO is the two-sample antithetic
+    importance-weighted bound of q, and never below the ELBO of q.
 
     References:
         Pozza, Durante and Szabo (2024), Skew-symmetric approximations of posterior distributions.
     """
 
     base: SymmetricPosterior
-    """q: Gaussian, diagonal or Student-t."""
+    """The symmetric q: Gaussian, diagonal or Student-t."""
     log_joint: LogDensity
-    """z of shape (latent,) → log p(x, z), nats. A plain function serves within one trace; to pass
-    the posterior through `jit` or `vmap`, give a `jax.tree_util.Partial` of one."""
+    """z of shape (latent,) → log p(x, z), nats. A plain function works within one trace; to pass
+    the posterior through `jit` or `vmap`, wrap the function in a `jax.tree_util.Partial`."""
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """One sample, (latent,), and its log density in nats; two evaluations of the log joint.
+        """Draw one sample, (latent,), with its log density in nats, by two log-joint evaluations.
 
         Raises:
             ValueError: While tracing, if the base is not symmetric.
 
         Gradients:
-            Those along the path of the sample chosen; the choice itself is held constant, so
+            Flow along the path of the chosen sample. The choice itself is held constant, so
             averages over samples have biased gradients. To train on the ELBO, differentiate
-            `iwae_bound(..., num_samples=2, antithetic=True)` of the base: the same number, its
-            gradient unbiased.
+            `iwae_bound(..., num_samples=2, antithetic=True)` of the base, which has the same
+            expectation and an unbiased gradient.
         """
         base = require_symmetric(self.base, "a skewed posterior")
         base_key, choice_key = jax.random.split(key)
@@ -288,7 +288,7 @@ class SkewedPosterior(NamedTuple):
         return jnp.where(is_kept, z, mirrored), math.log(2) + log_q + log_share
 
     def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
-        """Log density at `z`, (latent,), in nats; two evaluations of the log joint."""
+        """Log density at `z`, (latent,), in nats, by two evaluations of the log joint."""
         base = require_symmetric(self.base, "a skewed posterior")
         advantage = self._advantage(z, base.reflect(z))
         return math.log(2) + base.log_prob(z) + jax.nn.log_sigmoid(advantage)
@@ -303,29 +303,29 @@ class SkewedPosterior(NamedTuple):
 
 
 class MixturePosterior(NamedTuple):
-    """Several posteriors at once: a proposal for several modes, or one with a wide reserve."""
+    """A mixture of posteriors, as a proposal for several modes or with a wide extra component."""
 
     components: tuple[EvaluablePosterior, ...]
-    """Gaussians, Student-t or any others with `log_prob`, of one shape of z."""
+    """Gaussians, Student-t or any others with `log_prob`, all over the same z."""
     log_weights: Float[Array, " component"]
     """Log weights of the components; they need not be normalized."""
     center: Float[Array, " latent"] | None = None
-    """Where given, (latent,), every component is moved there, which makes the mixture symmetric
-    and fit for antithetic estimates. Needs components with a field `mean`."""
+    """Common mean, (latent,), that replaces those of the components, or None. It makes the mixture
+    symmetric, for antithetic estimates, and needs components with a field `mean`."""
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """Draw a component, and z from it: (latent,), with the mixture's log density in nats.
+        """Draw a component and z, (latent,), from it, with the mixture's log density in nats.
 
-        Every component is drawn from, and evaluated: their number multiplies the cost.
+        Every component is sampled and evaluated, so the cost is proportional to their number.
 
         Raises:
             ValueError: While tracing, if components and weights do not fit together.
 
         Gradients:
-            Flow along the path of the component chosen and through all densities. The choice is
-            held constant: averages over samples have the right gradient with respect to the
+            Flow along the path of the chosen component and through all densities. The choice is
+            held constant: averages over samples have the correct gradient with respect to the
             components, and a biased one with respect to the weights.
         """
         choice_key, key = jax.random.split(key)
@@ -352,7 +352,7 @@ class MixturePosterior(NamedTuple):
         return 2 * self.center - z
 
     def _placed(self) -> list[Any]:
-        """The components where they are, or at the center."""
+        """The components, moved to the center if there is one."""
         components = list(self.components)
         if not components or self.log_weights.shape != (len(components),):
             raise ValueError(
@@ -374,7 +374,7 @@ class MixturePosterior(NamedTuple):
 
 
 def as_gaussian(posterior: GaussianPosterior | DiagonalPosterior) -> GaussianPosterior:
-    """The same Gaussian, held by the Cholesky factor of its precision."""
+    """Convert a Gaussian to the form with the Cholesky factor of its precision."""
     if isinstance(posterior, DiagonalPosterior):
         return GaussianPosterior(posterior.mean, jnp.diag(jnp.exp(-posterior.log_std)))
     return posterior
@@ -383,11 +383,11 @@ def as_gaussian(posterior: GaussianPosterior | DiagonalPosterior) -> GaussianPos
 def widened(
     posterior: GaussianPosterior | DiagonalPosterior, scale: float
 ) -> GaussianPosterior | DiagonalPosterior:
-    """The same Gaussian with every standard deviation times `scale`, for proposals.
+    """Multiply every standard deviation of a Gaussian by `scale`, for proposals.
 
     Args:
         posterior: A Gaussian.
-        scale: Positive; above 1 for importance sampling, 1.2 say.
+        scale: A positive factor; above 1 for importance sampling, for example 1.2.
     """
     if isinstance(posterior, DiagonalPosterior):
         return posterior._replace(log_std=posterior.log_std + math.log(scale))
@@ -395,11 +395,11 @@ def widened(
 
 
 def heavy_tailed(posterior: GaussianPosterior | DiagonalPosterior, df: float) -> StudentTPosterior:
-    """The Student-t of the same mean and scale, for proposals.
+    """Convert a Gaussian to the Student-t with its mean and scale matrix, for proposals.
 
     Args:
         posterior: A Gaussian.
-        df: Degrees of freedom ν, positive; 5 say. Small values have wide tails.
+        df: Degrees of freedom ν, positive; for example 5. Smaller values give heavier tails.
     """
     return StudentTPosterior(*as_gaussian(posterior), df)
 
@@ -411,17 +411,17 @@ def laplace_posterior(
 
     Args:
         expand: Expansion of one example's log joint.
-        mode: Where to expand; normally from `newton_refine`. Shape (latent,).
-        repair: Expansion whose precision replaces one that is not positive definite
-            (`gauss_newton_expansion`, say).
+        mode: The point of expansion, shape (latent,); normally from `newton_refine`.
+        repair: Expansion whose precision replaces one that is not positive definite; for example
+            `gauss_newton_expansion`.
 
     Returns:
         The posterior. Where the precision is not positive definite and not repaired, the factor
         is NaN, for this example alone.
 
     Gradients:
-        Flow into the mean, and through the precision into `mode` and the parameters. None come
-        from a NaN factor.
+        Flow into the mean, and through the precision into `mode` and the parameters. A NaN factor
+        contributes none.
 
     References:
         Park, Kim and Kim (2019), equation 12; Tierney and Kadane (1986).
@@ -431,7 +431,7 @@ def laplace_posterior(
 
 
 def posterior_from_factor(mode: Float[Array, " latent"], factor: Factor) -> GaussianPosterior:
-    """N(mode, precision⁻¹), its factor NaN where there is none: a failure stays visible."""
+    """N(mode, precision⁻¹); the factor is NaN where the factorization failed, to show it."""
     return GaussianPosterior(mode, jnp.where(factor.is_finite, factor.chol, jnp.nan))
 
 

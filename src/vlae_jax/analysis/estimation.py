@@ -1,12 +1,12 @@
-"""log p(x) of any decoder, whatever system trained it: a proposal made for each image.
+"""Estimates of log p(x) for a decoder trained by any system, with a proposal made for each image.
 
-An importance-weighted estimate is low by what its proposal misses. With each system's own posterior
-as the proposal, systems with a poor posterior are measured too low, by 10 to 100 nats. Here every
-image gets the best Gaussian that can be had for its decoder: the mode is searched from where the
-system's posterior is centered, and the Laplace posterior there is refined by variational Newton
-steps. Its Student-t is the proposal, of antithetic pairs. Pareto k̂ tells for which images that does
-not suffice: they are estimated again with more steps and samples, and what is left by annealing, as
-far as the budget goes.
+An importance-weighted estimate is too low where its proposal misses posterior mass. With each
+system's own posterior as the proposal, systems with a poor posterior are measured too low, by 10 to
+100 nats. Here a full-covariance Gaussian is fitted to every image: the mode is searched from the
+center of the system's posterior, and the Laplace posterior there is refined by variational Newton
+steps. The proposal is the Student-t with its mean and scale, in antithetic pairs. Pareto k̂ shows
+for which images that does not suffice. They are estimated again with more steps and samples, and
+those that remain by annealing, as far as the budget allows.
 """
 
 from collections.abc import Callable
@@ -26,55 +26,54 @@ from vlae_jax.variational import variational_refine
 
 
 class Effort(NamedTuple):
-    """How much work goes into one image's estimate."""
+    """Amount of work for one image's estimate."""
 
     search_steps: int
-    """Newton steps of the mode search."""
+    """Number of Newton steps of the mode search."""
     refine_steps: int
-    """Variational Newton steps."""
+    """Number of variational Newton steps."""
     refine_samples: int
-    """Samples of each of them."""
+    """Samples per variational Newton step."""
     importance_samples: int
-    """K: evaluations of the log joint, in antithetic pairs."""
+    """K, the number of importance samples, in antithetic pairs."""
 
     def cost(self, latent: int) -> int:
-        """Evaluations of the log joint that this is worth, an expansion counted as `latent`."""
+        """Cost in evaluations of the log joint, with an expansion counted as `latent` of them."""
         expansions = self.search_steps + self.refine_samples * (self.refine_steps + 1)
         return self.importance_samples + latent * expansions
 
 
 DF = 8.0
-"""Degrees of freedom of the Student-t: tails that a Gaussian's weights cannot outrun, in a body
-that is nearly Gaussian."""
+"""Degrees of freedom of the Student-t: nearly Gaussian in the center, with heavier tails."""
 _EXPANDED_AT_ONCE = 8
 TEMPERATURES, CHAINS, LEAPFROG = 100, 16, 5
 
 
 def first_effort(num_samples: int) -> Effort:
-    """What every image gets, for K importance samples."""
+    """The effort for the first estimate of every image, with K importance samples."""
     return Effort(20, 8, 16, num_samples + num_samples % 2)
 
 
 def second_effort(first: Effort) -> Effort:
-    """What an image gets where that has not sufficed."""
+    """The larger effort for images whose first estimate is unreliable."""
     return Effort(40, 24, 32, 4 * first.importance_samples)
 
 
 def annealing_cost() -> int:
-    """Evaluations of the log joint that annealing one image is worth; a gradient is three."""
+    """Cost of annealing one image, in evaluations of the log joint; a gradient counts as three."""
     return CHAINS * TEMPERATURES * (3 * LEAPFROG + 1)
 
 
 def best_gaussian(
     at: Observation, start: Float[Array, " latent"], key: PRNGKeyArray, effort: Effort
 ) -> GaussianPosterior:
-    """The full-covariance Gaussian closest to the posterior: Laplace's, then refined.
+    """Fit a full-covariance Gaussian to the posterior: the Laplace posterior, then refined.
 
     Args:
-        at: The model at the example.
-        start: Where to begin the search, (latent,).
-        key: For the samples of the refinement.
-        effort: How much to do.
+        at: The model bound to the example.
+        start: Start of the mode search, (latent,).
+        key: Random key for the samples of the refinement.
+        effort: Amount of work.
     """
     expand, repair = at.expansions()
     laplace, _ = infer_posterior(
@@ -100,18 +99,18 @@ def estimate_log_prob(
     chunk_size: int,
     place: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, ""], ImportanceInfo]:
-    """Estimate log p(x) of one example with a proposal made for it.
+    """Estimate log p(x) of one example by importance sampling with a proposal made for it.
 
     Args:
-        inferred: From `Trained.infer`; of the system's posterior only the center is used.
-        effort: How much to do.
-        attempt: Another number gives an independent estimate.
+        inferred: The result of `Trained.infer`; only the center of its posterior is used.
+        effort: Amount of work.
+        attempt: Number that varies the random key: each gives an independent estimate.
         chunk_size: Importance samples held at once.
         place: See `importance_weighted_log_prob`.
 
     Returns:
-        Nats, a lower bound of log p(x) in expectation, and what its weights say of it: `elbo` is
-        that of the Student-t.
+        The estimate in nats, a lower bound of log p(x) in expectation, and its `ImportanceInfo`,
+        whose `elbo` is that of the Student-t.
     """
     refine_key, sample_key = jax.random.split(jax.random.fold_in(inferred.keys.use, attempt))
     start = inferred.inference.iterates[-1]
@@ -132,15 +131,16 @@ def anneal_log_prob(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Estimate log p(x) of one example by chains annealed from the proposal made for it.
 
-    Chains of their own find the step sizes, so that the estimate is a bound in expectation.
+    Separate chains find the step sizes, so that the estimate is a bound in expectation.
 
     Args:
-        inferred: From `Trained.infer`.
-        effort: That of the proposal.
-        attempt: Another number gives an independent estimate.
+        inferred: The result of `Trained.infer`.
+        effort: Amount of work for the proposal.
+        attempt: Number that varies the random key: each gives an independent estimate.
 
     Returns:
-        Nats, a lower bound of log p(x) in expectation; and its standard error over chains.
+        The estimate in nats, a lower bound of log p(x) in expectation; and its standard error over
+        chains.
     """
     refine_key, pilot_key, key = jax.random.split(jax.random.fold_in(inferred.keys.use, attempt), 3)
     start = best_gaussian(inferred.at, inferred.inference.iterates[-1], refine_key, effort)
@@ -166,12 +166,12 @@ def anneal_log_prob(
 
 
 def within_budget(wanted: np.ndarray, cost: int, budget: float) -> tuple[np.ndarray, float]:
-    """The first of the images wanted that a budget pays for, and what is left of it.
+    """Return as many of the first indices as a budget allows, and the remaining budget.
 
     Args:
         wanted: Indices of images.
-        cost: Of each.
-        budget: To spend.
+        cost: Cost per image.
+        budget: Budget in the units of `cost`.
     """
     affordable = wanted[: max(0, int(budget // cost))]
     return affordable, budget - cost * len(affordable)

@@ -1,12 +1,12 @@
 """The shipped model, the systems that infer its latent, and the trained model as a value.
 
-| module | what is in it |
+| module | contents |
 |---|---|
-| `arithmetic` | products in float32 or bfloat16 |
+| `arithmetic` | matrix products and convolutions in float32 or bfloat16 |
 | `networks` | feature extractors |
 | `autoencoder` | encoder, decoder and output density; the model at one example |
 | `flows` | normalizing flows |
 | `ppca` | probabilistic PCA in closed form |
-| `systems` | inference systems, one function each |
+| `systems` | inference systems, each a function |
 | `trained` | `Trained`: a model as a value; `load`, `save`, `initialize` |
 """

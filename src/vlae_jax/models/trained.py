@@ -1,8 +1,8 @@
 """The trained model as a value: made from a configuration and data, saved, loaded and used.
 
-A `Trained` holds arrays with a static structure, and no data set and no optimizer. What follows
-from one image is spelled once, in `Trained.infer`: noise → x → observation → inference. Training,
-evaluation and every use call it.
+A `Trained` holds arrays with a static structure, but no data set and no optimizer. The steps from
+an image to its posterior are defined in `Trained.infer`: noise → x → observation → inference.
+Training, evaluation and all uses call it.
 """
 
 import dataclasses
@@ -44,29 +44,29 @@ _PROGRESS = ("step", "epoch", "seconds")
 
 
 class Keys(NamedTuple):
-    """The random keys of one example, one for each purpose: nothing else splits its key."""
+    """The random keys of one example, one for each purpose; its key is split only here."""
 
     noise: PRNGKeyArray
-    """What preprocessing adds: dequantization, or Bernoulli draws."""
+    """Key for the noise of preprocessing: dequantization, or Bernoulli draws."""
     inference: PRNGKeyArray
-    """What the system draws on the way to its posterior."""
+    """Key for the draws that the system makes on the way to its posterior."""
     refinement: PRNGKeyArray
-    """Samples that the posterior is refined by."""
+    """Key for the samples that refine the posterior."""
     bound: PRNGKeyArray
-    """Samples of the posterior, in bounds and estimates."""
+    """Key for the samples of the posterior in bounds and estimates."""
     divergence: PRNGKeyArray
-    """Samples for KL(q ‖ p) and for moments, where they are not known in closed form."""
+    """Key for samples for KL(q ‖ p) and for moments, if they have no closed form."""
     use: PRNGKeyArray
-    """What a use draws besides: output noise, chains, starts."""
+    """Key for other draws of evaluation and uses: output noise, chains, starts."""
 
     @classmethod
     def split(cls, key: PRNGKeyArray) -> "Keys":
-        """The keys that come from an example's one."""
+        """Split an example's key into the keys for each purpose."""
         return cls(*jax.random.split(key, len(cls._fields)))
 
 
 class Inferred(NamedTuple):
-    """What is known of one example, within the trace that asked for it."""
+    """One example with its inferred posterior, valid within the trace that created it."""
 
     keys: Keys
     log_det: Float[Array, ""]
@@ -77,12 +77,12 @@ class Inferred(NamedTuple):
 
     @property
     def x(self) -> Float[Array, " dim"]:
-        """The example as the model sees it."""
+        """The example in model space, after preprocessing."""
         return self.at.x
 
     @property
     def log_joint(self) -> LogDensity:
-        """Z (latent,) → log p(x, z), nats."""
+        """The function from z (latent,) to log p(x, z), nats."""
         return self.at.log_joint
 
     @property
@@ -93,25 +93,26 @@ class Inferred(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What a model was trained on, and for how long."""
+    """The data that a model was trained on, and the length of its training."""
 
     dataset: str
     """Name of the data set."""
     source: str
-    """Where its images came from, for people."""
+    """Origin of its images, as a text for users."""
     fingerprint: str
-    """Of all its images; see `data.sets.Dataset`."""
+    """Fingerprint of all its images; see `data.sets.Dataset`."""
     levels: int
-    """How many values a pixel may take."""
+    """Number of values that a pixel may take."""
     image_shape: tuple[int, ...]
-    """(height, width, channel)."""
-    # Models of one structure stay one kind of pytree however long they were trained.
+    """Shape of an image, (height, width, channel)."""
+    # The fields below are not compared, so that models that differ only in the length of their
+    # training have equal pytree structures.
     step: int = dataclasses.field(default=0, compare=False)
-    """Training steps that led to the parameters."""
+    """Number of training steps that led to the parameters."""
     epoch: float = dataclasses.field(default=0.0, compare=False)
-    """Passes over the training images that they are."""
+    """Number of passes over the training images in these steps."""
     seconds: float = dataclasses.field(default=0.0, compare=False)
-    """Time spent on them."""
+    """Training time in seconds."""
 
 
 @functools.partial(
@@ -121,9 +122,9 @@ class Provenance:
 )
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model with all that is needed to use it. A pytree: pass it through `jit` as an argument.
+    """A model with everything needed to use it, as a pytree: pass it to `jit` as an argument.
 
-    `training.fit` and `load` make one.
+    `fit`, `load` and `initialize` create one.
     """
 
     config: Config
@@ -133,25 +134,25 @@ class Trained:
     """The network's structure, which `flax.nnx.merge` joins with the parameters."""
     provenance: Provenance
     head: WhitenedHead | None = None
-    """The output layer, factored for evaluations at many z; `factored` fills it in."""
+    """The output layer, factored for evaluations at many z, or None; set by `factored`."""
 
     @property
     def model(self) -> VariationalAutoencoder:
-        """The network in float32 throughout: for all that is measured."""
+        """The network with float32 products throughout, for all measurements."""
         return in_full(self.model_as_trained)
 
     @property
     def model_as_trained(self) -> VariationalAutoencoder:
-        """The network in the precision that it is trained in."""
+        """The network with products in the precision of its training."""
         return nnx.merge(self.graphdef, self.params)
 
     def infer(self, key: PRNGKeyArray, pixels: Pixels, *, training: bool = False) -> Inferred:
-        """Go from one image to its posterior. Pure: `jax.vmap` over keys and images.
+        """Infer the posterior of one image; a pure function, for `jax.vmap` over keys and images.
 
         Args:
             key: Random key of this example; see `Keys`.
             pixels: Integers of shape (height, width, channel).
-            training: Multiply in the precision that the model is trained in.
+            training: Multiply in the precision of the training; otherwise in float32.
         """
         keys, log_det, at = self.observe(key, pixels, training=training)
         config = self.config.inference
@@ -168,14 +169,14 @@ class Trained:
         missing: Array | None = None,
         training: bool = False,
     ) -> tuple[Keys, Float[Array, ""], Observation]:
-        """Go from one image to the model bound to it: `infer` before the inference.
+        """Preprocess one image and bind the model to it, without inference.
 
         Args:
             key: Random key of this example; see `Keys`.
             pixels: Integers of shape (height, width, channel).
-            missing: Booleans of the same shape: pixels that are not looked at. The encoder sees the
-                training mean in their place.
-            training: Multiply in the precision that the model is trained in.
+            missing: Booleans of the same shape: pixels to ignore. The encoder gets the training
+                mean in their place.
+            training: Multiply in the precision of the training; otherwise in float32.
 
         Returns:
             The example's keys, log|dx/dy| of the preprocessing in nats, and the observation.
@@ -189,13 +190,13 @@ class Trained:
         return keys, log_det, model.at(x, observed=observed, fill=self.preprocessor.average)
 
     def with_inference(self, **changes: Any) -> "Trained":
-        """The same with another way to infer: a method, its steps, a refinement.
+        """Return a copy with other inference settings: a method, its steps, a refinement.
 
-        Any method that needs no network of its own may take the place of the one trained: the
-        Laplace posterior (`method="vlae"`) of a VAE, say.
+        Any method that needs no network of its own can replace the trained one; for example,
+        `method="vlae"` gives the Laplace posterior of a VAE.
 
         Raises:
-            UserError: If the choice is refused, or needs a network that the model lacks.
+            UserError: If the settings are invalid, or need a network that the model lacks.
         """
         changed = self.with_config("inference", **changes)
         method, trained_with = changed.config.inference.method, self.config.inference.method
@@ -206,19 +207,19 @@ class Trained:
         return changed
 
     def factored(self) -> "Trained":
-        """The same with the output layer factored once for all images, where that pays."""
+        """Return a copy with the output layer factored once for all images, where that pays off."""
         head = jax.jit(lambda trained: trained.model.whitened_head())(self)
         return dataclasses.replace(self, head=head)
 
     def with_params(self, params: Any) -> "Trained":
-        """The same with other parameters; what was factored of the old ones goes."""
+        """Return a copy with other parameters, and without a factored output layer."""
         return dataclasses.replace(self, params=params, head=None)
 
     def with_config(self, section: str, **changes: Any) -> "Trained":
-        """The same with another choice in one section of the configuration: how it is used.
+        """Return a copy with changed fields in one section of the configuration.
 
         Raises:
-            UserError: If the choice is refused.
+            UserError: If the new values are invalid.
         """
         changed = dataclasses.replace(getattr(self.config, section), **changes)
         return dataclasses.replace(
@@ -229,7 +230,7 @@ class Trained:
 def initialize(config: Config, dataset: Dataset) -> Trained:
     """Fit the preprocessing to the training images and initialize the network.
 
-    Probabilistic PCA is fitted here, in closed form.
+    Probabilistic PCA is already fitted here, in closed form.
 
     Raises:
         UserError: If data and configuration do not fit each other.
@@ -263,15 +264,15 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
 
 
 def save(trained: Trained, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a trained model into a folder that `load` and all commands on runs read.
+    """Write a trained model into a run folder, for `load` and all commands on runs.
 
     Args:
         trained: The model.
-        folder: Local, or gs://BUCKET/FOLDER. It must not hold a run yet.
-        overwrite: Delete a run that is there.
+        folder: A local folder, or gs://BUCKET/FOLDER. It must not hold a run yet.
+        overwrite: Delete a run that is in the folder.
 
     Raises:
-        UserError: If something is there already, or nothing can be written there.
+        UserError: If the folder is already in use, or cannot be written.
     """
     run = RunFolder.at(folder)
     run.create(trained.config, overwrite=overwrite)
@@ -284,18 +285,19 @@ def save(trained: Trained, folder: str | os.PathLike[str], *, overwrite: bool = 
 
 
 def load(folder: str | os.PathLike[str], placement: Placement | None = None) -> Trained:
-    """Read the model of a run folder, that of its best checkpoint. Needs nothing but the folder.
+    """Read the model of the best checkpoint of a run folder, from that folder alone.
 
-    No data set is read, and nothing of the training's state. What is used in place of a damaged or
-    missing checkpoint is said on stderr.
+    Neither a data set nor the state of the training is read. If the best checkpoint is damaged or
+    missing, another one is used, and a line on stderr names it.
 
     Args:
-        folder: What training or `save` wrote: local, or gs://BUCKET/FOLDER.
-        placement: Devices that the parameters are placed on; by default the first one here.
+        folder: A folder written by training or `save`, local or gs://BUCKET/FOLDER.
+        placement: Devices for the parameters; by default the first device of this process.
 
     Raises:
-        UserError: If there is no such run, it is of another version, or nothing readable is left.
-        Unreadable: If it is undamaged and cannot be read for now.
+        UserError: If there is no such run, it is of another version, or no readable checkpoint is
+            left.
+        Unreadable: If it is undamaged but cannot be read for now.
     """
     run = RunFolder.at(folder)
     config = run.read_config()
@@ -322,13 +324,13 @@ def load(folder: str | os.PathLike[str], placement: Placement | None = None) -> 
 
 
 def describe(trained: Trained) -> dict[str, Any]:
-    """What a checkpoint says of the model besides its arrays, as JSON holds it."""
+    """The description of a model that a checkpoint stores beside its arrays, as JSON values."""
     made_from = dataclasses.asdict(trained.provenance)
     return {name: value for name, value in made_from.items() if name not in _PROGRESS}
 
 
 def arrays_of(trained: Trained) -> dict[str, Any]:
-    """What a checkpoint holds of the model: parameters, and the preprocessing's arrays."""
+    """The arrays of a model that a checkpoint stores: parameters, and those of preprocessing."""
     fields = ("mean", "scale", "variance", "average")
     return {
         "params": trained.params,
@@ -350,9 +352,9 @@ def _from_checkpoint(config: Config, restored: Restored) -> Trained:
 
 
 def _blueprint(config: Config, described: Mapping[str, Any]) -> Trained:
-    """The model with shapes in the place of arrays, from what a checkpoint says of it."""
+    """The model with shapes in place of arrays, from the description in a checkpoint."""
     provenance = Provenance(
-        **{**described, "image_shape": tuple(described["image_shape"])}  # JSON has lists alone
+        **{**described, "image_shape": tuple(described["image_shape"])}  # JSON has no tuples
     )
     dim = math.prod(provenance.image_shape)
     vector, scalar = (jax.ShapeDtypeStruct(shape, jnp.dtype(float)) for shape in ((dim,), ()))
@@ -400,7 +402,7 @@ def _network(
 def _set_to_ppca(
     model: VariationalAutoencoder, preprocessor: Preprocessor, images: np.ndarray
 ) -> None:
-    """Give a model without hidden layers the weights that maximize the likelihood of images."""
+    """Set a model without hidden layers to the weights that maximize the likelihood of images."""
 
     def to_model_space(_: None, pixels: Array, key: PRNGKeyArray) -> Array:
         return preprocessor.apply(key, pixels)[0]
