@@ -17,7 +17,7 @@ def conjugate_gradients(
     *,
     shortfall: float,
 ) -> Float[Array, " latent"]:
-    """Solve P v = rhs until a given share of the decrement ½ rhsᵀP⁻¹rhs, at most, is missing.
+    """Solve P v = rhs until at most a given share of the decrement ½ rhsᵀP⁻¹rhs is missing.
 
     The missing part is bounded from above by Gauss-Radau quadrature, from the coefficients of the
     iteration and from 1 as a lower bound of the eigenvalues of P. If P has smaller eigenvalues, the

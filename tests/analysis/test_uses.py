@@ -1,4 +1,4 @@
-"""Uses of a trained run against the closed form of probabilistic PCA, and how they refuse."""
+"""Uses of a trained run against the closed form of probabilistic PCA, and their error messages."""
 
 import shutil
 
@@ -452,7 +452,7 @@ def test_impute_refuses_masks_of_another_shape(run):
 
 @pytest.fixture(scope="module")
 def of_arrays(tmp_path_factory, quick_compile):
-    """A model of arrays that lie nowhere, some images like them, and where it was saved."""
+    """A model made for arrays in memory, images like them, and the folder that it was saved to."""
     images = tiny_images(0, 60)
     trained = untrained(tiny_config(), dataset_from_arrays(images[:50]))
     folder = tmp_path_factory.mktemp("arrays") / "run"
@@ -485,7 +485,7 @@ USES = {
 def test_a_moved_run_is_used_on_given_images_without_its_data_set(
     of_arrays, command, tmp_path, monkeypatch
 ):
-    """As the model is that was never in a folder."""
+    """Its results equal those of the model in memory, which was never saved."""
     trained, images, folder = of_arrays
     function, options, arguments = USES[command]
     expected = function(trained, images, **options)

@@ -1,4 +1,4 @@
-"""Networks that multiply in bfloat16: how far they may be off, and what they must not touch."""
+"""Networks that multiply in bfloat16: their errors, and the parts that stay in float32."""
 
 import dataclasses
 import re
@@ -59,7 +59,7 @@ def make_model(precision, *, activation="relu", loud=10.0):
 
 @pytest.mark.parametrize("derivatives_only", [False, True])
 def test_a_product_and_its_derivatives_are_off_by_the_rounding_of_bfloat16(derivatives_only):
-    """The value only where it is asked for; what goes into a derivative always."""
+    """Derivatives are always rounded, the value only without `derivatives_only`."""
     dot = arithmetic("bfloat16", derivatives_only=derivatives_only).dot_general
     keys = jax.random.split(jax.random.key(0), 5)
     x, x_dot = jax.random.normal(keys[0], (2, 128, 50))
@@ -198,7 +198,7 @@ def test_float32_is_what_it_was_without_the_option():
 
 
 def test_the_log_joint_is_float32s_and_the_precision_positive_definite():
-    """Off by no more than a Jacobian whose entries are off by the error of two layers."""
+    """The precision is off by no more than a Jacobian with the rounding error of two layers."""
     rounded, full = make_model("bfloat16", loud=100.0), make_model("float32", loud=100.0)
     x = jax.random.normal(jax.random.key(0), (DIM,))
     zs = jax.random.normal(jax.random.key(1), (20, LATENT))
@@ -243,7 +243,7 @@ def test_the_hessian_of_a_smooth_network_is_not_rounded_and_its_repair_is():
 
 @pytest.mark.parametrize("kind", [HouseholderFlow, InverseAutoregressiveFlow, PlanarFlow])
 def test_flows_of_rounded_networks_know_their_own_density(kind):
-    """Whatever the networks say, the log determinant is that of the map they make."""
+    """The log determinant is that of the map, for rounded outputs of the networks too."""
     more = {"width": 16} if kind is InverseAutoregressiveFlow else {}
     flows = [
         kind(4, 8, 3, arithmetic=arithmetic(name), rngs=nnx.Rngs(0), **more)
