@@ -9,7 +9,7 @@ VENV := .venv
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help experiment report test lint format docs build bench lock clean distclean
+.PHONY: help experiment report test test-all lint format docs build bench lock clean distclean
 
 # ------------------------------------------------------------------------------ variables
 
@@ -119,8 +119,11 @@ endif
 
 # No persistent compilation cache: with jaxlib 0.9.2 a process on two cores was seen to hang while
 # reading a program from it.
-test: $(VENV)/.with-test ## Run the tests: make test ARGS="-k elbo"
+test: $(VENV)/.with-test ## Run the quick tests: make test ARGS="-k elbo"
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.with-test ## Run all tests, slow ones too
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.with-train $(VENV)/.with-lint ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -37,7 +37,8 @@ from benchmarks.scaling_results import read, setting, write
 from vlae_jax.conjugate_gradients import conjugate_gradients
 from vlae_jax.data.supplied import as_dataset
 from vlae_jax.expansions import MatrixFreeExpansion
-from vlae_jax.models.trained import Trained, load
+from vlae_jax.models.saved import load
+from vlae_jax.models.trained import Trained
 from vlae_jax.refinement import SHORTFALL
 from vlae_jax.training.loop import require_same_images
 

@@ -492,6 +492,7 @@ def check_annotations() -> None:
         print("enforced")
 
 
+@pytest.mark.slow
 def test_annotations_are_true():
     output = run_in_subprocess(
         "import jaxtyping\n"

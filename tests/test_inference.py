@@ -352,6 +352,7 @@ def compare_inside_and_outside_shard_map() -> None:
     print("agrees:", ", ".join(outside))
 
 
+@pytest.mark.slow
 def test_shard_map_gives_what_one_device_gives():
     """Unguarded, gradients of a z that is the same everywhere are summed over devices."""
     output = run_in_subprocess(

@@ -271,6 +271,7 @@ def test_the_posterior_of_a_numpyro_model_is_that_of_its_automatic_guide(x64):
     assert_close(posterior.covariance(), np.linalg.inv(-hessian), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_numpyro_model_composes_with_vmap_and_grad_over_its_arguments(x64):
     """The mode of each of three data sets, and how it moves with a prior's parameter."""
     counts = jnp.asarray(np.random.default_rng(4).poisson(2.0, (3, 12)))

@@ -329,6 +329,7 @@ def check_no_example_touches_another(name):
         np.testing.assert_array_equal(one[keeps], other[keeps])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: ", ".join(program.likelihoods))
 def test_the_engine_keeps_its_promises(program):
     """All of them in one test, so that one process compiles a program, once."""

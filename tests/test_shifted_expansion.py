@@ -180,6 +180,7 @@ def test_badly_scaled_precisions_are_factored_in_float32(size):
     assert np.all(smallest <= np.maximum(needless, 0) + 2 * target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INDEFINITE)
 def test_repairs_the_inference_of_indefinite_examples_alone(name):
     """A batch of one example that needs it and two that do not, in float32."""

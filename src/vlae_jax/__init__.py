@@ -1,11 +1,11 @@
 """Variational Laplace Autoencoders in JAX: functional, with exact Hessians.
 
 Most names here are pure functions of one example, for use inside your own `jit`, `vmap`, `grad` and
-`scan`; they need jax and jaxtyping alone.
+`scan`; they need only jax and jaxtyping.
 
-The shipped model is trained and used by `fit`, `load`, `save` and `Config`, which are imported when
-they are first asked for and need the `train` extra; so do the folders behind them (`data`,
-`models`, `training`, `analysis`, ...), imported by name.
+The shipped model is trained and used through `fit`, `load`, `save` and `Config`. These need the
+`train` extra and are imported on first access. The subpackages behind them (`data`, `models`,
+`training`, `analysis`, ...) need it too, and are imported by name.
 """
 
 import importlib
@@ -56,9 +56,9 @@ from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine
 from vlae_jax.variational import VariationalInfo, variational_refine
 
 if TYPE_CHECKING:
+    from vlae_jax.models.saved import load as load
+    from vlae_jax.models.saved import save as save
     from vlae_jax.models.trained import Trained as Trained
-    from vlae_jax.models.trained import load as load
-    from vlae_jax.models.trained import save as save
     from vlae_jax.runs.config import Config as Config
     from vlae_jax.runs.presets import default_config as default_config
     from vlae_jax.training.loop import fit as fit
@@ -70,10 +70,10 @@ APPLICATION = {
     "Trained": "vlae_jax.models.trained",
     "default_config": "vlae_jax.runs.presets",
     "fit": "vlae_jax.training.loop",
-    "load": "vlae_jax.models.trained",
-    "save": "vlae_jax.models.trained",
+    "load": "vlae_jax.models.saved",
+    "save": "vlae_jax.models.saved",
 }
-"""Names that need the `train` extra, and where they are."""
+"""Names that need the `train` extra, each with the module that defines it."""
 
 __all__ = [
     "DiagonalPosterior",

@@ -1,4 +1,4 @@
-"""`python -m vlae_jax`."""
+"""Entry point of `python -m vlae_jax`."""
 
 from vlae_jax.commands.main import main
 

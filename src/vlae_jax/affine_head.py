@@ -1,4 +1,4 @@
-"""Gaussian decoders that end in an affine layer, free of the data dimension."""
+"""Gaussian decoders that end in an affine layer, at a cost independent of the data dimension."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -22,11 +22,12 @@ def affine_head_expansion(
     exact: bool = False,
     form: Literal["auto", "gram", "explicit"] = "auto",
 ) -> MatrixFreeExpansion:
-    """Expand a Gaussian decoder that ends in an affine layer, free of the data dimension.
+    """Expand a Gaussian decoder that ends in an affine layer, without the data dimension.
 
-    The Gram form Aᵀ G A + prior precision, A the Jacobian of the features: the same quadratic as
-    the explicit Jacobian's, from matrices of the hidden width alone. Build it outside loops: G
-    and the projected data are computed here, once, and closed over.
+    The Gram form of the precision is Aᵀ G A + prior precision, with A the Jacobian of the features
+    and G the Gram matrix of the last layer. It equals the form by the Jacobian of the whole
+    decoder, and needs only matrices of the hidden width. Call this function outside loops: G and
+    the projected data are computed here, once, and closed over.
 
     Args:
         features: z of shape (latent,) → the last hidden layer's output, (hidden,).
@@ -37,14 +38,14 @@ def affine_head_expansion(
         log_prior: z → log p(z), nats.
         exact: Take the Hessian of the log joint. The default linearizes the features, which is
             the same almost everywhere if they are piecewise linear.
-        form: "gram"; "explicit", by the Jacobian of the whole decoder; or what costs less for
-            these sizes (`gram_is_cheaper`).
+        form: "gram"; "explicit", by the Jacobian of the whole decoder; or "auto", the one of the
+            two that costs less for these sizes (`gram_is_cheaper`).
 
     Returns:
-        As `exact_expansion`.
+        A function of z with the value, gradient and precision that `exact_expansion` describes.
 
     Raises:
-        ValueError: As `exact_expansion`; and for an unknown `form`.
+        ValueError: For an unknown `form`, and wherever `exact_expansion` raises one.
 
     Gradients:
         Flow through z, the parameters and x.
@@ -70,7 +71,10 @@ def affine_head_expansion(
 
 
 def gram_is_cheaper(latent: int, hidden: int, dim: int) -> bool:
-    """Whether A and GA take fewer multiply-adds a latent dimension than J and JᵀJ."""
+    """Whether the Gram form (A and GA) needs fewer multiply-adds than the explicit one (J, JᵀJ).
+
+    Both are counted per latent dimension.
+    """
     return hidden**2 + hidden * latent < dim * hidden + dim * latent
 
 
@@ -80,11 +84,11 @@ def compress_affine_gaussian(
     log_var: Float[Array, "..."],
     x: Float[Array, " dim"],
 ) -> LogDensity:
-    """The log likelihood of features `a` under N(x; a @ kernel + bias, exp(log_var)), without x.
+    """Return log N(x; a @ kernel + bias, exp(log_var)) as a function of the features `a` alone.
 
-    Expands the square once: log N = constant + cᵀa - ½ aᵀGa with the Gram matrix G = K Λ Kᵀ
-    (hidden, hidden) and c = K Λ (x - bias). What is left never touches the data dimension. Where
-    `kernel` and `log_var` are shared over a vmapped batch, so is G: it is computed once.
+    The square is expanded once: log N = constant + cᵀa - ½ aᵀGa with the Gram matrix G = K Λ Kᵀ
+    (hidden, hidden) and c = K Λ (x - bias). Evaluating the result never touches the data dimension.
+    Where `kernel` and `log_var` are shared over a vmapped batch, G is computed once for all of it.
 
     Args:
         kernel: Last layer's weights, (hidden, dim).
@@ -111,7 +115,7 @@ def compress_affine_gaussian(
 
 
 class WhitenedHead(NamedTuple):
-    """An affine Gaussian head as |R a - d|²: what is left of it when the data are projected."""
+    """The QR factors of an affine Gaussian head, which turn its squared error into |R a - d|²."""
 
     factor: Float[Array, "rank hidden"]
     """R, upper triangular."""
@@ -122,9 +126,9 @@ class WhitenedHead(NamedTuple):
 def whiten_affine_head(
     kernel: Float[Array, "hidden dim"], log_var: Float[Array, "..."]
 ) -> WhitenedHead:
-    """Factor a last layer once for all examples and samples: one QR of (dim, hidden).
+    """Factor a last layer once for all examples and samples, by a QR of a (dim, hidden) matrix.
 
-    For evaluation. Differentiating it needs dim ≥ hidden and a kernel of full rank.
+    It is meant for evaluation: to differentiate it needs dim ≥ hidden and a kernel of full rank.
 
     Args:
         kernel: Last layer's weights, (hidden, dim).
@@ -144,8 +148,8 @@ def whitened_affine_gaussian(
 ) -> LogDensity:
     """The log likelihood of features `a` under N(x; a @ kernel + bias, exp(log_var)).
 
-    With e the whitened x - bias, |e - Q R a|² = |R a - d|² + |e - Q d|², d = Qᵀe: the last term
-    is the example's alone, and what remains per sample is of the hidden width. Unlike
+    With e the whitened x - bias, |e - Q R a|² = |R a - d|² + |e - Q d|², d = Qᵀe. The last term
+    depends on the example only, so each sample costs work of the hidden width. Unlike in
     `compress_affine_gaussian` nothing cancels: values agree with the direct form to rounding.
 
     Args:
@@ -175,12 +179,15 @@ def whitened_affine_gaussian(
 def _half_square(
     gram: Float[Array, "hidden hidden"], a: Float[Array, " hidden"]
 ) -> Float[Array, ""]:
-    """½ aᵀGa. Told that G is symmetric, its Hessian product is one G v, not ½(G v + Gᵀv)."""
+    """Return ½ aᵀGa, with a derivative rule that uses the symmetry of G.
+
+    A Hessian product then costs one product G v, where JAX would compute ½(G v + Gᵀv).
+    """
     return 0.5 * a @ (gram @ a)
 
 
 @_half_square.defjvp
 def _half_square_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (gram, a), (gram_dot, a_dot) = primals, tangents
-    slope = a @ gram  # in this order a batch of them needs no transposed copies
+    slope = a @ gram  # in this order a batch needs no transposed copies
     return 0.5 * a @ slope, slope @ a_dot + 0.5 * a @ (gram_dot @ a)

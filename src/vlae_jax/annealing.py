@@ -1,9 +1,9 @@
 """Annealed importance sampling: log p(x) of one example between two stochastic bounds.
 
-Importance sampling needs a proposal that is nearly the posterior; annealing makes its own, and so
-judges the posteriors of any system by a measure that none of them provides. Transitions are
-Hamiltonian Monte Carlo by blackjax, of the `train` extra; `import vlae_jax` never imports this
-room.
+Importance sampling needs a proposal close to the posterior. Annealing constructs its own, so its
+estimate can judge the posteriors of all systems without depending on any of them. Transitions are
+Hamiltonian Monte Carlo (HMC) by blackjax, from the `train` extra; `import vlae_jax` never imports
+this module.
 """
 
 from collections.abc import Callable
@@ -21,30 +21,30 @@ from vlae_jax.expansions import depend_on_data
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 
 TARGET_ACCEPTANCE = 0.65
-"""Mean acceptance at which HMC moves farthest for its gradients (Beskos et al., 2013)."""
+"""Mean acceptance at which HMC moves farthest per gradient evaluation (Beskos et al., 2013)."""
 _ADAPTATION = 0.1
-"""Change of log step size for an acceptance that is wrong by one."""
+"""Change of the log step size per unit of difference from the target acceptance."""
 _JITTER = 0.2
-"""Share by which steps vary between moves: equal paths can return to where they began."""
+"""Largest random relative change of a step size; without it paths may return to their start."""
 _STEEPNESS = 4.0
 
 
 class AnnealingInfo(NamedTuple):
-    """How far to trust one example's annealed estimate. Carries no gradients."""
+    """Diagnostics of one example's annealed estimate. They carry no gradients."""
 
     ess: Float[Array, ""]
     """Effective number of chains (Σw)²/Σw²: between 1 and their number; 0 where all have failed."""
     standard_error: Float[Array, ""]
-    """Of the log estimate, by the delta method over chains, nats. Itself an estimate from the same
-    weights, and blind to modes that no chain has seen; infinite for a single chain."""
+    """Standard error of the log estimate, by the delta method over chains, nats. It is estimated
+    from the same weights, so it misses modes that no chain has visited; infinite for one chain."""
     acceptance: Float[Array, ""]
-    """Mean probability of acceptance, over chains and temperatures; 0 where nothing moved."""
+    """Mean probability of acceptance, over chains and temperatures; 0 without any transition."""
     step_size: Float[Array, " transitions"]
-    """Used at each temperature between the first and the last, in the order of rising β."""
+    """Step size at each temperature between the first and the last, in the order of rising β."""
     num_failed: Int[Array, ""]
-    """Chains that met a log joint which is not finite; they weigh nothing."""
+    """Number of chains that met a log joint that is not finite; their weight is 0."""
     is_finite: Bool[Array, ""]
-    """Whether any chain is left: otherwise the estimate is an infinite bound."""
+    """Whether at least one chain has not failed: otherwise the estimate is an infinite bound."""
 
 
 def annealed_importance_sampling(
@@ -66,32 +66,33 @@ def annealed_importance_sampling(
     p(x); its log is below log p(x) in expectation, and exceeds it by b nats with a probability of
     at most exp(-b). Only the running sums are kept: memory does not grow with the temperatures.
 
-    The chains move in coordinates in which a Gaussian `start` is N(0, I): HMC with the covariance
-    of `start` as its inverse mass matrix. So the Laplace posterior preconditions, and step sizes
-    are in its standard deviations.
+    The chains move in coordinates in which a Gaussian `start` is N(0, I), which is HMC with the
+    covariance of `start` as its inverse mass matrix. The Laplace posterior thus preconditions the
+    moves, and step sizes are in its standard deviations.
 
     With `adapt`, the step size follows the mean acceptance of the chains at earlier temperatures
-    (Robbins and Monro's rule, towards 0.65; Wu et al. adapt likewise). Chains then depend on their
-    own past by more than their position, so the bound holds only nearly: the better, the more
-    chains share the step size, and the slower it moves. For a strict bound, run again under another
-    key with `adapt=False` and `step_size=info.step_size` of the first run.
+    (Robbins and Monro's rule, towards 0.65; Wu et al. adapt in a similar way). A chain then depends
+    on its past also through the step size, so the bound holds only approximately: the more chains
+    share the step size and the slower it changes, the better. For a strict bound, run again with
+    another key, `adapt=False` and `step_size=info.step_size` of the first run.
 
     Args:
         key: Random key.
         log_joint: z of shape (latent,) → log p(x, z), nats. Where it is not finite the density
             counts as zero, which can only lower the estimate.
-        start: Where chains start, with a density: the Laplace posterior, an encoder's, or the prior
-            as `DiagonalPosterior(zeros, zeros)`. Its support must cover the posterior's.
-        num_temperatures: Steps of β; 1 is importance sampling.
-        num_chains: Chains, run side by side: memory grows with them.
-        num_leapfrog: Gradients of each transition; one more evaluates the weight.
+        start: The distribution that chains start from, with a `log_prob`: the Laplace posterior, an
+            encoder's posterior, or the prior as `DiagonalPosterior(zeros, zeros)`. Its support must
+            cover that of the posterior.
+        num_temperatures: Number of steps of β; 1 is importance sampling.
+        num_chains: Number of chains. They run in parallel, so memory grows with their number.
+        num_leapfrog: Gradients per transition; one more evaluates the weight.
         step_size: First guess for all transitions, or one for each, (num_temperatures - 1,), in the
             order of rising β. Steps are varied at random by up to a fifth.
-        adapt: Whether to adapt step sizes, as a factor common to all that are still to come.
+        adapt: Whether to adapt the step sizes, by one factor for all transitions still to come.
 
     Returns:
-        The estimate in nats and `AnnealingInfo`. Never NaN: a chain that fails weighs nothing, and
-        -inf is the bound where all have failed.
+        The estimate in nats and `AnnealingInfo`. Never NaN: a chain that fails has weight 0, and
+        the estimate is -inf where all chains have failed.
 
     Raises:
         ValueError: While tracing, for a wrong count or shape.
@@ -147,18 +148,21 @@ def reverse_annealed_importance_sampling(
     Args:
         key: Random key.
         log_joint: See `annealed_importance_sampling`.
-        start: The same as that of the forward chains: where these end.
+        start: The distribution that the forward chains start from; the reverse chains end there.
         z_exact: A sample of the posterior, (latent,); all chains start there.
         num_temperatures: See `annealed_importance_sampling`.
-        num_chains: Likewise. More chains do not replace more exact samples.
-        num_leapfrog: Likewise.
-        step_size: Likewise; `info.step_size` of a forward run fits as it is.
-        adapt: Likewise, with the same reservation. Here the step size at hand is for β = 1.
+        num_chains: See `annealed_importance_sampling`. More chains do not replace more exact
+            samples.
+        num_leapfrog: See `annealed_importance_sampling`.
+        step_size: See `annealed_importance_sampling`; `info.step_size` of a forward run can be
+            passed unchanged.
+        adapt: See `annealed_importance_sampling`: here too the bound is then approximate. The
+            adaptation starts at β = 1.
 
     Returns:
-        The estimate in nats and `AnnealingInfo`, of the weights 1/w; its standard error knows
-        nothing of the choice of `z_exact`. Never NaN: a chain that fails weighs nothing, which can
-        only raise the estimate, and +inf is the bound where all have failed.
+        The estimate in nats and `AnnealingInfo`, of the weights 1/w; its standard error does not
+        include the choice of `z_exact`. Never NaN: a chain that fails has weight 0, which can only
+        raise the estimate, and the estimate is +inf where all chains have failed.
 
     Raises:
         ValueError: While tracing, for a wrong count or shape.
@@ -186,13 +190,13 @@ def reverse_annealed_importance_sampling(
 
 
 class _Chains(NamedTuple):
-    """What is carried from one temperature to the next; arrays lead with the chain."""
+    """The state of all chains between two temperatures; the first axis of arrays is the chain."""
 
     offset: Float[Array, "chains latent"]
     log_weight: Float[Array, " chains"]
     failed: Bool[Array, " chains"]
     log_factor: Float[Array, ""]
-    """What adaptation has made of the step sizes given."""
+    """Log of the factor by which adaptation has changed the step sizes given."""
 
 
 def _anneal(
@@ -205,28 +209,28 @@ def _anneal(
     step_sizes: Array,
     adapt: bool | Array,
 ) -> tuple[Array, AnnealingInfo]:
-    """Run chains from `origins` along `betas`; the log of the mean of their weights.
+    """Run chains from `origins` along `betas` and return the log of the mean of their weights.
 
-    Weights are those of the path as it is run: along falling β they are 1/w.
+    The weights belong to the path in the direction it is run: with falling β they are 1/w.
     """
     origins = jax.vmap(lambda z: depend_on_data(log_joint, z))(origins)
     num_chains, latent = origins.shape
     dtype = origins.dtype
-    # Differences of rounded numbers, so that they add up to 1 exactly.
+    # Rounded before the differences are taken, so that these add up to 1 exactly.
     betas = np.asarray(betas, dtype)
     deltas = np.diff(betas)
     stretch = _whitening(start)
     kernel = hmc.build_kernel()
 
     def log_density(offset: Array, origin: Array, beta: Array) -> Any:
-        """The annealed density at one point, with log p(x, z) - log start(z)."""
+        """Return the annealed log density at one point, and log p(x, z) - log start(z)."""
         z = origin + stretch(offset)
         joint, reference = log_joint(z), start.log_prob(z)
         joint = jnp.where(jnp.isfinite(joint), joint, -jnp.inf)
         return (1 - beta) * reference + beta * joint, joint - reference
 
     def move(key: PRNGKeyArray, offset: Array, origin: Array, beta: Array, step_size: Array) -> Any:
-        """The log ratio at one chain's point, and a transition from there."""
+        """Return the log ratio at one chain's point, and the point after one HMC transition."""
         kernel_key, jitter_key = jax.random.split(key)
         step_size *= jax.random.uniform(jitter_key, (), dtype, 1 - _JITTER, 1 + _JITTER)
         (value, log_ratio), slope = jax.value_and_grad(log_density, has_aux=True)(
@@ -250,7 +254,7 @@ def _anneal(
             keys, chains.offset, origins, beta, step_size
         )
         chains = _weigh(chains._replace(offset=offset), delta * log_ratio)
-        # A failed chain may never move again; the others' step size is not to follow it.
+        # A failed chain may never move again, so its acceptance must not steer the step size.
         acceptance = jnp.sum(jnp.where(chains.failed, 0.0, acceptance))
         acceptance /= jnp.maximum(jnp.sum(~chains.failed), 1)
         change = jnp.where(adapt, _ADAPTATION * (acceptance - TARGET_ACCEPTANCE), 0.0)
@@ -306,7 +310,7 @@ def _whitening(start: Any) -> Callable[[Array], Array]:
 
 
 def _schedule(num_temperatures: int) -> np.ndarray:
-    """β from 0 to 1, slowest at both ends, where the density changes fastest."""
+    """The β from 0 to 1, closest together at both ends, where the density changes fastest."""
     sigmoid = 1 / (1 + np.exp(-np.linspace(-_STEEPNESS, _STEEPNESS, num_temperatures + 1)))
     return (sigmoid - sigmoid[0]) / (sigmoid[-1] - sigmoid[0])
 

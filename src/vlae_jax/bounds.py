@@ -1,4 +1,4 @@
-"""What is maximized and reported: ELBO, Laplace evidence, importance-weighted log-likelihood."""
+"""Bounds and estimates of log p(x): ELBO, Laplace evidence, importance-weighted log-likelihood."""
 
 import math
 from collections.abc import Callable
@@ -15,24 +15,25 @@ from vlae_jax.posterior import LOG_2PI, EvaluablePosterior, Posterior, require_s
 
 
 class ImportanceInfo(NamedTuple):
-    """How far to trust one example's importance-weighted estimate."""
+    """Diagnostics of one example's importance-weighted estimate."""
 
     ess: Float[Array, ""]
-    """Effective sample size (Σw)²/Σw²: between 1 and the number of weights, K, or K/2 of pairs;
-    as large as can be when q is the posterior."""
+    """Effective sample size (Σw)²/Σw²: between 1 and the number of weights, which is K, or K/2 for
+    antithetic pairs. It reaches that number when q is the posterior."""
     standard_error: Float[Array, ""]
-    """Of the log estimate, by the delta method, nats. Itself an estimate from the same weights."""
+    """Standard error of the log estimate, by the delta method, nats; estimated from the same
+    weights."""
     elbo: Float[Array, ""]
-    """Mean log weight of single samples, in pairs or not: the K-sample estimate of the ELBO of q,
-    nats."""
+    """Mean log weight of single samples, with or without pairs: the K-sample estimate of the ELBO
+    of q, nats."""
     largest: Float[Array, " tail_and_one"]
-    """The largest log weights, descending: what the tail's shape (Pareto k) is fitted to, and the
-    one below it. NaN first. Of antithetic samples each is the log of a pair's mean weight, and
-    k is that of K/2 weights: `tail_size(K // 2)` of them make the tail."""
+    """The largest log weights, descending: the tail, whose shape (Pareto k) is fitted, and the next
+    smaller weight. NaN comes first. For antithetic samples each is the log of a pair's mean weight,
+    and the tail holds `tail_size(K // 2)` of the K/2 weights."""
 
 
 def tail_size(num_samples: int) -> int:
-    """How many of K weights make up the tail: a fifth of a few, 3 √K of many.
+    """Number of the K weights that make up the tail: K / 5 for K up to 225, 3 √K above.
 
     References:
         Vehtari et al. (2024), Pareto smoothed importance sampling.
@@ -50,8 +51,8 @@ def elbo(
 ) -> Float[Array, ""]:
     """Monte Carlo ELBO of one example: the mean of log p(x, z) - log q(z) over samples of q.
 
-    Nothing is replaced by a closed form, on purpose: the noise of log q cancels that of log p,
-    and where q is the posterior every single sample gives log p(x).
+    No term is replaced by a closed form, deliberately: the sampling noise of log q cancels that of
+    log p, and where q is the posterior every single sample gives log p(x).
 
     Args:
         key: Random key; sample k uses `fold_in(key, k)`.
@@ -59,8 +60,8 @@ def elbo(
         posterior: The approximate posterior q.
         num_samples: Samples averaged.
         antithetic: Take samples in pairs z and 2 center - z, for which q must be symmetric. Pair k
-            uses `fold_in(key, k)`; `num_samples` counts both of each, and is even. What is odd in
-            z about the center of q then averages out exactly.
+            uses `fold_in(key, k)`; `num_samples` counts both members of a pair, and is even. Terms
+            that are odd in z about the center of q then average out exactly.
 
     Returns:
         A lower bound on log p(x) in expectation, nats.
@@ -84,16 +85,16 @@ def laplace_evidence(
 ) -> Float[Array, ""]:
     """Laplace's estimate of log p(x): log p(x, mode) + (d/2) log 2π - ½ log det P.
 
-    The ELBO of the local quadratic model. Exact for a linear decoder with Gaussian noise; otherwise
-    an approximation and no bound.
+    It is the log evidence of the quadratic model around the mode: exact for a linear decoder with
+    Gaussian noise, otherwise an approximation and not a bound.
 
     Args:
         expand: Expansion of one example's log joint.
-        mode: Its mode, shape (latent,).
+        mode: Mode of the log joint, shape (latent,).
         repair: See `laplace_posterior`.
 
     Returns:
-        Nats. NaN where the precision is neither positive definite nor repaired.
+        The estimate in nats; NaN where the precision is neither positive definite nor repaired.
 
     Gradients:
         Flow through `mode` and the parameters.
@@ -116,8 +117,8 @@ def importance_weighted_log_prob(
 ) -> tuple[Float[Array, ""], ImportanceInfo]:
     """Estimate log p(x) by the log of the mean of K importance weights p(x, z) / q(z), z ~ q.
 
-    Samples stream through in chunks, of which three sums each are kept, and the largest weights
-    of all. Sample k uses `fold_in(key, k)`: the chunking changes rounding only.
+    Samples are processed in chunks. Three sums per chunk and the largest weights of all samples are
+    kept. Sample k uses `fold_in(key, k)`, so the chunk size changes rounding only.
 
     Args:
         key: Random key.
@@ -125,13 +126,13 @@ def importance_weighted_log_prob(
         posterior: The proposal q; its support must cover the posterior's.
         num_samples: K.
         chunk_size: Samples held at once.
-        place: Identity on the numbers of a chunk's samples that says where they are: a
-            `jax.lax.with_sharding_constraint` spreads each chunk over devices.
+        place: A function that returns the indices of a chunk's samples unchanged and may constrain
+            their placement: `jax.lax.with_sharding_constraint` spreads each chunk over devices.
         antithetic: Take samples in pairs z and 2 center - z, for which q must be symmetric. K and
             `chunk_size` still count evaluations, and K is even; pair k uses `fold_in(key, k)`, and
-            `place` is given the numbers of a chunk's pairs, half as many. Sample size, standard
-            error and largest weights are those of the K/2 mean weights of pairs, which are
-            independent and whose tail is lighter.
+            `place` is given the indices of a chunk's pairs, half as many. Effective sample size,
+            standard error and largest weights are those of the K/2 mean weights of pairs, which are
+            independent and have a lighter tail.
 
     Returns:
         The estimate in nats, a lower bound on log p(x) in expectation, and `ImportanceInfo`.
@@ -142,7 +143,7 @@ def importance_weighted_log_prob(
             symmetric (a flow).
 
     Gradients:
-        Those of the K-sample bound, by reparameterization.
+        Flow as those of the K-sample bound, by reparameterization.
 
     References:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, equation 8;
@@ -166,11 +167,12 @@ def importance_weighted_log_prob(
             jnp.sum(means, where=counts),
         )
         candidates = jnp.concatenate([largest, jnp.where(counts, weights, -jnp.inf)])
-        # A NaN with the sign of what inf - inf gives would rank below all numbers, and be lost.
+        # `top_k` ranks a NaN with the sign bit set, as inf - inf gives, below all numbers.
         candidates = jnp.where(jnp.isnan(candidates), jnp.nan, candidates)
         return jax.lax.top_k(jax.lax.stop_gradient(candidates), kept)[0], sums
 
-    # A zero made from a weight, which the compiler drops, makes them vary over devices as it does.
+    # Adding zeros made from a weight, which the compiler removes, gives the carry of the scan the
+    # variation over devices that the weights have, as `jax.shard_map` requires.
     first, _ = _log_weights(key, jnp.arange(1), log_joint, posterior, antithetic)
     none_yet = jnp.full(kept, -jnp.inf, first.dtype) + jnp.zeros_like(first)
     largest, sums = jax.lax.scan(add_up, none_yet, jnp.arange(num_chunks))
@@ -193,21 +195,22 @@ def iwae_bound(
 ) -> Float[Array, ""]:
     """The K-sample bound of importance-weighted autoencoders, as a training objective.
 
-    One sample makes it the ELBO. All samples are held at once, as their gradient needs them;
-    `importance_weighted_log_prob` streams.
+    With one sample it is the ELBO. All samples are held in memory at once, as the gradient needs
+    them; `importance_weighted_log_prob` processes them in chunks.
 
     Args:
         key: Random key; sample k uses `fold_in(key, k)`.
         log_joint: z of shape (latent,) → log p(x, z), nats.
         posterior: The proposal q.
         num_samples: K.
-        doubly_reparameterized: The gradient with respect to q that does not lose its signal as K
-            grows. The score of q is dropped and the path through z weighted by the square of the
-            normalized weights; unbiased all the same. What `log_joint` closes over gets the usual
-            gradient. Costs one more evaluation of the weights. Needs a posterior with `log_prob`.
+        doubly_reparameterized: Use the gradient estimator with respect to q whose signal-to-noise
+            ratio does not fall as K grows. It drops the score of q and weights the path through z
+            by the square of the normalized weights, and is unbiased. What `log_joint` closes over
+            gets the usual gradient. It costs one more evaluation of the weights, and needs a
+            posterior with `log_prob`.
         antithetic: Take samples in pairs z and 2 center - z, for which q must be symmetric. Pair k
-            uses `fold_in(key, k)`; K counts both of each, and is even. K = 2 gives the ELBO of
-            `SkewedPosterior`.
+            uses `fold_in(key, k)`; K counts both members of a pair, and is even. K = 2 gives the
+            ELBO of `SkewedPosterior`.
 
     Returns:
         A lower bound on log p(x) in expectation, nats, tighter the larger K.
@@ -242,12 +245,13 @@ def iwae_bound(
         zs = jnp.concatenate([zs, jax.vmap(require_symmetric(posterior, _ANTITHETIC).reflect)(zs)])
     weights = jax.lax.stop_gradient(jax.vmap(log_weight)(zs))
     shares = jax.nn.softmax(weights)
-    # The same samples, whose paths carry one factor of the share; the sum below carries another.
+    # These equal the samples, but their gradient is scaled by one factor of the normalized weight;
+    # the sum below contributes the second factor.
     held = jax.lax.stop_gradient(zs)
     moved = shares[:, None] * (zs - held)
     if antithetic:
-        # The share of a sample falls where its mirror image's rises, which independent samples
-        # leave out of each other's paths and a pair cannot.
+        # The normalized weight of a sample falls where that of its mirror image rises. Between
+        # independent samples such terms drop out of the gradient; a pair shares its noise.
         moved -= jnp.roll(moved, index.size, axis=0)
     surrogate = shares @ jax.vmap(log_weight)(held + moved)
     bound = jax.nn.logsumexp(weights) - math.log(num_samples)
@@ -264,7 +268,7 @@ def _log_weights(
     posterior: Posterior,
     antithetic: bool,
 ) -> tuple[Float[Array, " draw"], Float[Array, " draw"]]:
-    """Of each draw, or of its pair: the log of the mean weight, and the mean log weight."""
+    """Return the log of the mean weight and the mean log weight of each draw, or of its pair."""
     mirror = require_symmetric(posterior, _ANTITHETIC) if antithetic else None
 
     def log_weight(k: Array) -> tuple[Array, Array]:
@@ -279,7 +283,7 @@ def _log_weights(
 
 
 def _count_draws(num_samples: int, antithetic: bool) -> int:
-    """How often q is sampled for so many evaluations of the weights."""
+    """Number of draws from q that give `num_samples` evaluations of the weights."""
     if antithetic and (num_samples < 2 or num_samples % 2):
         raise ValueError(
             "num_samples must be even with antithetic=True, which takes samples in pairs and "

@@ -1,4 +1,4 @@
-"""Conjugate gradients that stop when little of the Newton decrement can be missing."""
+"""Conjugate gradients that stop once a bound on the missing Newton decrement is small."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 _NEGLIGIBLE = 1e-2
-"""A Newton decrement in nats that counts as converged: of less than this no share need be found."""
+"""Newton decrement, nats, that counts as converged: the solver need not resolve a smaller one."""
 
 
 def conjugate_gradients(
@@ -17,19 +17,19 @@ def conjugate_gradients(
     *,
     shortfall: float,
 ) -> Float[Array, " latent"]:
-    """Solve P v = rhs until a given share of the decrement ½ rhsᵀP⁻¹rhs, at most, is missing.
+    """Solve P v = rhs until at most a given share of the decrement ½ rhsᵀP⁻¹rhs is missing.
 
-    The missing part is bounded from above by Gauss-Radau quadrature: from the coefficients of the
-    iteration, and from 1 as a lower bound of the eigenvalues of P. Where P has smaller ones the
-    loop may end early; v is a direction of ascent all the same. Where P shows negative curvature
-    the loop ends with the v found so far; if that is in the first product, with rhs divided by the
-    size of that curvature.
+    The missing part is bounded from above by Gauss-Radau quadrature, from the coefficients of the
+    iteration and from 1 as a lower bound of the eigenvalues of P. If P has smaller eigenvalues, the
+    loop may end early; v is still a direction of ascent. If P shows negative curvature, the loop
+    ends with the v found so far; in the first iteration, with rhs divided by the absolute value of
+    that curvature.
 
     Args:
         times: v → P v.
         rhs: The right-hand side, (latent,).
-        shortfall: The share of the decrement that may be missing. A hundredth of a nat times this
-            share may always be missing.
+        shortfall: The share of the decrement that may be missing. A missing part of this share of
+            0.01 nats is always accepted.
 
     References:
         Meurant and Tichý (2013), On computing quadrature-based bounds for the A-norm of the error
@@ -76,8 +76,8 @@ class _Krylov(NamedTuple):
     residual: Float[Array, " latent"]
     search: Float[Array, " latent"]
     square: Float[Array, ""]
-    """Of the residual."""
+    """Squared norm of the residual."""
     radau: Float[Array, ""]
-    """Times `square`: an upper bound of the squared error in the norm of P."""
+    """Coefficient whose product with `square` bounds the squared error in the norm of P."""
     go_on: Bool[Array, ""]
     steps: Float[Array, ""]

@@ -1,8 +1,8 @@
 """Scalar log densities of one example, in nats and summed over dimensions.
 
-All but two are concave in the decoder's output, so their Gauss-Newton precision is positive
-definite by form. The two that are not have the diagonal of their Fisher information beside them,
-to hand to `gauss_newton_expansion(..., fisher=...)`.
+All but two are concave in the decoder's output, so their Gauss-Newton precision is always positive
+definite. For the two that are not, a function with the suffix `_fisher` gives the diagonal of the
+Fisher information, to be passed to `gauss_newton_expansion(..., fisher=...)`.
 """
 
 import math
@@ -27,14 +27,13 @@ def multivariate_normal(
     mean: Float[Array, " latent"],
     chol_precision: Float[Array, "latent latent"],
 ) -> Float[Array, ""]:
-    """Log density of N(mean, (L Lᵀ)⁻¹) at `z`, in nats: any Gaussian, as a prior say.
+    """Log density of N(mean, (L Lᵀ)⁻¹) at `z`, in nats; for any Gaussian prior, for example.
 
     Args:
         z: Where to evaluate, shape (latent,).
         mean: Shape (latent,).
-        chol_precision: Lower triangular L with a positive diagonal, L Lᵀ the precision: what
-            `GaussianPosterior` holds. For a covariance C,
-            `jnp.linalg.cholesky(jnp.linalg.inv(C))`.
+        chol_precision: Lower triangular L with a positive diagonal, L Lᵀ the precision, as in
+            `GaussianPosterior`. For a covariance C, `jnp.linalg.cholesky(jnp.linalg.inv(C))`.
     """
     whitened = chol_precision.T @ (z - mean)
     half_log_det = jnp.sum(jnp.log(jnp.diagonal(chol_precision)))
@@ -78,7 +77,7 @@ def categorical(x: Int[Array, "..."], logits: Float[Array, "..."]) -> Float[Arra
             of `x` and then (classes,); or the same numbers flat, as a decoder gives them.
 
     Returns:
-        A scalar. NaN where an index has no class.
+        A scalar; NaN if an index is not that of a class.
 
     Raises:
         ValueError: While tracing, if `x` is not of integers or `logits` does not fit its shape.
@@ -93,14 +92,14 @@ def categorical(x: Int[Array, "..."], logits: Float[Array, "..."]) -> Float[Arra
             f"got {logits.shape}"
         )
     log_probs = jax.nn.log_softmax(logits.reshape(*x.shape, classes))
-    index = x.astype(jnp.int32)  # bytes could not hold one class more than they index
+    index = x.astype(jnp.int32)  # a narrow integer type may not hold the value of `classes`
     # A negative index would count from the end; one too large is filled with NaN.
     index = jnp.where(index < 0, classes, index)
     return jnp.sum(jnp.take_along_axis(log_probs, index[..., None], axis=-1, mode="fill"))
 
 
 def poisson(x: Num[Array, " dim"], log_rate: Float[Array, " dim"]) -> Float[Array, ""]:
-    """Log probability of the counts `x` under independent Poissons, in nats, with its -log x!.
+    """Log probability of the counts `x` under independent Poissons, in nats, -log x! included.
 
     Args:
         x: Counts 0, 1, 2, ..., shape (dim,), integers or floats.
@@ -127,17 +126,17 @@ def discretized_logistic(
 
     Args:
         x: Pixels on `levels` equally spaced values from `low` to `high`, shape (dim,).
-        mean: Of the logistics, in the units of x, shape (dim,).
+        mean: Means of the logistic distributions, in the units of x, shape (dim,).
         log_scale: Log of their scale s, which is √3/π standard deviations; a scalar or (dim,).
         low: Value of the lowest level.
-        high: Value of the highest: 1 for pixels in [0, 1], 255 for bytes as they are.
-        levels: How many there are, at least 2.
+        high: Value of the highest level: 1 for pixels in [0, 1], 255 for unscaled bytes.
+        levels: Number of levels, at least 2.
 
     Returns:
-        A scalar. NaN where a pixel lies outside of all bins, in other units perhaps.
+        A scalar; NaN if a pixel lies outside of all bins, as with pixels in other units.
 
     Raises:
-        ValueError: While tracing, if there is no range or fewer than two levels.
+        ValueError: While tracing, if `high` is not above `low` or there are fewer than two levels.
 
     References:
         Kingma et al. (2016), Improved variational inference with inverse autoregressive flow;
@@ -168,7 +167,8 @@ def gaussian_heteroscedastic(
 ) -> Float[Array, ""]:
     """Log density of N(mean, diag(exp(log_var))) at `x`, both from the decoder, in nats.
 
-    Not concave in `eta`: minus its Hessian is indefinite wherever a pixel differs from its mean.
+    It is not concave in `eta`: minus its Hessian is indefinite wherever a pixel differs from its
+    mean.
 
     Args:
         x: Where to evaluate, shape (dim,).
@@ -203,9 +203,9 @@ def student_t(
     log_scale: Float[Array, "..."],
     freedom: float | Float[Array, "..."],
 ) -> Float[Array, ""]:
-    """Log density of independent Student-t variables at `x`, in nats: a Gaussian with wide tails.
+    """Log density of independent Student-t variables at `x`, in nats; its tails are heavy.
 
-    Not concave in `loc`: convex further than √freedom scales from x.
+    It is not concave in `loc`, but convex where `loc` is more than √freedom scales from x.
 
     Args:
         x: Where to evaluate, shape (dim,).
@@ -214,7 +214,8 @@ def student_t(
         freedom: Degrees of freedom, positive; a scalar or shape (dim,).
     """
     scaled = (x - loc) * jnp.exp(-log_scale) / jnp.sqrt(freedom)
-    # log(1 + s²) by whichever of s and 1/s is small, so that neither it nor a derivative overflows.
+    # log(1 + s²) is computed from s or 1/s, whichever is small, so that neither the value nor a
+    # derivative overflows.
     is_far = jnp.abs(scaled) > 1
     far = jnp.where(is_far, scaled, 1.0)
     near = jnp.where(is_far, 1 / far, scaled)
@@ -232,15 +233,17 @@ def student_t_fisher(
 
     Args:
         loc: Centers, shape (dim,); only their shape matters.
-        log_scale: As in `student_t`.
-        freedom: ν, as in `student_t`.
+        log_scale: Log of the scale, which multiplies a standard t; a scalar or shape (dim,).
+        freedom: Degrees of freedom ν, positive; a scalar or shape (dim,).
     """
     information = (freedom + 1) / (freedom + 3) * jnp.exp(-2 * log_scale)
     return jnp.broadcast_to(information, loc.shape)
 
 
 def _log_gamma_half_step(a: float | Float[Array, "..."]) -> Float[Array, "..."]:
-    """Log Γ(a + ½) - log Γ(a), which for large a would cancel: 0.5 nats in float32 at a million.
+    """Log Γ(a + ½) - log Γ(a), by a series for large a.
+
+    There the direct difference cancels: its error in float32 is 0.5 nats at a million.
 
     References:
         NIST Digital Library of Mathematical Functions, 5.11(i) for the two series.

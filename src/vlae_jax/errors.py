@@ -1,4 +1,4 @@
-"""The ways a run ends early, each with one line for the user and its own exit code."""
+"""Exceptions that end a run early, each with a one-line message and its own exit code."""
 
 import difflib
 import math
@@ -6,11 +6,11 @@ import signal
 from collections.abc import Iterable
 
 LARGEST_COUNT = 2**31 - 1
-"""Counts are 32-bit integers on devices."""
+"""Largest count that is accepted: counts are 32-bit integers on devices."""
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for or supplied.
+    """A mistake in the user's choices or data.
 
     Its message is one line that says what was wrong, what is wanted, and what to do. The command
     line prints it without a traceback and exits with code 2.
@@ -18,15 +18,15 @@ class UserError(Exception):
 
 
 class RunFailure(Exception):
-    """Something went wrong in the numbers of a run that was asked for correctly; exit code 1."""
+    """A numerical failure of a correctly configured run; exit code 1."""
 
 
 class Unreadable(Exception):
-    """Undamaged data could not be read for now; exit code 75, worth trying again."""
+    """Undamaged data could not be read, perhaps only for now; exit code 75: try again later."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it did, with everything saved; exit code 128 + signal."""
+    """The run was stopped by a signal after saving everything; exit code 128 + signal."""
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} at step {step}, all saved")
@@ -34,20 +34,20 @@ class Stopped(Exception):
 
 
 def require(ok: bool, message: str) -> None:
-    """Check a choice of the user's.
+    """Check a condition on the user's choices.
 
     Raises:
-        UserError: With the message, if it is not `ok`.
+        UserError: With the message, if the condition `ok` is false.
     """
     if not ok:
         raise UserError(message)
 
 
 def require_counts(choices: object, *names: str, least: int = 1) -> None:
-    """Check the fields of these names: None, or a whole number from `least` to `LARGEST_COUNT`.
+    """Check that each named field is None or a whole number from `least` to `LARGEST_COUNT`.
 
     Raises:
-        UserError: If one is not.
+        UserError: If a field is out of range.
     """
     for name in names:
         value = getattr(choices, name)
@@ -58,10 +58,10 @@ def require_counts(choices: object, *names: str, least: int = 1) -> None:
 
 
 def require_positive(choices: object, *names: str) -> None:
-    """Check the fields of these names: None, or a finite number above 0.
+    """Check that each named field is None or a finite number above 0.
 
     Raises:
-        UserError: If one is not.
+        UserError: If a field is out of range.
     """
     for name in names:
         value = getattr(choices, name)
@@ -81,7 +81,7 @@ def require_seed(seed: int) -> None:
 
 
 def one_line(error: Exception, length: int = 200) -> str:
-    """The message of an error, or else its type, on one line of at most about this length."""
+    """The message of an error, or else its type, on one line of about `length` at most."""
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) <= length:
         return text

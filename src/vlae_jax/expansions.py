@@ -1,8 +1,8 @@
 """Expansions: second-order models of one example's log joint around a point.
 
-An expansion is a pure function from z to a `Quadratic`. Refinement, posterior and evidence take
-one and never ask where it came from, so a faster curvature is one more function in this room,
-tested equal to `exact_expansion`.
+An expansion is a pure function from z to a `Quadratic`. Refinement, posterior and evidence accept
+any expansion, so a faster way to compute curvature is one more function in this module, tested
+against `exact_expansion`.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ class Quadratic(NamedTuple):
     grad: Float[Array, " latent"]
     """Gradient of the log joint."""
     precision: Float[Array, "latent latent"]
-    """Minus its Hessian, or a positive-definite stand-in for it."""
+    """Minus the Hessian of the log joint, or a positive-definite approximation of it."""
 
 
 class Products(NamedTuple):
-    """The same without the matrix, for use within one trace."""
+    """A `Quadratic` whose precision is a function instead of a matrix; usable within one trace."""
 
     value: Float[Array, ""]
     grad: Float[Array, " latent"]
@@ -39,8 +39,8 @@ class Products(NamedTuple):
 
 
 Expansion = Callable[[Float[Array, " latent"]], Quadratic]
-"""z → `Quadratic`. One that also has a method `products`, z → `Products`, can be searched by
-conjugate gradients."""
+"""z → `Quadratic`. An expansion with a method `products`, z → `Products`, also allows mode searches
+by conjugate gradients."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,12 +51,12 @@ class MatrixFreeExpansion:
     products: Callable[[Float[Array, " latent"]], Products]
 
     def __call__(self, z: Float[Array, " latent"]) -> Quadratic:
-        """The quadratic at z."""
+        """Return the quadratic at z."""
         return self.quadratic(z)
 
 
 def exact_expansion(log_joint: LogDensity, *, chunk_size: int | None = None) -> MatrixFreeExpansion:
-    """Expand any log joint by `jax.grad` and `jax.hessian`: the reference truth.
+    """Expand any log joint by `jax.grad` and `jax.hessian`: the reference for other expansions.
 
     For a piecewise-linear (ReLU) decoder with a likelihood in its natural parameter this equals
     `gauss_newton_expansion` almost everywhere, at several times the cost.
@@ -65,7 +65,7 @@ def exact_expansion(log_joint: LogDensity, *, chunk_size: int | None = None) -> 
         log_joint: z of shape (latent,) → log p(x, z), a scalar in nats. Closes over x and the
             parameters.
         chunk_size: Columns of the Hessian computed at once, to bound the memory; all by default.
-            Reverse mode then computes them again instead of keeping what led to them.
+            Reverse mode then recomputes them instead of storing intermediate values.
 
     Returns:
         A function of z, shape (latent,), giving the value in nats, the gradient (latent,) and
@@ -112,20 +112,20 @@ def gauss_newton_expansion(
 
     W is minus the Hessian of the log likelihood with respect to the decoder's output, J the
     Jacobian of the decoder. For a concave log likelihood and prior the precision is positive
-    definite by form. It is the exact Hessian wherever the decoder is piecewise linear. For a log
-    likelihood that is not concave (a learned variance per pixel, Student-t), give its Fisher
-    information as W.
+    definite by construction. For a piecewise linear decoder it is minus the exact Hessian almost
+    everywhere. For a log likelihood that is not concave (a learned variance per pixel, Student-t),
+    give its Fisher information as W.
 
     Args:
         decode: z of shape (latent,) → η of shape (out,), the likelihood's natural parameter
             (a Gaussian's mean, a Bernoulli's logits).
         log_likelihood: η → log p(x | η), a scalar in nats. Closes over x.
         log_prior: z → log p(z), a scalar in nats.
-        fisher: η → the diagonal of the likelihood's Fisher information at η, (out,), to take for
-            W. See `densities` for those that need one.
-        chunk_size: Columns of the precision computed at once, each by one pass forward and one
-            back; the Jacobian is then never held, nor kept for reverse mode. By default it is
-            formed, in one pass.
+        fisher: η → the diagonal of the likelihood's Fisher information at η, (out,), used as W.
+            See `densities` for the likelihoods that need one.
+        chunk_size: Columns of the precision computed at once, each by one forward and one backward
+            pass; the Jacobian is then never stored, for reverse mode neither. By default the whole
+            Jacobian is formed, in one pass.
 
     Returns:
         A function of z giving the value in nats, the exact gradient (latent,), and the
@@ -148,7 +148,7 @@ def gauss_newton_expansion(
         return log_likelihood(decode(z)) + log_prior(z)
 
     def linearized(z: Array) -> tuple[Array, Array, Callable[[Array], Array], Partial]:
-        """The value, the gradient, the decoder's tangent map and the product with W."""
+        """Return the value, the gradient, the decoder's tangent map and the product with W."""
         value, grad = jax.value_and_grad(log_joint)(z)
         eta, push = jax.linearize(decode, z)
         if eta.ndim != 1:
@@ -158,7 +158,7 @@ def gauss_newton_expansion(
         slope_push = jax.linearize(jax.grad(log_likelihood), eta)[1]
         return value, grad, push, Partial(_minus, slope_push)
 
-    # Accelerators multiply float32 in reduced precision unless asked; a Cholesky needs better.
+    # By default accelerators multiply float32 in reduced precision, too low for a Cholesky factor.
     def quadratic(z: Float[Array, " latent"]) -> Quadratic:
         z = depend_on_data(log_joint, z)
         with jax.default_matmul_precision("highest"):
@@ -182,30 +182,31 @@ def gauss_newton_expansion(
 
 
 def shifted_expansion(expand: Expansion, *, floor: float = 1.0) -> Expansion:
-    """The same expansion with its precision lifted, where it must be, to be positive definite.
+    """Return an expansion whose precision is shifted, where needed, to be positive definite.
 
-    Adds the least multiple of the identity that brings the smallest eigenvalue up to `floor`. It
-    needs nothing but the expansion, so it repairs any log joint: hand
-    `shifted_expansion(expand)` as `repair=` to `infer_posterior`, `newton_refine` or
-    `laplace_posterior`. Around `gauss_newton_expansion` it repairs what is positive definite by
-    form and not by rounding, where eigenvalues lie further apart than the precision resolves.
+    It adds the smallest multiple of the identity that brings the smallest eigenvalue up to `floor`.
+    It needs only the expansion, so it works for any log joint: pass `shifted_expansion(expand)` as
+    `repair=` to `infer_posterior`, `newton_refine` or `laplace_posterior`. Applied to
+    `gauss_newton_expansion` it repairs precisions that are positive definite in exact arithmetic
+    and not after rounding, where the eigenvalues differ by more than the number format resolves.
 
     Args:
         expand: Expansion of one example's log joint.
-        floor: The smallest eigenvalue a precision is left with, positive. 1 is that of the prior
-            N(0, I): no direction ends up wider than the prior had it. Where rounding hides
-            eigenvalues of this size, the smallest that it does not hide is taken: latent × 8
-            machine epsilons of the largest.
+        floor: The smallest eigenvalue allowed, positive. The precision of the prior N(0, I) has 1:
+            with it no direction becomes wider than under the prior. Where rounding hides
+            eigenvalues of this size, the floor is the smallest that it does not hide: latent × 8
+            machine epsilons times the largest.
 
     Returns:
-        An expansion of the same value and gradient. A precision that is above the floor keeps its
-        bits; one that is not finite stays so, and is flagged where it is factored.
+        An expansion with unchanged value and gradient. A precision above the floor is unchanged to
+        the bit; one that is not finite stays so, and the factorization flags it.
 
     Raises:
         ValueError: If `floor` is not positive.
 
     Gradients:
-        Those of `expand`: the shift is held constant, so they are finite where eigenvalues meet.
+        Flow as those of `expand`: the shift is held constant, so that they stay finite where
+        eigenvalues coincide.
 
     References:
         Nocedal and Wright (2006), Numerical optimization, section 3.4.
@@ -223,11 +224,11 @@ def shifted_expansion(expand: Expansion, *, floor: float = 1.0) -> Expansion:
 
 
 def depend_on_data(log_joint: LogDensity, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
-    """Return `z`, checked, and made to depend on whatever `log_joint` closes over.
+    """Check `z` and return it, made to depend on everything that `log_joint` closes over.
 
-    Inside `jax.shard_map` the gradient with respect to a z that is the same on every device is
-    silently summed over devices. Adding a zero derived from the data makes z vary with the data;
-    the compiler removes the rest.
+    Inside `jax.shard_map` the gradient with respect to a z that is equal on all devices is silently
+    summed over devices. Adding a zero derived from the data marks z as varying with the data; the
+    compiler removes the addition.
 
     Raises:
         ValueError: While tracing, if `z` is no float vector or `log_joint` is not scalar.
@@ -248,7 +249,7 @@ def depend_on_data(log_joint: LogDensity, z: Float[Array, " latent"]) -> Float[A
 
 
 def _basis(z: Float[Array, " latent"]) -> Float[Array, "latent latent"]:
-    """The unit vectors, varying over devices as z does: see `depend_on_data`."""
+    """The unit vectors, marked as varying over devices like z; see `depend_on_data`."""
     return jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)[None]
 
 
@@ -261,7 +262,7 @@ def _by_columns(products: Products, z: Float[Array, " latent"], chunk_size: int)
 
 
 def _require_memory(z: Float[Array, " latent"], out: int) -> None:
-    """Refuse a Jacobian that cannot fit, before the allocator does in words of its own."""
+    """Raise a clear error for a Jacobian that does not fit in memory, before allocating it."""
     needed, there = z.size * out * z.dtype.itemsize, _memory_bytes()
     if there is not None and needed > there:
         raise ValueError(
@@ -272,7 +273,7 @@ def _require_memory(z: Float[Array, " latent"], out: int) -> None:
 
 
 def _memory_bytes() -> int | None:
-    """Memory of the first device, as far as it can be known."""
+    """Memory of the first device in bytes, or None where it is unknown."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats:
@@ -291,9 +292,10 @@ def _minus(push: Callable[[Array], Array], tangent: Array) -> Array:
 def _sandwich(
     jacobian_t: Float[Array, "latent out"], weigh: Partial
 ) -> Float[Array, "latent latent"]:
-    """JᵀWJ. Told that W is symmetric, its derivative multiplies by W once less.
+    """Return JᵀWJ, with a derivative rule that uses the symmetry of W to save one product with W.
 
-    `weigh` is a pytree of all that it depends on, as a derivative rule needs it.
+    `weigh` multiplies by W. It is a pytree of everything it depends on, so that the derivative rule
+    can differentiate it.
     """
     return jacobian_t @ jax.vmap(weigh)(jacobian_t).T
 
@@ -309,10 +311,10 @@ def _sandwich_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 def _least_shift(precision: Float[Array, "latent latent"], floor: float) -> Float[Array, ""]:
-    """What to add to all eigenvalues for the smallest to be `floor`, or more than rounding."""
+    """Shift of all eigenvalues that raises the smallest to `floor`, or to the level of rounding."""
     identity = jnp.eye(len(precision), dtype=precision.dtype)
     safe = jnp.where(jnp.all(jnp.isfinite(precision)), precision, identity)
-    # Scaled to order one, its squares neither overflow nor vanish.
+    # The matrix is scaled to order one, so that squares of its entries neither overflow nor vanish.
     scale = jnp.maximum(jnp.max(jnp.abs(safe)), 1.0)
     eigenvalues = scale * jnp.linalg.eigvalsh(safe / scale)
     rounding = 8 * len(precision) * jnp.finfo(precision.dtype).eps

@@ -1,4 +1,4 @@
-"""Cholesky factors that stay finite, values and gradients, whatever precision comes in."""
+"""Cholesky factors whose values and gradients stay finite for any precision matrix."""
 
 from typing import Any, NamedTuple
 
@@ -10,20 +10,20 @@ from vlae_jax.expansions import Expansion, Quadratic
 
 
 class Factor(NamedTuple):
-    """A Cholesky factor that is finite, and finite to differentiate, whatever came in."""
+    """A Cholesky factor with finite values and derivatives, whatever the precision was."""
 
     chol: Float[Array, "latent latent"]
     """Lower factor of the precision or of its repair; the identity where `is_finite` is false."""
     is_pd: Bool[Array, ""]
-    """Whether the precision was positive definite as it came."""
+    """Whether the precision itself, before any repair, was positive definite."""
     is_finite: Bool[Array, ""]
-    """Whether the precision, or else its repair, could be factored."""
+    """Whether the precision or its repair could be factored."""
 
 
 def factorize(
     expand: Expansion, z: Float[Array, " latent"], repair: Expansion | None = None
 ) -> tuple[Quadratic, Factor]:
-    """Expand at `z` and factor the precision, or that of `repair` where it is not PD."""
+    """Expand at `z` and factor the precision, or that of `repair` where the first is not PD."""
     quadratic = expand(z)
     chol, is_pd = _safe_factor(quadratic.precision)
     if repair is None:
@@ -47,10 +47,10 @@ def _cholesky(matrix: Float[Array, "latent latent"]) -> Float[Array, "latent lat
 def _safe_cholesky(
     matrix: Float[Array, "latent latent"],
 ) -> tuple[Float[Array, "latent latent"], Float[Array, ""]]:
-    """The factor and 1; where there is none, the identity without gradient, and 0.
+    """Return the factor and 1, or, where there is none, the identity without gradient and 0.
 
     A plain Cholesky of an indefinite matrix gives NaN, and NaN gradients even behind a `where`.
-    The flag is a float because `jax.shard_map` accepts no symbolic zero tangent of a boolean.
+    The flag is a float because `jax.shard_map` does not accept symbolic zero tangents of booleans.
     """
     chol = _cholesky(matrix)
     is_pd = jnp.all(jnp.isfinite(chol))

@@ -1,4 +1,4 @@
-"""Local files: each is written whole or not at all."""
+"""Atomic writing of local files: a file is replaced as a whole or not at all."""
 
 import contextlib
 import os
@@ -10,16 +10,16 @@ _PARTIAL = ".partial"
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Give a file new content in one step: a reader or a crash sees the old or the new one, whole.
+    """Replace a file's content atomically: readers, also after a crash, see the old or the new.
 
     Args:
         path: The file. Its folder must exist.
         write: Writes the content into an open file.
 
     Raises:
-        OSError: If it cannot be written; what was there stays.
+        OSError: If it cannot be written; the old content stays.
     """
-    # Several processes may prepare one cache at once: each has a file of its own.
+    # Several processes may write the same file at once, so each has its own partial file.
     partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
     try:
         with partial.open("wb") as file:
@@ -31,5 +31,5 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def is_partial(path: Path, of: Path) -> bool:
-    """Whether a file is what a crash may leave of writing another one."""
+    """Whether `path` is a partial file that a crash while writing the file `of` may leave."""
     return path.name.startswith(f"{of.name}.") and path.name.endswith(_PARTIAL)

@@ -1,7 +1,9 @@
-"""Where a bound loses its nats: to the family of posteriors, or to the inference within it.
+"""The gap between the ELBO and log p(x), split into its causes.
 
-log p(x) is that of `vlae_jax.annealing`, a measure from outside the families compared. Needs optax,
-of the `train` extra; `import vlae_jax` never imports this room.
+A part is lost because the family of posteriors is too small, the rest because inference does not
+find the best of the family. log p(x) comes from `vlae_jax.annealing`, which does not depend on the
+families compared. This module needs optax, from the `train` extra; `import vlae_jax` never imports
+it.
 """
 
 from collections.abc import Callable
@@ -18,30 +20,30 @@ from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 
 
 class Estimate(NamedTuple):
-    """What sampling says of a number, with its error; of one example, or of any array of them."""
+    """A quantity estimated by sampling, with its error, for one example or an array of them."""
 
     value: Float[Array, "..."]
-    """Nats."""
+    """The estimate, nats."""
     standard_error: Float[Array, "..."]
-    """Of sampling, nats."""
+    """Standard error of sampling, nats."""
 
 
 class Gaps(NamedTuple):
-    """Nats between log p(x) and the ELBO, and where they are lost; one `Estimate` each.
+    """The gap between log p(x) and the ELBO, in nats, and its parts; one `Estimate` each.
 
     `inference` = `approximation` + `amortization`.
     """
 
     inference: Estimate
-    """log p(x) - ELBO(q): all that is lost."""
+    """log p(x) - ELBO(q): the whole gap."""
     approximation: Estimate
-    """log p(x) - ELBO(q*), q* the best of the family: what the family cannot express."""
+    """log p(x) - ELBO(q*), q* the best of the family: the loss due to the choice of family."""
     amortization: Estimate
-    """ELBO(q*) - ELBO(q): what inference within the family gives away."""
+    """ELBO(q*) - ELBO(q): the loss due to inference within the family."""
     non_convergence: Estimate | None
     """ELBO(q̂) - ELBO(q), q̂ the result of the same inference run to convergence: the part of
-    `amortization` that more steps would regain. Negative where steps lose: the mode of the log
-    joint is not where the ELBO is largest. None where there is no such inference."""
+    `amortization` that more steps would regain. It is negative where more steps lower the ELBO,
+    which is not largest at the mode of the log joint. None for inference without such steps."""
 
 
 def inference_gaps(
@@ -49,15 +51,16 @@ def inference_gaps(
 ) -> Gaps:
     """Split the distance from an ELBO to log p(x).
 
-    Errors are added as those of independent estimates: give each its own key.
+    The standard errors are combined as those of independent estimates: use a different key for each
+    argument.
 
     Args:
-        log_prob: log p(x), by annealing say. Where that is a lower bound, `inference` and
-            `approximation` are bounded from below.
-        best: ELBO of the posterior from `best_in_family`. Where that has not found the best,
+        log_prob: log p(x), from annealing for example. If it is a lower bound, `inference` and
+            `approximation` are lower bounds too.
+        best: ELBO of the posterior from `best_in_family`. If that search has not found the best,
             `approximation` is too large and `amortization` too small.
-        amortized: ELBO of the posterior as inference gives it.
-        converged: ELBO of the Laplace posterior at the converged mode, where `amortized` is that
+        amortized: ELBO of the posterior that inference gives.
+        converged: ELBO of the Laplace posterior at the converged mode, if `amortized` is the ELBO
             after a few steps.
 
     Returns:
@@ -83,7 +86,7 @@ def estimate_elbo(
     num_samples: int,
     chunk_size: int = 500,
 ) -> Estimate:
-    """The ELBO of one example, as `elbo` has it of the same key, with its standard error.
+    """Estimate the ELBO of one example with its standard error; the value is `elbo` of that key.
 
     Args:
         key: Random key; sample k uses `fold_in(key, k)`.
@@ -93,13 +96,13 @@ def estimate_elbo(
         chunk_size: Samples held at once.
 
     Returns:
-        Nats. One sample that is not finite makes the estimate so.
+        The `Estimate` in nats; not finite if a single sample is not.
 
     Raises:
         ValueError: While tracing, for a wrong count.
 
     Gradients:
-        As those of `elbo`; memory then grows with `num_samples`.
+        Flow as those of `elbo`; memory then grows with `num_samples`.
     """
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2 to have an error, got {num_samples}")
@@ -126,27 +129,28 @@ def best_in_family(
 ) -> Any:
     """Maximize the ELBO of one example over the local parameters of its posterior's family.
 
-    Adam with a cosine decay to 0, on fresh samples in every step; a gradient that is not finite is
-    left out. Parameters are relative to the given posterior (see `local_parameters`), so a step is
-    in its standard deviations: a posterior that is off by n of them takes at least
-    2 n / `learning_rate` steps. For a Gaussian family the gradient is that through the path of the
-    samples alone, whose noise vanishes where the family holds the posterior (Roeder et al., 2017).
+    The search runs Adam with a cosine decay to 0, on fresh samples in every step, and skips steps
+    whose gradient is not finite. Parameters are relative to the given posterior (see
+    `local_parameters`), so steps are in its standard deviations: a posterior that is off by n of
+    them takes at least 2 n / `learning_rate` steps. For a Gaussian family the gradient flows only
+    through the samples; its noise vanishes at the optimum if the family contains the true posterior
+    (Roeder et al., 2017).
 
     Args:
         key: Random key.
         log_joint: z of shape (latent,) → log p(x, z), nats.
-        posterior: Where to start: a `DiagonalPosterior`, a `GaussianPosterior`, or what else
-            `local_parameters` takes.
+        posterior: Start of the search: a `DiagonalPosterior`, a `GaussianPosterior`, or any other
+            type that `local_parameters` accepts.
         num_steps: Steps of Adam.
-        num_samples: Samples a step. The comparison at the end takes 16 times as many.
-        learning_rate: Of the first steps.
+        num_samples: Samples per step. The comparison at the end takes 16 times as many.
+        learning_rate: Learning rate of the first steps.
 
     Returns:
-        A posterior of the same type. By the ELBO of the same fresh samples it is no worse than the
-        one given, which is returned as it is where the search has gained nothing.
+        A posterior of the same type. Its ELBO is no lower than that of the given posterior, both on
+        the same fresh samples: if the search gains nothing, the given one is returned unchanged.
 
     Raises:
-        TypeError: For a family without a rule.
+        TypeError: For a family that `local_parameters` does not accept.
         ValueError: While tracing, for a wrong count.
 
     Gradients:
@@ -162,7 +166,7 @@ def best_in_family(
     posterior = jax.lax.stop_gradient(posterior)
     family = local_parameters(posterior)
     search_key, judge_key = jax.random.split(key)
-    # One bad sample costs its step, not the search.
+    # A sample with a gradient that is not finite skips one step instead of ending the search.
     optimizer = optax.apply_if_finite(
         optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps)),
         max_consecutive_errors=num_steps,
@@ -203,27 +207,27 @@ class Family(NamedTuple):
     """The free parameters of one example's posterior."""
 
     params: Any
-    """A tree of arrays, zeros at the posterior given."""
+    """A tree of arrays, all zero for the given posterior."""
     rebuild: Callable[[Any], Any]
-    """Such a tree → a posterior of the same type."""
+    """A function from such a tree to a posterior of the given type."""
     has_density: bool
     """Whether `log_prob` of any z costs no more than sampling does."""
 
 
 def local_parameters(posterior: Any) -> Family:
-    """What may be chosen for each example, relative to a posterior and in its units.
+    """Return the parameters that are free for each example, relative to a posterior, in its units.
 
     - `DiagonalPosterior`: the mean in standard deviations, and log standard deviations.
     - `GaussianPosterior`: z = mean + L⁻ᵀ(m + Aε), with m and an upper triangular A, its diagonal
       as a logarithm and the rest times the root of the dimension. L⁻ᵀA is upper, so L A⁻ᵀ is the
       new lower factor of the precision; the ELBO of a log joint that is concave in z is concave in
       m and A (Challis and Barber, 2013).
-    - A NamedTuple with fields `base` and `context`, such as a normalizing flow conditioned on what
-      the encoder says: the parameters of `base`, by these rules, and `context` itself. All its
-      other fields are common to the examples, and stay as they are.
+    - A NamedTuple with fields `base` and `context`, such as a normalizing flow conditioned on
+      features of the encoder: the parameters of `base`, by these rules, and `context` itself. Its
+      other fields are shared by all examples and stay unchanged.
 
     Raises:
-        TypeError: For any other.
+        TypeError: For a posterior of any other type.
 
     References:
         Challis and Barber (2013), Gaussian Kullback-Leibler approximate inference, JMLR 14.
@@ -252,7 +256,8 @@ def _gaussian(posterior: GaussianPosterior) -> Family:
 
     def rebuild(params: Any) -> Any:
         shift, log_diagonal, strict = params
-        # Adam moves all entries alike: unscaled, a row of them would outweigh mean and diagonal.
+        # Adam moves all entries by equal amounts: unscaled, the off-diagonal ones of a row together
+        # would outweigh mean and diagonal.
         strict = jnp.triu(strict, 1) / mean.size**0.5
         scale = jnp.diag(jnp.exp(log_diagonal)) + strict
         shift = solve_triangular(chol, shift, lower=True, trans=1)

@@ -1,4 +1,4 @@
-"""The chain, spelled once: first guess → mode → precision → posterior."""
+"""The whole inference of one example: first guess → mode → precision → posterior."""
 
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -39,20 +39,21 @@ def infer_posterior(
     Args:
         expand: Expansion of one example's log joint; closes over the example and parameters.
         z_init: First guess, shape (latent,): an encoder's mean, or zeros.
-        num_steps: Steps T of the search; the most of them with `until_converged`.
+        num_steps: Steps T of the search; with `until_converged` the largest number of them.
         damping: See `newton_refine`.
-        gradient: How what `expand` closes over sees the mode μ. The precision is differentiated in
-            all three.
+        gradient: How the mode μ is differentiated with respect to what `expand` closes over. The
+            precision is differentiated in all three cases.
 
             - "implicit": dμ = P⁻¹ d∇ log p(x, μ), the derivative of one Newton step from μ. At a
               mode, with P the exact Hessian, that is the implicit function theorem. Memory does
               not grow with T. Where P is not positive definite, μ is constant, as with "stop".
             - "stop": μ is constant.
-            - "unroll": differentiate the search. The only one that reaches `z_init`.
+            - "unroll": differentiate the search. Only this one gives `z_init` a gradient.
         repair: Expansion whose precision replaces one that is not positive definite.
-        solver: How the steps of the search are solved for; see `newton_refine`. The precision at
-            the mode is always formed, and factored once.
-        until_converged: Stop the search early; see `newton_refine`. Not with "unroll".
+        solver: Linear solver for the steps of the search; see `newton_refine`. The precision at the
+            mode is always formed, and factored once.
+        until_converged: Stop the search once it has converged; see `newton_refine`. Not available
+            with "unroll".
 
     Returns:
         The posterior and the `RefinementInfo`. Where the precision at the mode is neither positive
@@ -60,7 +61,7 @@ def infer_posterior(
 
     Raises:
         ValueError: While tracing, for an unknown `gradient`, for an unrolled search without a fixed
-            number of steps, or for what `newton_refine` refuses.
+            number of steps, or for arguments that `newton_refine` rejects.
 
     References:
         Park, Kim and Kim (2019), algorithm 1 (gradient "unroll").
@@ -99,9 +100,10 @@ def infer_posterior(
 
 
 def _without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansion:
-    """The same expansion with everything it closes over held constant.
+    """Return the expansion with everything it closes over held constant.
 
-    Stopping gradients here, not at the mode, keeps reverse mode from ever entering the search.
+    Gradients are stopped here instead of at the mode, so that reverse mode never traverses the
+    search.
     """
     quadratic, closed_over = jax.closure_convert(expand, z)
     held = jax.lax.stop_gradient(closed_over)
@@ -125,10 +127,10 @@ def _without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansi
 def at_implicit_mode(
     curvature: Callable[[Array], tuple[Quadratic, Factor]], mode: Float[Array, " latent"]
 ) -> tuple[Float[Array, " latent"], tuple[Quadratic, Factor]]:
-    """The mode and the curvature there, the mode moving with what `curvature` closes over.
+    """Return the mode and the curvature there, the mode with its implicit derivative.
 
-    One evaluation of the curvature serves the value, the factor of the solve and, linearized, the
-    whole derivative.
+    That derivative is with respect to what `curvature` closes over. One evaluation of the curvature
+    gives the value, the factor for the solve and, linearized, the whole derivative.
     """
     pure, closed_over = jax.closure_convert(curvature, mode)
 
@@ -144,8 +146,8 @@ def at_implicit_mode(
         (_, factor) = at
         quadratic_dot, _ = push(jnp.zeros_like(mode), closed_over_dot)
         step = cho_solve((factor.chol, True), quadratic_dot.grad)
-        # Without the Hessian's own factor this is not the mode's derivative, and training with it
-        # was seen to diverge.
+        # With the factor of a repaired precision the step is not the derivative of the mode, and
+        # training with it was seen to diverge.
         mode_dot = jnp.where(factor.is_pd, step, 0.0)
         return (mode, at), (mode_dot, push(mode_dot, closed_over_dot))
 

@@ -1,8 +1,8 @@
 """Bridges to other libraries: numpyro's models and distributions, Optimistix's mode searches.
 
-Nothing here is needed to use those libraries beside this one; whatever is a function of z composes
-as it is (see `examples/`). Each library is imported by the function that uses it and comes with the
-`interop` extra; `import vlae_jax` never imports this room.
+This module is not needed to use those libraries together with this one: functions of z can be
+passed to them directly (see `examples/`). Each library is imported by the function that uses it and
+comes with the `interop` extra; `import vlae_jax` never imports this module.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def to_numpyro(posterior: GaussianPosterior | DiagonalPosterior) -> "Distribution":
-    """The posterior as a numpyro distribution, for its models, guides, KLs and transforms.
+    """Convert a posterior to a numpyro distribution, for models, guides, KLs and transforms.
 
     numpyro's `MultivariateNormal` keeps a lower factor S of the covariance, whichever matrix it is
     built from, and S is not the inverse of our factor L of the precision (L⁻ᵀ is upper). From
@@ -38,14 +38,14 @@ def to_numpyro(posterior: GaussianPosterior | DiagonalPosterior) -> "Distributio
     a hundred times as accurate.
 
     Args:
-        posterior: Of one example, or of a batch out of `vmap`: leading axes, the same in both
-            fields, become the distribution's batch shape. (A distribution that itself leaves a
-            `vmap` does not know that it is a batch: `numpyro.distributions.batch_util` has
-            `promote_batch_shape` for it.)
+        posterior: The posterior of one example, or of a batch returned by `vmap`: leading axes, the
+            same in both fields, become the distribution's batch shape. (A distribution that is
+            itself returned by `vmap` does not know its batch shape; use `promote_batch_shape` of
+            `numpyro.distributions.batch_util`.)
 
     Returns:
         A `MultivariateNormal`, or for a `DiagonalPosterior` a `Normal(...).to_event(1)`. Inside
-        `jit` a NaN factor stays NaN, for its example alone.
+        `jit` a NaN factor stays NaN, without affecting other examples.
 
     Raises:
         ImportError: Without numpyro.
@@ -69,7 +69,7 @@ def to_numpyro(posterior: GaussianPosterior | DiagonalPosterior) -> "Distributio
 
 
 def _scale_tril(chol_precision: Float[Array, "latent latent"]) -> Float[Array, "latent latent"]:
-    """Lower S with S Sᵀ = (LLᵀ)⁻¹.
+    """Return the lower triangular S with S Sᵀ = (LLᵀ)⁻¹.
 
     With J the reversal of order and Lᵀ J = Q R, LLᵀ = (JRJ)ᵀ(JRJ) and JRJ is lower: S⁻¹ up to the
     signs of its rows.
@@ -80,12 +80,12 @@ def _scale_tril(chol_precision: Float[Array, "latent latent"]) -> Float[Array, "
 
 
 class FlatModel(NamedTuple):
-    """A numpyro model with its data, as the core wants it: functions of one flat vector z."""
+    """A numpyro model with its data, as functions of one flat vector z."""
 
     log_joint: LogDensity
     """z of shape (latent,) → log p(data, z), nats, as a density of the unconstrained z."""
     z_init: Float[Array, " latent"]
-    """Where to start: what was given, or zeros, numpyro's feasible point."""
+    """Start of the search: the given values, or zeros, numpyro's feasible point."""
     constrain: Callable[[Float[Array, " latent"]], dict[str, Array]]
     """z → the value of every latent site on its own support, by name."""
 
@@ -96,19 +96,19 @@ def numpyro_log_joint(
     init_values: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> FlatModel:
-    """The log density of a numpyro model as a function of a flat unconstrained z.
+    """Return the log density of a numpyro model as a function of a flat unconstrained z.
 
-    Sites with a bounded support are moved to the whole real line by numpyro's own bijections, with
-    their log-Jacobians in the density: the space its NUTS and its `AutoLaplaceApproximation` work
-    in. Dimensions stand in the order of the names of the sites.
+    Sites with a bounded support are mapped to the whole real line by numpyro's own bijections, with
+    their log-Jacobians in the density. This is the space in which numpyro's NUTS and
+    `AutoLaplaceApproximation` work. Dimensions are ordered by the names of the sites.
 
     Args:
         model: A function with numpyro's primitives. Its latent sites must be continuous.
-        *args: What to call it with, observations included.
-        init_values: The value of every latent site where the search is to start, by name, each on
+        *args: Positional arguments of the model, observations included.
+        init_values: The value of every latent site at which the search starts, by name, each on
             its own support. By default zeros of the unconstrained space, where the density of
             some models is 0.
-        **kwargs: What else to call the model with, by name.
+        **kwargs: Keyword arguments of the model.
 
     Returns:
         The `FlatModel`, whose `log_joint` goes to `exact_expansion`.
@@ -117,8 +117,8 @@ def numpyro_log_joint(
         ImportError: Without numpyro.
         ValueError: If the model has no latent site, or `init_values` are not those of its latent
             sites.
-        RuntimeError: If the density at `z_init` is not finite (only seen outside `jit`): give a
-            start by `init_values`.
+        RuntimeError: If the density at `z_init` is not finite (checked only outside `jit`); then
+            give a start by `init_values`.
 
     Gradients:
         Flow through z and the arguments.
@@ -167,33 +167,33 @@ def optimistix_refine(
     solver: "AbstractMinimiser",
     max_steps: int = 256,
 ) -> tuple[Float[Array, " latent"], RefinementInfo]:
-    """Search the mode by a minimizer of Optimistix, until it says it is there.
+    """Search the mode by a minimizer of Optimistix, until the minimizer reports convergence.
 
-    Under `vmap` the batch takes as many steps as its slowest example; `newton_refine` with a fixed
-    number costs the same for all.
+    Under `vmap` the batch takes as many steps as its slowest example, unlike `newton_refine` with a
+    fixed number of steps.
 
     Args:
         log_joint: z of shape (latent,) → log p(x, z), a scalar in nats.
         z_init: First guess, shape (latent,).
         solver: An Optimistix minimizer, such as `optimistix.BFGS(rtol=1e-6, atol=1e-6)`. It is
             given -log p(x, z).
-        max_steps: Where to give up.
+        max_steps: Largest number of steps, after which the search ends unconverged.
 
     Returns:
-        The mode (latent,) and the `RefinementInfo`. A solver does not show its iterates:
+        The mode (latent,) and the `RefinementInfo`. A solver does not expose its iterates, so
         `iterates` and `log_joint` have two rows, for the first guess and the mode. `steps_used` is
-        the solver's own count of its steps, rejected ones included. `converged` asks for both: the
-        solver's word for success, and a Newton decrement (by the exact Hessian) below 0.01 nats.
-        Nothing is raised for an example that fails.
+        the solver's own count of its steps, rejected ones included. `converged` requires both that
+        the solver reports success and a Newton decrement (by the exact Hessian) below 0.01 nats.
+        No error is raised for an example that fails.
 
     Raises:
         ImportError: Without Optimistix.
         ValueError: While tracing, for a wrong `max_steps` or shape.
 
     Gradients:
-        Implicit, of first order, and none to `z_init`: whatever `log_joint` closes over moves the
-        mode μ by dμ = P⁻¹ d∇ log p(x, μ), P being minus the Hessian. That is right where
-        `converged`; where P is not positive definite there are none. The search is never
+        Flow implicitly, to first order, into whatever `log_joint` closes over, and not into
+        `z_init`: dμ = P⁻¹ d∇ log p(x, μ) for the mode μ, P being minus the Hessian. They are
+        correct where `converged`, and zero where P is not positive definite. The search is never
         differentiated: Optimistix's own implicit adjoint raises an error for the whole batch when
         one example's Hessian is singular.
 
@@ -208,7 +208,7 @@ def optimistix_refine(
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     z_init = depend_on_data(log_joint, jax.lax.stop_gradient(z_init))
     pure, closed_over = jax.closure_convert(log_joint, z_init)
-    held = jax.lax.stop_gradient(closed_over)  # so that the search is not even traced for it
+    held = jax.lax.stop_gradient(closed_over)  # so that differentiation never enters the search
 
     def held_log_joint(z: Array) -> Array:
         return pure(z, *held)

@@ -1,8 +1,8 @@
 """Certificates for modes on a kink, where the gradient jumps and no Newton decrement vanishes.
 
 The log joint of a ReLU decoder is piecewise smooth. Its maximum may lie where two pieces meet, each
-with a slope towards the other. There 0 is not the gradient, but it is a convex combination of the
-gradients nearby (an element of Goldstein's ε-subdifferential), and no point nearby is higher.
+rising towards the other. The gradient does not vanish there, but a convex combination of the
+gradients nearby does (0 is in Goldstein's ε-subdifferential), and no point nearby is higher.
 """
 
 from typing import Any, NamedTuple
@@ -17,17 +17,18 @@ from vlae_jax.posterior import GaussianPosterior
 from vlae_jax.refinement import TOLERANCE, RefinementInfo
 
 _NUM_ITERATIONS = 500
-"""Of the search for the shortest convex combination; each shifts weight between two gradients."""
+"""Iterations of the search for the shortest convex combination of gradients."""
 
 
 class KinkCheck(NamedTuple):
-    """What the gradients on a small sphere around a point say of it."""
+    """Evidence from a small sphere around a point on whether it is a maximum at a kink."""
 
     least_decrement: Float[Array, ""]
-    """The least ½ hᵀP⁻¹h over convex combinations h of the gradients, nats: what is left to gain
-    nearby as far as these gradients know. At most the Newton decrement of the point."""
+    """The least ½ hᵀP⁻¹h over convex combinations h of the gradients, nats: an estimate, from these
+    gradients, of the gain left nearby. At most the Newton decrement of the point."""
     rise: Float[Array, ""]
-    """By how much the highest of the points exceeds the one in the middle, nats; 0 if none does."""
+    """Difference between the highest log joint on the sphere and that at the center, nats; 0 if no
+    point is higher."""
 
 
 def check_kink(
@@ -38,22 +39,22 @@ def check_kink(
     num_points: int = 64,
     radius: float = 0.1,
 ) -> KinkCheck:
-    """Ask the gradients around a mode whether they could cancel.
+    """Check whether a convex combination of the gradients around a mode nearly vanishes.
 
-    Where the log joint is as smooth as its quadratic model, a combination of these gradients
-    vanishes only within `radius` standard deviations of the maximum, ½ radius² nats below it.
+    Where the quadratic model describes the log joint well, such a combination vanishes only within
+    `radius` standard deviations of the maximum, thus at most ½ radius² nats below it.
 
     Args:
         key: Random key.
         log_joint: z of shape (latent,) → log p(x, z), a scalar in nats.
-        posterior: The mode and the Cholesky factor of the precision, which is the measure of
-            distance here, as `infer_posterior` gives them.
+        posterior: The mode and the Cholesky factor of the precision, which defines distances here,
+            as `infer_posterior` gives them.
         num_points: Points on the sphere, in pairs of opposite ones: an even number, more for more
             latent dimensions. Each costs one gradient.
-        radius: Of the sphere, in standard deviations of the posterior.
+        radius: Radius of the sphere, in standard deviations of the posterior.
 
     Returns:
-        The `KinkCheck`. NaN where the factor is.
+        The `KinkCheck`; NaN where the factor is NaN.
 
     Raises:
         ValueError: While tracing, for an odd or too small `num_points` or a `radius` that is not
@@ -91,25 +92,25 @@ def certify_kink(
     num_points: int = 64,
     radius: float = 0.1,
 ) -> RefinementInfo:
-    """Tell a mode on a kink from a search that has not converged.
+    """Distinguish a mode on a kink from a search that has not converged.
 
     Args:
         key: See `check_kink`.
-        log_joint: Likewise.
-        posterior: Likewise.
-        info: What the search said of itself.
+        log_joint: See `check_kink`.
+        posterior: See `check_kink`.
+        info: The `RefinementInfo` of the search.
         num_points: See `check_kink`.
-        radius: Likewise.
+        radius: See `check_kink`.
 
     Returns:
-        `info` with `is_kink` set, and `converged` with it, where the decrement is not small but
-        the least decrement of nearby gradients is below 0.01 nats, no point nearby is higher by
-        more than that, and the precision is positive definite without a repair. Then
-        `info.is_mode`, `info.is_kink` and neither are the three cases. A certificate that is
-        missing proves nothing: more points, or a larger radius, may find it.
+        `info` with `is_kink` and `converged` set where the decrement is not small but the least
+        decrement of nearby gradients is below 0.01 nats, no point nearby is higher by more than
+        0.01 nats, and the precision is positive definite without a repair. An example then has
+        either `info.is_mode` or `info.is_kink`, or neither if it has not converged. A missing
+        certificate is no proof of failure: more points, or a larger radius, may find one.
 
     Raises:
-        ValueError: As `check_kink`.
+        ValueError: While tracing, for arguments that `check_kink` rejects.
 
     Gradients:
         None.
@@ -121,16 +122,16 @@ def certify_kink(
 
 
 def _shortest_combination(vectors: Float[Array, "points latent"]) -> Float[Array, " latent"]:
-    """Nearly the shortest of the convex combinations, by pairwise Frank-Wolfe steps.
+    """Approximate the shortest of the convex combinations by pairwise Frank-Wolfe steps.
 
     Each step shifts weight from the vector that lengthens the combination most to the one that
-    shortens it most. Whatever it reaches is a convex combination, so it can only be too long.
+    shortens it most. The result is always a convex combination, so its length is an upper bound.
 
     References:
         Lacoste-Julien and Jaggi (2015), On the global linear convergence of Frank-Wolfe
         optimization variants.
     """
-    # Scaled to order one, squares neither overflow nor vanish.
+    # The vectors are scaled to order one, so that their squares neither overflow nor vanish.
     largest = jnp.max(jnp.abs(vectors))
     scale = jnp.where(largest > 0, largest, 1.0)
     scaled = vectors / scale

@@ -17,18 +17,18 @@ LOG_2PI = math.log(2 * math.pi)
 
 @runtime_checkable
 class Posterior(Protocol):
-    """What every approximate posterior q(z | x) can do: all that the bounds ask for."""
+    """Protocol of every approximate posterior q(z | x): the method that the bounds require."""
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """One reparameterized sample, (latent,), and its log density in nats."""
+        """Draw one reparameterized sample, (latent,), with its log density in nats."""
         ...
 
 
 @runtime_checkable
 class EvaluablePosterior(Posterior, Protocol):
-    """One that also has its density at points that it did not draw."""
+    """Protocol of a posterior that can also evaluate its density at any point."""
 
     def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
         """Log density at `z`, (latent,), in nats."""
@@ -37,16 +37,16 @@ class EvaluablePosterior(Posterior, Protocol):
 
 @runtime_checkable
 class SymmetricPosterior(EvaluablePosterior, Protocol):
-    """One whose density is the same on both sides of a center: samples come with their mirror."""
+    """Protocol of a posterior whose density is symmetric about a center, for antithetic pairs."""
 
     def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
-        """The mirror image 2 center - z of `z`, (latent,), where the density is that of `z`."""
+        """The mirror image 2 center - z of `z`, (latent,), which has the density of `z`."""
         ...
 
 
 @runtime_checkable
 class ClosedFormPosterior(EvaluablePosterior, Protocol):
-    """One whose moments and divergence need no samples: the Gaussians."""
+    """Protocol of a posterior with moments and KL divergence in closed form: the Gaussians."""
 
     mean: Float[Array, " latent"]
 
@@ -60,10 +60,10 @@ class ClosedFormPosterior(EvaluablePosterior, Protocol):
 
 
 def require_symmetric(posterior: Posterior, purpose: str) -> SymmetricPosterior:
-    """The same posterior.
+    """Check that a posterior is symmetric and return it.
 
     Raises:
-        ValueError: While tracing, if it has no `reflect`.
+        ValueError: While tracing, if the posterior has no `reflect`.
     """
     if not isinstance(posterior, SymmetricPosterior):
         raise ValueError(
@@ -76,7 +76,7 @@ def require_symmetric(posterior: Posterior, purpose: str) -> SymmetricPosterior:
 def kl_to_standard_normal(
     key: PRNGKeyArray, posterior: Posterior, *, num_samples: int
 ) -> Float[Array, ""]:
-    """KL(q ‖ N(0, I)), nats: in closed form where there is one, else the mean over samples.
+    """KL(q ‖ N(0, I)), nats: in closed form where there is one, otherwise a mean over samples.
 
     Args:
         key: Random key; unused where there is a closed form.
@@ -92,7 +92,7 @@ def kl_to_standard_normal(
 def mean_and_covariance(
     key: PRNGKeyArray, posterior: Posterior, *, num_samples: int
 ) -> tuple[Float[Array, " latent"], Float[Array, "latent latent"]]:
-    """The moments of q: (latent,) and (latent, latent), exact where known, else over samples.
+    """Mean (latent,) and covariance (latent, latent) of q: exact where known, else over samples.
 
     Args:
         key: Random key; unused where the moments are known.
@@ -106,7 +106,7 @@ def mean_and_covariance(
 
 
 class GaussianPosterior(NamedTuple):
-    """N(mean, precision⁻¹) with the full precision held as its Cholesky factor, never inverted."""
+    """The Gaussian N(mean, precision⁻¹), its full precision stored as a Cholesky factor."""
 
     mean: Float[Array, " latent"]
     chol_precision: Float[Array, "latent latent"]
@@ -121,8 +121,8 @@ class GaussianPosterior(NamedTuple):
             The sample, (latent,), and its log density in nats.
 
         Gradients:
-            Flow through mean and factor (reparameterization). The log density is written in ε, so
-            it carries the gradient of the entropy and no score.
+            Flow through mean and factor (reparameterization). The log density is computed from ε,
+            so it has the gradient of the entropy and no score term.
         """
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         z = self.mean + solve_factor(self.chol_precision, noise, transpose=True)
@@ -202,7 +202,7 @@ class DiagonalPosterior(NamedTuple):
 
 
 def as_gaussian(posterior: GaussianPosterior | DiagonalPosterior) -> GaussianPosterior:
-    """The same Gaussian, held by the Cholesky factor of its precision."""
+    """Convert a Gaussian to the form with the Cholesky factor of its precision."""
     if isinstance(posterior, DiagonalPosterior):
         return GaussianPosterior(posterior.mean, jnp.diag(jnp.exp(-posterior.log_std)))
     return posterior
@@ -215,17 +215,17 @@ def laplace_posterior(
 
     Args:
         expand: Expansion of one example's log joint.
-        mode: Where to expand; normally from `newton_refine`. Shape (latent,).
-        repair: Expansion whose precision replaces one that is not positive definite
-            (`gauss_newton_expansion`, say).
+        mode: The point of expansion, shape (latent,); normally from `newton_refine`.
+        repair: Expansion whose precision replaces one that is not positive definite; for example
+            `gauss_newton_expansion`.
 
     Returns:
         The posterior. Where the precision is not positive definite and not repaired, the factor
         is NaN, for this example alone.
 
     Gradients:
-        Flow into the mean, and through the precision into `mode` and the parameters. None come
-        from a NaN factor.
+        Flow into the mean, and through the precision into `mode` and the parameters. A NaN factor
+        contributes none.
 
     References:
         Park, Kim and Kim (2019), equation 12; Tierney and Kadane (1986).
@@ -235,7 +235,7 @@ def laplace_posterior(
 
 
 def posterior_from_factor(mode: Float[Array, " latent"], factor: Factor) -> GaussianPosterior:
-    """N(mode, precision⁻¹), its factor NaN where there is none: a failure stays visible."""
+    """N(mode, precision⁻¹); the factor is NaN where the factorization failed, to show it."""
     return GaussianPosterior(mode, jnp.where(factor.is_finite, factor.chol, jnp.nan))
 
 

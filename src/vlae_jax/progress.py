@@ -1,4 +1,4 @@
-"""Progress of long work: a live line on a terminal, plain lines anywhere else."""
+"""Progress of long computations: a live line on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -14,9 +14,9 @@ _PLAIN_SECONDS = 10.0
 
 
 class ProgressLine:
-    """Progress of `total` steps, of which `start` are done. A context manager.
+    """A context manager that shows progress through `total` steps, of which `start` are done.
 
-    With `quiet` nothing is printed, for the processes after the first.
+    With `quiet` nothing is printed; that is for all processes but the first.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ProgressLine:
             self._live.stop()
 
     def update(self, done: int, text: str) -> None:
-        """Show that `done` of the total are finished, with `text` beside it."""
+        """Show that `done` steps of the total are finished, followed by `text`."""
         if self._live:
             self._live.update(self._task, completed=done, text=text)
             return
@@ -73,7 +73,7 @@ class ProgressLine:
             self.say(f"{self._what} {done}/{self._total}  {text}  {left}".rstrip())
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays on the screen above the progress line."""
         (self._live.console if self._live else self._console).print(
             text, markup=False, soft_wrap=True
         )
@@ -81,7 +81,7 @@ class ProgressLine:
 
 @contextlib.contextmanager
 def counting(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show the progress of `total` images; yields a function of the number finished."""
+    """Show progress through `total` images; yields a function to call with the number finished."""
     with ProgressLine(what, total, quiet=quiet) as progress:
         began = time.monotonic()
 

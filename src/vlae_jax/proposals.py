@@ -21,11 +21,11 @@ from vlae_jax.posterior import (
 
 
 class StudentTPosterior(NamedTuple):
-    """A multivariate Student-t: a proposal whose tails a Gaussian's weights cannot outrun."""
+    """A multivariate Student-t: a proposal with heavier tails than a Gaussian."""
 
     mean: Float[Array, " latent"]
     chol_precision: Float[Array, "latent latent"]
-    """Lower L; L Lᵀ is the inverse of the scale matrix, as a Gaussian's precision is."""
+    """Lower triangular L; L Lᵀ is the inverse of the scale matrix."""
     df: float | Float[Array, ""]
     """Degrees of freedom ν, positive. The covariance is ν / (ν - 2) times the scale matrix, for
     ν > 2."""
@@ -33,7 +33,7 @@ class StudentTPosterior(NamedTuple):
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """Draw mean + L⁻ᵀε / √(g / ν), g from χ²(ν): (latent,), and its log density in nats.
+        """Draw z = mean + L⁻ᵀε / √(g / ν), g from χ²(ν), (latent,), and its log density in nats.
 
         Gradients:
             Flow through mean and factor (reparameterization), and implicitly through ν.
@@ -64,37 +64,37 @@ class StudentTPosterior(NamedTuple):
 
 
 class SkewedPosterior(NamedTuple):
-    """A symmetric posterior q with each sample moved to its mirror image where that is likelier.
+    """A symmetric posterior q, skewed by choosing between each sample and its mirror image.
 
-    z ~ q is kept with probability p(x, z) / (p(x, z) + p(x, z̄)), z̄ its mirror image, and z̄ taken
-    otherwise: the density is 2 q(z) times that probability. It needs no derivative of the log
-    joint, at the price of a second evaluation. Every sample's log p(x, z) - log q(z) is the log of
-    the mean weight of the pair under q, so its ELBO is the two-sample antithetic
-    importance-weighted bound of q: never below the ELBO of q.
+    z ~ q is kept with probability p(x, z) / (p(x, z) + p(x, z̄)), z̄ its mirror image, and replaced
+    by z̄ otherwise: the density is 2 q(z) times that probability. This needs a second evaluation of
+    the log joint, and no derivative. The log joint minus the log density of a sample is the log of
+    the mean importance weight of the pair under q. So the ELBO is the two-sample antithetic
+    importance-weighted bound of q, and never below the ELBO of q.
 
     References:
         Pozza, Durante and Szabo (2024), Skew-symmetric approximations of posterior distributions.
     """
 
     base: SymmetricPosterior
-    """q: Gaussian, diagonal or Student-t."""
+    """The symmetric q: Gaussian, diagonal or Student-t."""
     log_joint: LogDensity
-    """z of shape (latent,) → log p(x, z), nats. A plain function serves within one trace; to pass
-    the posterior through `jit` or `vmap`, give a `jax.tree_util.Partial` of one."""
+    """z of shape (latent,) → log p(x, z), nats. A plain function works within one trace; to pass
+    the posterior through `jit` or `vmap`, wrap the function in a `jax.tree_util.Partial`."""
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """One sample, (latent,), and its log density in nats; two evaluations of the log joint.
+        """Draw one sample, (latent,), with its log density in nats, by two log-joint evaluations.
 
         Raises:
             ValueError: While tracing, if the base is not symmetric.
 
         Gradients:
-            Those along the path of the sample chosen; the choice itself is held constant, so
+            Flow along the path of the chosen sample. The choice itself is held constant, so
             averages over samples have biased gradients. To train on the ELBO, differentiate
-            `iwae_bound(..., num_samples=2, antithetic=True)` of the base: the same number, its
-            gradient unbiased.
+            `iwae_bound(..., num_samples=2, antithetic=True)` of the base, which has the same
+            expectation and an unbiased gradient.
         """
         base = require_symmetric(self.base, "a skewed posterior")
         base_key, choice_key = jax.random.split(key)
@@ -106,7 +106,7 @@ class SkewedPosterior(NamedTuple):
         return jnp.where(is_kept, z, mirrored), math.log(2) + log_q + log_share
 
     def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
-        """Log density at `z`, (latent,), in nats; two evaluations of the log joint."""
+        """Log density at `z`, (latent,), in nats, by two evaluations of the log joint."""
         base = require_symmetric(self.base, "a skewed posterior")
         advantage = self._advantage(z, base.reflect(z))
         return math.log(2) + base.log_prob(z) + jax.nn.log_sigmoid(advantage)
@@ -121,29 +121,29 @@ class SkewedPosterior(NamedTuple):
 
 
 class MixturePosterior(NamedTuple):
-    """Several posteriors at once: a proposal for several modes, or one with a wide reserve."""
+    """A mixture of posteriors, as a proposal for several modes or with a wide extra component."""
 
     components: tuple[EvaluablePosterior, ...]
-    """Gaussians, Student-t or any others with `log_prob`, of one shape of z."""
+    """Gaussians, Student-t or any others with `log_prob`, all over the same z."""
     log_weights: Float[Array, " component"]
     """Log weights of the components; they need not be normalized."""
     center: Float[Array, " latent"] | None = None
-    """Where given, (latent,), every component is moved there, which makes the mixture symmetric
-    and fit for antithetic estimates. Needs components with a field `mean`."""
+    """Common mean, (latent,), that replaces those of the components, or None. It makes the mixture
+    symmetric, for antithetic estimates, and needs components with a field `mean`."""
 
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """Draw a component, and z from it: (latent,), with the mixture's log density in nats.
+        """Draw a component and z, (latent,), from it, with the mixture's log density in nats.
 
-        Every component is drawn from, and evaluated: their number multiplies the cost.
+        Every component is sampled and evaluated, so the cost is proportional to their number.
 
         Raises:
             ValueError: While tracing, if components and weights do not fit together.
 
         Gradients:
-            Flow along the path of the component chosen and through all densities. The choice is
-            held constant: averages over samples have the right gradient with respect to the
+            Flow along the path of the chosen component and through all densities. The choice is
+            held constant: averages over samples have the correct gradient with respect to the
             components, and a biased one with respect to the weights.
         """
         choice_key, key = jax.random.split(key)
@@ -170,7 +170,7 @@ class MixturePosterior(NamedTuple):
         return 2 * self.center - z
 
     def _placed(self) -> list[Any]:
-        """The components where they are, or at the center."""
+        """The components, moved to the center if there is one."""
         components = list(self.components)
         if not components or self.log_weights.shape != (len(components),):
             raise ValueError(
@@ -194,11 +194,11 @@ class MixturePosterior(NamedTuple):
 def widened(
     posterior: GaussianPosterior | DiagonalPosterior, scale: float
 ) -> GaussianPosterior | DiagonalPosterior:
-    """The same Gaussian with every standard deviation times `scale`, for proposals.
+    """Multiply every standard deviation of a Gaussian by `scale`, for proposals.
 
     Args:
         posterior: A Gaussian.
-        scale: Positive; above 1 for importance sampling, 1.2 say.
+        scale: A positive factor; above 1 for importance sampling, for example 1.2.
     """
     if isinstance(posterior, DiagonalPosterior):
         return posterior._replace(log_std=posterior.log_std + math.log(scale))
@@ -206,10 +206,10 @@ def widened(
 
 
 def heavy_tailed(posterior: GaussianPosterior | DiagonalPosterior, df: float) -> StudentTPosterior:
-    """The Student-t of the same mean and scale, for proposals.
+    """Convert a Gaussian to the Student-t with its mean and scale matrix, for proposals.
 
     Args:
         posterior: A Gaussian.
-        df: Degrees of freedom ν, positive; 5 say. Small values have wide tails.
+        df: Degrees of freedom ν, positive; for example 5. Smaller values give heavier tails.
     """
     return StudentTPosterior(*as_gaussian(posterior), df)

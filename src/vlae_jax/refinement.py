@@ -32,35 +32,36 @@ Damping = Literal["paper", "line_search", "trust_region"]
 Solver = Literal["auto", "cholesky", "cg"]
 
 TOLERANCE = 1e-2
-"""Nats below the local maximum, by the Newton decrement, at which a search has converged."""
+"""Newton decrement in nats, the estimated distance below the maximum, that counts as converged."""
 SHORTFALL = 0.1
-"""Share of the Newton decrement that a direction found by conjugate gradients may lack."""
+"""Share of the Newton decrement that a direction found by conjugate gradients may miss."""
 _CG_LATENT = 24
 """Latent dimensions from which conjugate gradients cost less than forming the precision."""
 
 
 class RefinementInfo(NamedTuple):
-    """How one example's search went. Carries no gradients."""
+    """Path and result of one example's search. It carries no gradients."""
 
     iterates: Float[Array, "steps_and_one latent"]
     """The points visited, from the first guess to the mode. A search that ended early repeats its
     last point."""
     log_joint: Float[Array, " steps_and_one"]
-    """The log joint at each of them, nats."""
+    """The log joint at each of the `iterates`, nats."""
     newton_decrement: Float[Array, ""]
-    """½ gᵀP⁻¹g at the mode: how far below the maximum of its quadratic model it lies, nats. P is
-    that of the repair where its own is not positive definite; NaN where there is none."""
+    """½ gᵀP⁻¹g at the mode, nats: how far it lies below the maximum of its quadratic model. P is
+    the precision of the repair where that of the expansion is not positive definite; NaN where
+    neither can be factored."""
     converged: Bool[Array, ""]
-    """Either the decrement is below 0.01 nats, with what rounding of the point may hide added to
-    it, and P is positive definite without a repair (a minimum has no gradient either); or
-    `certify_kink` has found the point to be a kink. That no step gained anything is no reason."""
+    """True in two cases: the decrement, plus a bound on the effect of rounding the point, is below
+    0.01 nats and P is positive definite without a repair (at a minimum the gradient vanishes too);
+    or `certify_kink` has certified a kink. A step without gain does not count as convergence."""
     is_pd: Bool[Array, ""]
     """Whether the precision at the mode was positive definite, before any repair."""
     steps_used: Int[Array, ""]
-    """Steps that moved the point."""
+    """Number of steps that moved the point."""
     is_kink: Bool[Array, ""]
-    """Whether the point is certified to be a maximum where the gradient jumps, as those of ReLU
-    networks can be. False unless `certify_kink` was asked."""
+    """Whether `certify_kink` has certified the point to be a maximum at which the gradient jumps,
+    as can happen with ReLU networks. False unless that function was called."""
 
     @property
     def is_mode(self) -> Bool[Array, ""]:
@@ -70,7 +71,7 @@ class RefinementInfo(NamedTuple):
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """An optax gradient transformation, or anything with the same two functions."""
+    """An optax gradient transformation, or any object with the same two functions."""
 
     init: Callable[..., Any]
     update: Callable[..., Any]
@@ -88,33 +89,33 @@ def newton_refine(
 ) -> tuple[Float[Array, " latent"], RefinementInfo]:
     """Search the mode by damped steps z + α (P + λI)⁻¹∇ log p(x, z).
 
-    With the Gauss-Newton precision of a ReLU decoder the full step is the closed-form posterior
-    mean of the local linear model (probabilistic PCA); it is Newton's method, Fisher scoring or
-    IRLS as `expand` has it.
+    With the Gauss-Newton precision of a ReLU decoder the full step leads to the closed-form
+    posterior mean of the local linear model (probabilistic PCA). Depending on `expand`, the search
+    is Newton's method, Fisher scoring or iteratively reweighted least squares.
 
     Args:
         expand: Expansion of one example's log joint.
         z_init: First guess, shape (latent,).
         num_steps: Steps T; 0 returns `z_init`.
-        damping: "line_search" takes the best of α ∈ {0, 1/8, 1/4, 1/2, 1}, and where none of
-            them gains enough, of α down to 2⁻¹⁴; where none of those does, the next step has a
+        damping: "line_search" takes the best of α ∈ {0, 1/8, 1/4, 1/2, 1}; if none of them gains
+            enough, it also tries α down to 2⁻¹⁴, and if these do not either, the next step has a
             larger ridge λ. "trust_region" (Levenberg-Marquardt) has α = 1 and takes only steps
-            that raise the log joint, with a larger λ after each that does not. In both the log
+            that raise the log joint, with a larger λ after each rejected step. In both the log
             joint never falls, and λ returns to 0 as steps succeed. "paper" takes
             α = 0.5/(t + 1), λ = 0.
         repair: Expansion whose precision is used for a step where that of `expand` is not
             positive definite. Without it such a step follows the gradient, and the next has a
-            larger ridge; one of the paper's does not move.
-        solver: How P⁻¹∇ is found. "cholesky" forms and factors P. "cg" multiplies by P without
-            forming it, until the direction provably holds 90 % of the Newton decrement (for
-            P ≥ I: a Gauss-Newton precision with a standard normal prior; to rounding where the
-            search is differentiated); where P is indefinite it stops at the first direction of
-            negative curvature, and needs no repair. "auto"
-            takes "cg" where `expand` has products, z has at least 24 dimensions and damping is
-            not "paper", whose steps are meant to be those of the paper.
-        until_converged: Stop after the first step that began within 0.01 nats of convergence, or
-            when nothing is left to try; `num_steps` is then the most that are taken. A batch
-            under `vmap` takes as many steps as its slowest example.
+            larger ridge; with damping "paper" such a step does not move.
+        solver: How P⁻¹∇ is found. "cholesky" forms and factors P. "cg" (conjugate gradients)
+            multiplies by P without forming it, until the direction has 90 % of the Newton
+            decrement. That share is guaranteed for P ≥ I, as of a Gauss-Newton precision with a
+            standard normal prior; where the search is differentiated, "cg" solves to rounding.
+            Where P is indefinite it stops at the first direction of negative curvature, and needs
+            no repair. "auto" takes "cg" if `expand` has products, z has at least 24 dimensions and
+            damping is not "paper", whose steps should be exactly those of the paper.
+        until_converged: Stop after the first step that began with a Newton decrement below 0.01
+            nats, or when no further step can gain more than rounding; `num_steps` is then the
+            largest number of steps. A batch under `vmap` takes as many as its slowest example.
 
     Returns:
         The mode (latent,) and the `RefinementInfo`.
@@ -124,8 +125,8 @@ def newton_refine(
 
     Gradients:
         Flow through every step into `z_init` and the parameters, with step sizes held constant.
-        JAX cannot differentiate a search `until_converged` in reverse. `infer_posterior` has
-        cheaper ways, which can use one.
+        JAX cannot differentiate a search `until_converged` in reverse mode. `infer_posterior` has
+        cheaper gradients, which work with such a search.
 
     References:
         Park, Kim and Kim (2019), section 3.1 and algorithm 1; Levenberg (1944); Marquardt (1963);
@@ -145,19 +146,19 @@ def newton_refine(
 
 
 class Search(NamedTuple):
-    """A mode search before anything is known of the curvature where it ended."""
+    """The result of a mode search, without the curvature at its end."""
 
     mode: Float[Array, " latent"]
     iterates: Float[Array, "steps latent"]
-    """Where each step began."""
+    """The point at which each step began."""
     log_joint: Float[Array, " steps"]
-    """The log joint there, nats."""
+    """The log joint at each of the `iterates`, nats."""
     num_taken: int | Int[Array, ""]
-    """Steps taken; later rows of `iterates` and `log_joint` mean nothing."""
+    """Number of steps taken; later rows of `iterates` and `log_joint` are undefined."""
 
 
 class _State(NamedTuple):
-    """What one step of a Newton search leaves to the next."""
+    """The state of a Newton search between two steps."""
 
     z: Float[Array, " latent"]
     ridge: Float[Array, ""]
@@ -175,11 +176,11 @@ def newton_search(
     shortfall: float | None,
     until_converged: bool,
 ) -> Search:
-    """`newton_refine` without its last expansion, for callers that need that one themselves.
+    """Run the search of `newton_refine` without the expansion at the mode, left to the caller.
 
     `shortfall` is the share of the Newton decrement that a direction found by conjugate gradients
-    may lack. None solves to rounding: reverse mode through the search takes every direction to be
-    the exact solution.
+    may miss. None solves to rounding, as reverse mode through the search needs: it assumes that
+    every direction is the exact solution.
     """
     if num_steps < 0:
         raise ValueError(f"num_steps must be at least 0, got {num_steps}")
@@ -217,7 +218,7 @@ def newton_search(
 
 
 def _search_until_done(step: Callable, first: _State, num_steps: int) -> Search:
-    """The steps of a scan, but no more of them than the search asks for."""
+    """Run at most `num_steps` steps, and none after one that sets `is_done`."""
     rows = jnp.zeros((num_steps, 1), first.z.dtype)
     iterates = rows + jnp.zeros_like(first.z)[None]
     values = rows[:, 0] + jnp.zeros_like(first.ridge)[None]
@@ -268,8 +269,8 @@ def gradient_refine(
         num_steps: Steps T; 0 returns `z_init`.
 
     Returns:
-        The mode (latent,) and the `RefinementInfo`; its decrement and flags come from the exact
-        Hessian at the mode, which the compiler drops where they are not used.
+        The mode (latent,) and the `RefinementInfo`. Its decrement and flags come from the exact
+        Hessian at the mode, which the compiler removes if they are not used.
 
     Raises:
         ValueError: While tracing, for a wrong `num_steps` or shape.
@@ -303,11 +304,11 @@ def gradient_refine(
 
 
 def search_info(search: Search, quadratic: Quadratic, factor: Factor) -> RefinementInfo:
-    """Sum up a search, given the expansion at its mode and the factor of its precision."""
+    """Build the `RefinementInfo` of a search from the expansion and factor at its mode."""
     mode, grad = search.mode, quadratic.grad
     step = cho_solve((factor.chol, True), grad)
     decrement = jnp.where(factor.is_finite, 0.5 * grad @ step, jnp.nan)
-    # The mode is known to half a unit in its last place, and the decrement to what that costs.
+    # The mode is rounded to half a unit in its last place; this bounds the effect on the decrement.
     rounding = jnp.finfo(mode.dtype).eps * (factor.chol.T @ mode)
     is_small = decrement + 0.5 * rounding @ rounding <= TOLERANCE
     is_taken = jnp.arange(len(search.log_joint)) < search.num_taken

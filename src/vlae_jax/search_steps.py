@@ -1,9 +1,9 @@
-"""One step of a mode search: its direction, its length, and the ridge the next one starts with.
+"""One step of a mode search: its direction, its length, and the ridge of the next step.
 
-A step begins at z with a ridge λ ≥ 0 and looks along (P + λI)⁻¹∇ log p(x, z). The ridge is the
-search's memory: it grows while steps gain less than they promise, which shortens the next one and
-turns it towards the gradient, and falls back to zero as steps succeed. So a search that does not
-move in one step tries something else in the next.
+A step begins at z with a ridge λ ≥ 0 and has the direction (P + λI)⁻¹∇ log p(x, z). The ridge is
+carried from step to step. It grows while steps gain less than predicted, which shortens the next
+one and turns it towards the gradient, and falls back to zero as steps succeed. A search that does
+not move in one step therefore tries a different direction in the next.
 """
 
 from collections.abc import Callable
@@ -23,25 +23,27 @@ Evaluate = Callable[[Float[Array, " latent"]], Float[Array, ""]]
 _LENGTHS = ((1.0, 0.5, 0.25, 0.125), (2.0**-5, 2.0**-8, 2.0**-11, 2.0**-14))
 """Trial lengths of a line search. The second row is tried only where the first gains too little."""
 _SUFFICIENT = 1e-4
-"""Share of the gain promised by the slope below which a step counts as failed (Armijo's rule)."""
+"""Share of the gain predicted by the slope below which a step counts as failed (Armijo's rule)."""
 _RIDGE_FACTOR = 10.0
 
 
 class Local(NamedTuple):
-    """What a step knows of the point where it begins."""
+    """The log joint around the point where a step begins, and the direction of the step."""
 
     value: Float[Array, ""]
     grad: Float[Array, " latent"]
     direction: Float[Array, " latent"]
-    """(P + ridge I)⁻¹ grad, or nearly; a multiple of grad where that matrix has no factor."""
+    """(P + ridge I)⁻¹ grad, exact or by conjugate gradients; a multiple of grad where P + ridge I
+    could not be factored."""
     is_newton: Bool[Array, ""]
-    """Whether there was a factor, P's own or that of its repair."""
+    """Whether a factor was found, of P + ridge I or of its repair."""
     is_pd: Bool[Array, ""]
-    """Whether P + ridge I itself was positive definite, as far as the step could see."""
+    """Whether P + ridge I was positive definite without a repair. Conjugate gradients do not check
+    this: with them it is true where the log joint is finite."""
 
 
 class Moved(NamedTuple):
-    """What a step leaves to the next."""
+    """The point that a step leads to, and the ridge of the next step."""
 
     z: Float[Array, " latent"]
     ridge: Float[Array, ""]
@@ -53,14 +55,14 @@ def look_by_factor(
     z: Float[Array, " latent"],
     ridge: Float[Array, ""],
 ) -> Local:
-    """Form the precision and factor it."""
+    """Find the direction of a step by forming the precision and factoring it."""
     quadratic, factor = factorize(
         _add_ridge(expand, ridge), z, None if repair is None else _add_ridge(repair, ridge)
     )
     grad = quadratic.grad
     newton = cho_solve((factor.chol, True), grad)
-    # Where there is no factor the gradient is a direction of ascent too; its length is that of a
-    # Newton step if the curvature along it, whatever its sign, were positive.
+    # Without a factor the step follows the gradient, also a direction of ascent. It is as long as
+    # a Newton step would be for the absolute value of the curvature along it.
     curvature = _safe_norm(quadratic.precision @ grad)
     size = _safe_norm(grad)
     scaled = jnp.where(curvature > 0, size, 1.0) / jnp.where(
@@ -76,7 +78,7 @@ def look_by_products(
     z: Float[Array, " latent"],
     ridge: Float[Array, ""],
 ) -> Local:
-    """Multiply by the precision until the direction is good enough."""
+    """Find the direction of a step by conjugate gradients, without forming the precision."""
     value, grad, times = expand.products(z)
 
     def ridged(v: Array) -> Array:
@@ -91,9 +93,9 @@ def look_by_products(
 
 
 def hold_value(expand: Expansion, z: Float[Array, " latent"]) -> Evaluate:
-    """The log joint as a function of z, with everything `expand` closes over held constant.
+    """Return the log joint as a function of z, with everything `expand` closes over held constant.
 
-    A loop of no fixed length has no reverse mode; one that no derivative enters needs none.
+    This keeps derivatives out of the line search, whose `while_loop` has no reverse mode.
     """
     value, closed_over = jax.closure_convert(lambda z: expand(z).value, z)
     held = jax.lax.stop_gradient(closed_over)
@@ -103,10 +105,10 @@ def hold_value(expand: Expansion, z: Float[Array, " latent"]) -> Evaluate:
 def line_search_step(
     evaluate: Evaluate, z: Float[Array, " latent"], local: Local, ridge: Float[Array, ""]
 ) -> Moved:
-    """Move by the best of a few lengths of the direction; 0 is among them.
+    """Move along the direction by the best of a few trial lengths, 0 included.
 
-    The lengths of a row are tried in one batch. Under `vmap` the second row costs nothing where
-    no example of the batch needs it.
+    The lengths of a row of `_LENGTHS` are tried in one batch. Under `vmap` the second row costs
+    nothing if no example of the batch needs it.
     """
     slope = jax.lax.stop_gradient(local.grad @ local.direction)
     value, direction = jax.lax.stop_gradient((local.value, local.direction))
@@ -136,14 +138,14 @@ def line_search_step(
     next_ridge = _next_ridge(
         local, ridge, raise_it=~succeeded, lower_it=succeeded & (length >= 0.5)
     )
-    # A direction that is not taken may be infinite.
+    # A rejected direction may be infinite, and 0 times infinity is NaN.
     return Moved(z + length * jnp.where(length > 0, local.direction, 0.0), next_ridge)
 
 
 def trust_region_step(
     evaluate: Evaluate, z: Float[Array, " latent"], local: Local, ridge: Float[Array, ""]
 ) -> Moved:
-    """Accept a step that keeps at least a little of its promise; else stay, with a larger ridge."""
+    """Accept a step with at least a small share of its predicted gain; else enlarge the ridge."""
     value, grad, direction = jax.lax.stop_gradient((local.value, local.grad, local.direction))
     promised = 0.5 * (grad @ direction + ridge * (direction @ direction))
     reached = evaluate(z + direction)
@@ -155,7 +157,7 @@ def trust_region_step(
 
 
 def promises_more_than_rounding(local: Local) -> Bool[Array, ""]:
-    """Whether the gain that the direction promises could be seen in the value of the log joint."""
+    """Whether the predicted gain of the direction exceeds the rounding error of the log joint."""
     value, promised = jax.lax.stop_gradient((local.value, 0.5 * local.grad @ local.direction))
     return promised > 16 * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
@@ -169,8 +171,8 @@ def _next_ridge(
 ) -> Float[Array, ""]:
     grad, direction = jax.lax.stop_gradient((local.grad, local.direction))
     square, slope = direction @ direction, grad @ direction
-    # The first ridge is the curvature along the step that went too far; where there was no step,
-    # what gives the next one about unit length.
+    # The first ridge is the curvature along the failed step; without a direction, the norm of the
+    # gradient, which gives the next step about unit length.
     curvature = jnp.where(square > 0, slope / jnp.where(square > 0, square, 1.0), _safe_norm(grad))
     largest = jnp.finfo(ridge.dtype).max ** 0.5
     raised = jnp.clip(jnp.maximum(_RIDGE_FACTOR * ridge, curvature), 0.0, largest)
@@ -179,7 +181,7 @@ def _next_ridge(
     lowered = jnp.where(lowered > 1e-4 * curvature, lowered, 0.0)
     changed = jnp.where(lower_it, lowered, ridge)
     changed = jnp.where(raise_it | ~local.is_newton, raised, changed)
-    # A step too small to be seen has nothing to teach: begin again, without a ridge.
+    # A gain below rounding cannot judge the step, so the ridge is reset to zero.
     changed = jnp.where(promises_more_than_rounding(local), changed, 0.0)
     return jax.lax.stop_gradient(changed).astype(ridge.dtype)
 
@@ -194,7 +196,7 @@ def _add_ridge(expand: Expansion, ridge: Float[Array, ""]) -> Expansion:
 
 
 def _safe_norm(vector: Float[Array, " latent"]) -> Float[Array, ""]:
-    """The Euclidean norm without overflow of its squares, and without a derivative."""
+    """The Euclidean norm, held constant, computed so that squares do not overflow."""
     vector = jax.lax.stop_gradient(vector)
     largest = jnp.max(jnp.abs(vector))
     scale = jnp.where(largest > 0, largest, 1.0)

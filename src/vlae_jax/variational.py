@@ -1,8 +1,8 @@
 """The Gaussian of largest ELBO, by Newton steps on averages over its own samples.
 
-Laplace's Gaussian sits at the mode and is as narrow as the log joint is sharp there; where the
-log joint is no quadratic the best Gaussian is elsewhere and wider. It satisfies
-E[∇ log p(x, z)] = 0 and precision = E[-∇² log p(x, z)], averages under itself.
+Laplace's Gaussian is centered at the mode, with the curvature of the log joint there. Where the log
+joint is not quadratic, the Gaussian of largest ELBO has another mean and is wider. It satisfies
+E[∇ log p(x, z)] = 0 and precision = E[-∇² log p(x, z)], with expectations under itself.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,51 +20,53 @@ VariationalGradient = Literal["stop", "unroll"]
 VariationalFamily = Literal["full", "diagonal"]
 
 _CONVERGED = 1e-2
-"""Nats below which neither mean nor precision is worth another step."""
+"""Decrement in nats, of mean or precision, below which each counts as converged."""
 
 
 class VariationalInfo(NamedTuple):
-    """How one example's refinement went. Carries no gradients.
+    """Path and result of one example's refinement. It carries no gradients.
 
-    All numbers are of the samples that the refinement itself has used; how far these speak for all
-    others is `sampling_error`.
+    All numbers are averages over the samples that the refinement itself has used; `sampling_error`
+    estimates the effect of their choice.
     """
 
     elbo: Float[Array, " steps_and_one"]
-    """The ELBO, nats, of the posterior given and after each step."""
+    """The ELBO, nats, of the given posterior and after each step."""
     decrements: Float[Array, " steps_and_one"]
-    """The smoothed decrement of each of these, nats."""
+    """The smoothed decrement of the given posterior and after each step, nats."""
     smoothed_decrement: Float[Array, ""]
-    """½ ḡᵀP⁻¹ḡ of the posterior returned, ḡ the mean gradient: nats to be had by moving the mean.
-    It vanishes at the optimum even where the log joint has kinks."""
+    """½ ḡᵀP⁻¹ḡ of the returned posterior, ḡ the mean gradient: the gain, in nats, that moving the
+    mean would bring. It vanishes at the optimum even where the log joint has kinks."""
     precision_decrement: Float[Array, ""]
-    """¼ ‖L⁻¹P̄L⁻ᵀ - I‖², P̄ the mean precision of the log joint: nats to be had by changing the
-    precision LLᵀ, to second order."""
+    """¼ ‖L⁻¹P̄L⁻ᵀ - I‖², P̄ the mean precision of the log joint: the gain, in nats, that changing
+    the precision LLᵀ would bring, to second order."""
     sampling_error: Float[Array, ""]
-    """Nats that the mean may be off by for the choice of samples: the expectation of ½ ḡᵀP⁻¹ḡ where
-    the true ḡ is zero, as the pairs' own spread tells it. Infinite for a single pair."""
+    """Loss, in nats, due to the error that the choice of samples causes in the mean: the
+    expectation of ½ ḡᵀP⁻¹ḡ where the true ḡ is zero, estimated from the spread of the pairs.
+    Infinite for a single pair."""
     converged: Bool[Array, ""]
-    """Both decrements are below 0.01 nats, and the mean precision is PD, unrepaired. Gaining
-    nothing is no convergence."""
+    """Whether both decrements are below 0.01 nats and the mean precision is positive definite
+    without a repair. A step without gain does not count as convergence."""
     is_pd: Bool[Array, ""]
     """Whether the mean precision at the end was positive definite, before any repair."""
     steps_used: Int[Array, ""]
-    """Steps that were taken. The others would have lost, and were tried again at half length."""
+    """Number of accepted steps. The others lowered the ELBO and were retried at half length."""
 
 
 class _Point(NamedTuple):
-    """A Gaussian, and what its samples say of it."""
+    """A Gaussian, with averages over its samples."""
 
     posterior: GaussianPosterior
     pairs: Float[Array, " pair"]
-    """The ELBO as each pair of samples has it, nats."""
+    """Estimate of the ELBO from each pair of samples, nats."""
     grad: Float[Array, " latent"]
     excess: Float[Array, "latent latent"]
-    """L⁻¹P̄L⁻ᵀ - I: by what the mean precision P̄ exceeds the Gaussian's own LLᵀ, in its units."""
+    """L⁻¹P̄L⁻ᵀ - I: the mean precision P̄ minus the Gaussian's own LLᵀ, in units of the latter. For
+    the diagonal family, its diagonal alone."""
     whole_excess: Float[Array, "latent latent"]
-    """The same with all its entries, where the family keeps those of the diagonal alone."""
+    """L⁻¹P̄L⁻ᵀ - I with all its entries, for the diagonal family too."""
     repaired: Float[Array, "latent latent"]
-    """The same of the repair's mean precision; of the log joint's where there is no repair."""
+    """The `excess` with P̄ that of the repair; equal to `excess` where there is no repair."""
     decrement: Float[Array, ""]
     precision_decrement: Float[Array, ""]
     sampling_error: Float[Array, ""]
@@ -84,57 +86,57 @@ def variational_refine(
     family: VariationalFamily = "full",
     chunk_size: int | None = None,
 ) -> tuple[GaussianPosterior, VariationalInfo]:
-    """Move a Gaussian, Laplace's say, towards the full-covariance Gaussian of largest ELBO.
+    """Move a Gaussian, such as Laplace's, towards the full-covariance Gaussian of largest ELBO.
 
     Each step averages gradient ḡ and precision P̄ of the log joint over samples
-    mean ± L⁻ᵀε of the Gaussian at hand, whose precision is P = LLᵀ, and takes
-    P ← (1 - ρ) P + ρ P̄ and then mean ← mean + ρ' P⁻¹ḡ. The ε are drawn once: the iteration is
+    mean ± L⁻ᵀε of the current Gaussian, whose precision is P = LLᵀ, and takes
+    P ← (1 - ρ) P + ρ P̄ and then mean ← mean + ρ' P⁻¹ḡ. The ε are drawn once, so the iteration is
     deterministic and converges to rounding. Antithetic pairs make it exact for a quadratic log
-    joint, of which the true posterior is left as it is, however few the samples.
+    joint: its true posterior is a fixed point, for any number of samples.
 
-    A step is taken where the ELBO of these samples falls by no more than the standard error of the
-    change, over pairs; otherwise it is tried again at half the length, and lengths grow back by
-    doubling. The part of the ELBO that is quadratic with precision P̄ enters in closed form, so
-    that this judgement is free of noise for a quadratic; its values are those of the expansions
-    that the next step needs. A single pair, `num_samples` 2, judges poorly: it has no standard
-    error, and may not fall at all.
+    A step is accepted if the ELBO on these samples falls by no more than the standard error of the
+    change, over pairs. Otherwise it is retried at half the length; lengths grow back by doubling.
+    The part of the ELBO that is quadratic with precision P̄ is taken in closed form, so that the
+    comparison has no sampling noise for a quadratic log joint. It uses the values of the expansions
+    that the next step needs. With a single pair (`num_samples` 2) there is no standard error, and
+    the ELBO must not fall at all.
 
-    Curvature that the expansion leaves out is left out of the average: that of a ReLU decoder's
-    kinks, or the residual term of Gauss-Newton. The mean is then still the best for its precision,
-    and the precision nearly so.
+    The average contains only the curvature that the expansion has, without that of a ReLU decoder's
+    kinks, or without the residual term of Gauss-Newton. The mean is then still optimal for its
+    precision, and the precision nearly optimal.
 
     Args:
         expand: Expansion of one example's log joint. Gauss-Newton keeps P̄ positive definite.
-        posterior: Where to start, of one example: `infer_posterior`'s, or an encoder's.
+        posterior: The start, of one example: that of `infer_posterior`, or of an encoder.
         key: Random key, for the ε.
-        num_steps: Steps; 0 only looks.
-        num_samples: Samples S a step, even. S (`num_steps` + 1) expansions in all.
+        num_steps: Number of steps; 0 only evaluates the given posterior.
+        num_samples: Samples S per step, even; S (`num_steps` + 1) expansions in all.
         step_size: ρ, in (0, 1].
         mean_step_size: ρ', in (0, 1].
-        repair: Expansion whose mean precision is taken for a step that with that of `expand` would
-            not leave the precision positive definite. Costs as many expansions again. Without it
-            such a step adds ½ρ²(P̄ - P)P⁻¹(P̄ - P), which does: a Gaussian that is too narrow for
-            where it is widens, by at most half its precision a step.
-        gradient: "stop" holds the posterior constant. At the optimum that is the gradient of the
-            ELBO: d ELBO/dθ = E[∂ log p(x, z)/∂θ], samples held, since moving the posterior gains
-            nothing to first order. "unroll" differentiates the steps, with the choice of their
-            lengths held constant.
-        family: "diagonal" keeps a diagonal precision, that of a mean-field posterior; it must be
-            given one, a `DiagonalPosterior` say. Its precision follows the diagonal of P̄, and its
-            mean takes steps by all of P̄.
+        repair: Expansion whose mean precision replaces that of `expand` in a step that would
+            otherwise make the precision indefinite. It doubles the number of expansions. Without it
+            such a step adds ½ρ²(P̄ - P)P⁻¹(P̄ - P), which keeps the precision positive definite: a
+            Gaussian that is too narrow then loses at most half its precision per step.
+        gradient: "stop" holds the posterior constant. At the optimum that gives the gradient of the
+            ELBO: d ELBO/dθ = E[∂ log p(x, z)/∂θ] with the samples held constant, since moving the
+            posterior gains nothing to first order. "unroll" differentiates the steps, with the
+            choice of their lengths held constant.
+        family: "diagonal" keeps the precision diagonal, for a mean-field posterior; the given one
+            must then be diagonal, for example a `DiagonalPosterior`. Its precision follows the
+            diagonal of P̄, and the steps of its mean use all of P̄.
         chunk_size: Samples expanded at once, to bound the memory; all by default.
 
     Returns:
-        The posterior, always that of the last step taken, and the `VariationalInfo`. Finite where
-        the posterior given is and its samples have finite expansions; where not, it is returned as
-        it came, and `converged` is false.
+        The posterior after the last accepted step, and the `VariationalInfo`. It is finite if the
+        given posterior is and its samples have finite expansions; otherwise the given posterior is
+        returned unchanged, and `converged` is false.
 
     Raises:
         ValueError: While tracing, for a wrong count, step size, `gradient` or shape.
 
     Gradients:
-        With "stop", none. With "unroll", into `posterior` and whatever `expand` closes over; finite
-        where all expansions that were met are.
+        None with "stop". With "unroll" they flow into `posterior` and whatever `expand` closes
+        over, and are finite if all expansions on the way are.
 
     References:
         Opper and Archambeau (2009), The variational Gaussian approximation revisited; Khan and Rue
@@ -149,7 +151,8 @@ def variational_refine(
         expand = _held(expand, mean)
         repair = None if repair is None else _held(repair, mean)
     mean = depend_on_data(lambda z: expand(z).value, mean)
-    # Zeros that the compiler drops: under `jax.shard_map` all that is carried varies as data do.
+    # Adding zeros, which the compiler removes, marks the carry of the scan as varying over devices
+    # with the data, as `jax.shard_map` requires.
     start = GaussianPosterior(mean, chol + jnp.zeros_like(mean)[:, None])
     noise = jax.random.normal(key, (num_samples // 2, mean.size), mean.dtype)
 
@@ -184,7 +187,7 @@ def _look(
     family: VariationalFamily,
     chunk_size: int | None,
 ) -> _Point:
-    """Average over mirrored samples of a Gaussian."""
+    """Average expansions over mirrored samples of a Gaussian."""
     mean, chol = posterior
     offsets = solve_triangular(chol, noise.T, lower=True, trans=1).T
     points = mean[None] + jnp.concatenate([offsets, -offsets])
@@ -215,10 +218,10 @@ def _known_part(
     offsets: Float[Array, "pair latent"],
     precisions: Float[Array, "pair latent latent"],
 ) -> Float[Array, " pair"]:
-    """What each pair's values have of a quadratic, exchanged for its expectation.
+    """Correction of each pair's value that replaces a quadratic part by its expectation.
 
-    The quadratic is that of the other pairs' mean precision, so the sum keeps its expectation. A
-    single pair can only take its own.
+    It is a control variate. The quadratic has the mean precision of the other pairs, so the
+    expectation of the sum is unchanged; a single pair has to use its own precision.
     """
     covariance, count = posterior.covariance(), len(offsets)
 
@@ -234,7 +237,7 @@ def _known_part(
 def _excess(
     chol: Float[Array, "latent latent"], precisions: Float[Array, "sample latent latent"]
 ) -> Float[Array, "latent latent"]:
-    """L⁻¹P̄L⁻ᵀ - I of the mean precision P̄."""
+    """Return L⁻¹P̄L⁻ᵀ - I, with P̄ the mean of the precisions."""
     half = solve_triangular(chol, jnp.mean(precisions, axis=0), lower=True)
     whitened = solve_triangular(chol, half.T, lower=True)
     return 0.5 * (whitened + whitened.T) - jnp.eye(len(chol), dtype=chol.dtype)
@@ -243,7 +246,7 @@ def _excess(
 def _within(
     family: VariationalFamily, excess: Float[Array, "latent latent"]
 ) -> Float[Array, "latent latent"]:
-    """The part of an excess that the family can follow."""
+    """The part of an excess that the family can represent: all of it, or its diagonal."""
     return excess if family == "full" else jnp.diag(jnp.diagonal(excess))
 
 
@@ -261,7 +264,7 @@ def _sweep(
 
 
 def _is_no_loss(new: Float[Array, " pair"], old: Float[Array, " pair"]) -> Bool[Array, ""]:
-    """Whether an ELBO has not fallen, by what its pairs can tell. Never where it is not finite."""
+    """Whether the ELBO has not fallen by more than its standard error; false if not finite."""
     change = jax.lax.stop_gradient(new - old)
     noise = jnp.std(change) / max(change.size - 1, 1) ** 0.5
     rounding = 8 * jnp.finfo(new.dtype).eps * jnp.mean(jnp.abs(jax.lax.stop_gradient(old)))
@@ -275,20 +278,20 @@ def _move(
     family: VariationalFamily,
     is_repaired: bool,
 ) -> GaussianPosterior:
-    """Where a step of these lengths leads, in units of the Gaussian at hand.
+    """Return the Gaussian after a step of these lengths.
 
-    I + ρE, E the excess, is the new precision there. Where that is not positive definite,
-    I + ρE + ½ρ²E² is, and agrees to first order in ρ.
+    In units of the current precision the new one is I + ρE, with E the excess. Where that is not
+    positive definite, I + ρE + ½ρ²E² is, which agrees to first order in ρ.
     """
     mean, chol = point.posterior
     identity = jnp.eye(mean.size, dtype=mean.dtype)
     stretch = step_size * point.excess
     instead = step_size * point.repaired if is_repaired else stretch + 0.5 * stretch @ stretch
-    # Its factor is the identity where there is none: the precision then stays.
+    # Where neither can be factored, the factor is the identity and the precision stays unchanged.
     factor = _factorize(identity + stretch, identity + instead)
     metric = chol = chol @ factor.chol
     if family == "diagonal":
-        # Dimensions that depend on each other would be moved too far, each as if it were alone.
+        # With the diagonal alone, steps along correlated dimensions would add up to be too long.
         metric = (
             point.posterior.chol_precision
             @ _factorize(identity + point.whole_excess, identity + instead).chol
@@ -302,7 +305,7 @@ def _move(
 def _factorize(
     precision: Float[Array, "latent latent"], instead: Float[Array, "latent latent"]
 ) -> Factor:
-    """The factor of a precision at hand, or else of the other."""
+    """Factor the first precision, or the second where the first is not positive definite."""
 
     def at_hand(precision: Array) -> Expansion:
         return lambda z: Quadratic(jnp.zeros_like(z[0]), z, precision)
@@ -332,7 +335,7 @@ def _sum_up(
 
 
 def _held(expand: Expansion, z: Float[Array, " latent"]) -> Expansion:
-    """The same expansion with all that it closes over held constant: reverse mode never enters."""
+    """Return the expansion with everything it closes over held constant, for reverse mode."""
     pure, closed_over = jax.closure_convert(expand, z)
     constants = jax.lax.stop_gradient(closed_over)
     return lambda z: pure(z, *constants)

@@ -1,4 +1,4 @@
-"""log p(x) by a proposal made for each image, against quadrature and closed forms."""
+"""Estimates of log p(x) with a proposal for each image, against quadrature and closed forms."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture(scope="module")
 def bent():
-    """A model of one latent dimension whose decoder bends, and whose encoder knows nothing."""
+    """A model of one latent dimension with a nonlinear decoder and an untrained encoder."""
     config = Config(
         model=ModelConfig(latent=1, hidden=(8,), min_std=0.3),
         inference=InferenceConfig("vae"),
@@ -44,7 +44,7 @@ def by_quadrature(trained, key, pixels) -> float:
 
 @pytest.mark.parametrize("index", range(3))
 def test_the_estimate_is_the_integral(bent, index):
-    """Whatever the encoder says: this one is untrained, and its own posterior misses by nats."""
+    """Also with an untrained encoder, whose own posterior is off by nats."""
     pixels, key = digits().test[index], jax.random.key(index)
     truth = by_quadrature(bent, key, pixels)
     inferred = bent.infer(key, pixels)
@@ -55,8 +55,9 @@ def test_the_estimate_is_the_integral(bent, index):
     assert abs(annealed - truth) < 4 * error + 0.05
 
 
+@pytest.mark.slow
 def test_what_is_doubtful_is_estimated_again_as_far_as_the_budget_goes(bent, monkeypatch):
-    """Every image counts as doubtful here: the budget alone decides who gets a second estimate."""
+    """All images count as doubtful here, so the budget alone decides which are estimated again."""
     monkeypatch.setattr(evaluation, "is_doubtful", lambda shapes: np.ones(len(shapes), bool))
     images = digits().test[:6]
     few = bent.with_config("evaluation", importance_samples=50, evaluation_batch=3)
@@ -70,8 +71,9 @@ def test_what_is_doubtful_is_estimated_again_as_far_as_the_budget_goes(bent, mon
     assert much["annealed"].all()
 
 
+@pytest.mark.slow
 def test_every_proposal_estimates_the_same_number(bent):
-    """They differ in how well, not in what: with many samples in one dimension all agree."""
+    """Proposals differ in efficiency only: with many samples in one dimension all agree."""
     images = digits().test[:2]
     found = {}
     for proposal in ("auto", "student_t", "widened"):
@@ -91,8 +93,9 @@ def test_the_budget_pays_for_the_first_images_it_can():
     assert rows.tolist() == [] and left == 9.0
 
 
+@pytest.mark.slow
 def test_another_way_to_infer_leaves_the_estimate_where_it_was(bent):
-    """log p(x) belongs to the decoder: a Laplace posterior raises the ELBO alone."""
+    """log p(x) depends on the decoder only: a Laplace posterior raises the ELBO and not it."""
     images = digits().test[:3]
     sampled = bent.with_config("evaluation", importance_samples=4000)
     laplace = sampled.with_inference(method="vlae", steps=20, refine="variational")

@@ -56,7 +56,7 @@ def test_a_linear_decoder_is_evaluated_exactly(truth, linear_metrics):
 
 
 def test_a_search_without_steps_has_not_converged():
-    """What is left to gain is the distance of the encoder's guess from the mode, in nats."""
+    """The Newton decrement is the distance in nats between the encoder's guess and the mode."""
     config = linear_config()
     config = Config(
         config.data, config.model, InferenceConfig(steps=0), evaluation=config.evaluation
@@ -72,7 +72,7 @@ def test_a_search_without_steps_has_not_converged():
 
 
 def test_shares_are_those_of_the_images_that_have_what_they_count(linear, monkeypatch):
-    """A tail that cannot be judged is left out; so is nothing else."""
+    """The share of unreliable images leaves out those of unknown k̂; other shares count all."""
     some = np.array([-3.0, -2.0, np.nan, -np.inf])
     measured = {
         "log_prob": some,
@@ -95,7 +95,7 @@ def test_shares_are_those_of_the_images_that_have_what_they_count(linear, monkey
 
 
 def test_the_bound_of_an_amortized_gaussian_is_the_evidence_less_its_divergence():
-    """In closed form, as is the spread of its samples; log p(x) is that of the weights alone."""
+    """The bound, the spread of its samples and log p(x) all have closed forms here."""
     trained = linear_model("vae", importance_samples=2000, chunk_size=500)
     linear, found = Linear(trained, IMAGES), evaluate(trained, IMAGES)
     expected, std = linear.mean_field_elbo()
@@ -176,7 +176,7 @@ def test_a_flow_is_evaluated_with_every_proposal(proposal):
 
 
 def largest_of(log_weights):
-    """What `ImportanceInfo.largest` holds, by sorting: (n, K) → (n, tail + 1)."""
+    """The values of `ImportanceInfo.largest`, by sorting: (n, K) → (n, tail + 1)."""
     kept = tail_size(log_weights.shape[1]) + 1
     return np.sort(log_weights, axis=1)[:, ::-1][:, :kept]
 
@@ -188,7 +188,7 @@ def pareto_weights(shape, count, samples):
 
 @pytest.mark.parametrize("samples", [25, 100, 225, 226, 5000])
 def test_pareto_k_from_the_largest_weights_is_that_of_all(samples):
-    """arviz_stats takes the negated log weights: with the sign wrong all looks excellent."""
+    """arviz_stats takes negated log weights; with the wrong sign every k̂ would look excellent."""
     log_weights = pareto_weights(0.6, 3, samples) - 700
     truth = [array_stats.psislw(-weights)[1] for weights in log_weights]
     assert_close(pareto_k(largest_of(log_weights), samples), np.array(truth))

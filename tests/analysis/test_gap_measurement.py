@@ -1,4 +1,4 @@
-"""The gaps of a run, where all of them are known."""
+"""The gaps of a linear model, for which all of them are known in closed form."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from vlae_jax.analysis.gap_measurement import measure_gaps
 from vlae_jax.annealing import AnnealingInfo
 from vlae_jax.commands.main import main
 from vlae_jax.errors import UserError
-from vlae_jax.models.trained import save
+from vlae_jax.models.saved import save
 from vlae_jax.runs.config import InferenceConfig
 from vlae_jax.runs.gap_config import GapConfig
 
@@ -60,7 +60,7 @@ def test_nothing_is_lost_where_the_posterior_is_exact(linear):
 
 
 def test_a_poor_encoder_loses_by_amortization_and_early_stops_by_non_convergence():
-    """An untrained encoder of a linear decoder: what the family lacks is nothing.
+    """An untrained encoder of a linear decoder, whose approximation gap is zero.
 
     The Laplace posterior at its guess has the right covariance: the KL divergence is the energy
     of how far off it is. Chains start at the prior here, which is not where they must end.
@@ -92,7 +92,7 @@ def test_a_poor_encoder_loses_by_amortization_and_early_stops_by_non_convergence
 
 
 def test_the_chains_of_a_bound_take_the_step_sizes_that_others_found(linear, monkeypatch):
-    """Chains that adapt their own give no bound, nor would those that found them."""
+    """Chains that adapt their own step sizes would not give a strict bound."""
     forward, backward = set(), set()
 
     def anneal(key, log_joint, start, *, num_chains, step_size=None, adapt=True, **_):

@@ -1,4 +1,4 @@
-"""What the report draws, against plain numpy on a linear model."""
+"""The arrays for the report's pictures, against plain numpy on a linear model."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ def searched(quick_compile):
 
 
 def test_snapshots_show_the_data_and_every_step(searched):
-    """One full step of a linear model lands on the mode, whatever the encoder said."""
+    """One full step of a linear model ends at the mode, from any guess of the encoder."""
     linear, snapshots = searched
     assert {name: array.shape for name, array in snapshots.items()} == {
         "data": (10, 8, 8, 1),
@@ -68,7 +68,7 @@ def test_prior_samples_are_decoded_from_standard_normal_codes(searched):
 
 
 def test_snapshots_of_a_flow_have_its_sampled_moments():
-    """Reflections of a diagonal Gaussian: both moments are known. One point instead of a path."""
+    """A Householder flow has known moments; its snapshots have one point instead of a path."""
     trained, images = untrained(linear_config("vae_hf")), digits().test[:12]
     snapshots = take_snapshots(trained, images)
 

@@ -1,4 +1,4 @@
-"""Uses of a trained run against the closed form of probabilistic PCA, and how they refuse."""
+"""Uses of a trained run against the closed form of probabilistic PCA, and their error messages."""
 
 import shutil
 
@@ -31,7 +31,7 @@ from vlae_jax.analysis.uses import auroc, encode, reconstruct, sample, score
 from vlae_jax.commands.main import main
 from vlae_jax.data.sets import dataset_from_arrays
 from vlae_jax.data.supplied import read_images, read_missing
-from vlae_jax.models.trained import load, save
+from vlae_jax.models.saved import load, save
 from vlae_jax.runs.config import DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -378,7 +378,7 @@ def test_unreadable_files_are_refused(run, tmp_path, capsys, name, message):
     ("arguments", "message"),
     [
         (("encode", "--images", 0), "at least 1"),
-        (("encode", "--images", 9999), "at least 1"),
+        (("encode", "--images", 9999), "from 1 to 359"),
         (("impute",), "one of --mask"),
         (("impute", "--missing", 0.5, "--mask", "m.npy"), "one of --mask"),
         (("impute", "--missing", 1), "between 0 and 1"),
@@ -419,7 +419,7 @@ def test_wrong_masks_are_refused(run, capsys, tmp_path, mask, message):
 
 
 def test_output_is_refused_before_the_run_is_read(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vlae_jax.models.trained.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("vlae_jax.models.saved.load", lambda *_: pytest.fail("loaded"))
     (tmp_path / "there.npz").write_text("precious")
     for output, message in (
         ("there.npz", "--overwrite replaces it"),
@@ -452,7 +452,7 @@ def test_impute_refuses_masks_of_another_shape(run):
 
 @pytest.fixture(scope="module")
 def of_arrays(tmp_path_factory, quick_compile):
-    """A model of arrays that lie nowhere, some images like them, and where it was saved."""
+    """A model made for arrays in memory, images like them, and the folder that it was saved to."""
     images = tiny_images(0, 60)
     trained = untrained(tiny_config(), dataset_from_arrays(images[:50]))
     folder = tmp_path_factory.mktemp("arrays") / "run"
@@ -485,7 +485,7 @@ USES = {
 def test_a_moved_run_is_used_on_given_images_without_its_data_set(
     of_arrays, command, tmp_path, monkeypatch
 ):
-    """As the model is that was never in a folder."""
+    """Its results equal those of the model in memory, which was never saved."""
     trained, images, folder = of_arrays
     function, options, arguments = USES[command]
     expected = function(trained, images, **options)

@@ -13,7 +13,8 @@ from commandline import refused, run
 
 from vlae_jax.commands.main import parse
 from vlae_jax.data.supplied import as_dataset
-from vlae_jax.models.trained import initialize, save
+from vlae_jax.models.saved import save
+from vlae_jax.models.trained import initialize
 from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.runs.folder import RunFolder
 

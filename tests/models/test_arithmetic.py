@@ -161,6 +161,7 @@ def small_model(precision, method="vlae"):
     )
 
 
+@pytest.mark.slow
 def test_a_training_step_multiplies_networks_in_bfloat16_and_the_rest_in_float32():
     """By its lowered program, before a compiler for any device has seen it."""
     trainer = Trainer(small_model("bfloat16"), digits())
@@ -219,13 +220,9 @@ def test_the_log_joint_is_float32s_and_the_precision_positive_definite():
     (found, truth), (info, exact), jacobians = run(zs)
     np.testing.assert_array_equal(found.value, truth.value)
     assert np.all(info.is_pd)
-    print(
-        "DIFF",
-        info.log_joint[:, -1] - exact.log_joint[:, -1],
-        exact.log_joint[:, -1] - exact.log_joint[:, 0],
-        info.newton_decrement,
-        exact.newton_decrement,
-    )
+    gained = exact.log_joint[:, -1] - exact.log_joint[:, 0]
+    lost = exact.log_joint[:, -1] - info.log_joint[:, -1]
+    assert np.all(lost < 0.1 + 0.02 * gained)
     assert np.all(np.diff(info.log_joint) >= 0)
     first, second = (np.abs(np.float64(layer.kernel[...])) for layer in rounded.features.layers)
     (kernel,) = doubles(full.head.kernel[...])

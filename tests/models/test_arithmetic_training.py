@@ -1,4 +1,4 @@
-"""What reduced-precision matrix products, as accelerators make them, do to a precision matrix.
+"""The effect of an accelerator's reduced-precision matrix products on a precision matrix.
 
 The products are emulated: operands rounded to the mantissa of bfloat16 or TF32, sums in float32.
 """
@@ -128,7 +128,7 @@ def test_the_smallest_eigenvalue_is_the_priors(x64, expand):
 @pytest.mark.parametrize("expand", [gram, explicit, exact])
 @pytest.mark.parametrize("format", MANTISSA_BITS)
 def test_the_precision_asks_for_full_products(expand, format):
-    """What is left is float32's own rounding of eigenvalues of 10⁶."""
+    """The remaining error is the rounding of eigenvalues of 10⁶ in float32."""
     as_asked, _ = smallest_eigenvalues(expand, format)
     assert_close(as_asked, np.ones(8), rtol=0.15)
 

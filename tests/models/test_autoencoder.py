@@ -1,4 +1,4 @@
-"""The shipped networks: densities, expansions and where they start."""
+"""The shipped model: its densities, expansions and initial values."""
 
 import jax
 import jax.numpy as jnp

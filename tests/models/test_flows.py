@@ -1,4 +1,4 @@
-"""Normalizing flows: maps held to their Jacobians, densities to their integrals."""
+"""Normalizing flows: maps checked against their Jacobians, densities against their integrals."""
 
 import functools
 
@@ -90,7 +90,7 @@ def test_householder_is_the_product_of_its_matrices(x64):
 
 
 def test_the_householder_posterior_is_that_of_the_flow(x64):
-    """With its gradients, which one gets by a QR and the other by going back; up to stds of e⁶."""
+    """Both agree, with gradients, for standard deviations of up to e⁶."""
     flow = pick(random_flows("householder", 5))
 
     def by_factor(base, vectors, z):
@@ -158,9 +158,9 @@ def test_steps_run_forwards_and_backwards_in_turn(x64):
 
 @pytest.mark.parametrize("kind", FLOWS)
 def test_flows_start_quietly_and_can_learn(kind):
-    """At first nearly one map for all contexts: the identity, but for open gates and reflections.
+    """At first a flow is nearly the identity, apart from gates and reflections, for all contexts.
 
-    Yet the context moves everything, and every weight has a gradient.
+    Yet the context has an effect on every dimension, and every weight has a gradient.
     """
 
     @jax.jit

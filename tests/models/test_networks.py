@@ -1,4 +1,4 @@
-"""Convolutional networks: what they compute, every size of image, and the model they make."""
+"""Convolutional networks: their layers, all sizes of images, and the model made of them."""
 
 import functools
 
@@ -22,7 +22,7 @@ LATENT = 3
 
 
 def make_model(image_shape, *, channels=(3, 4), hidden=(5, 6), latent=LATENT, **more):
-    """A model in the default precision, its output layer loud enough to be curved."""
+    """A model in the default precision, with output weights large enough for visible curvature."""
     dim = int(np.prod(image_shape))
     options = {"network": "conv", "activation": "relu", "likelihood": "gaussian", **more}
     model = VariationalAutoencoder(

@@ -56,7 +56,7 @@ def test_the_posterior_is_exact_and_diagonal(xs):
 
 
 def test_the_variance_keeps_its_floor_and_the_rest_fits_it(xs):
-    """Directions with less variance than the floor are left out, and have no spread to learn."""
+    """Directions with less variance than the floor are left out of the decoder."""
     fitted = fit_ppca(xs, 5, min_variance=2.0)
     assert fitted.variance == 2.0
     values = np.linalg.eigvalsh(np.cov(xs.T, bias=True))[:0:-1]

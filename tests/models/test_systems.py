@@ -130,7 +130,7 @@ def test_an_unknown_method_is_refused_with_the_nearest():
 
 
 def test_all_systems_start_from_the_same_weights():
-    """What a system has besides is drawn last."""
+    """The weights that only one system has are drawn last."""
     plain = jax.tree_util.tree_leaves_with_path(nnx.state(make("vae", hidden=())[1]))
     for method in METHODS:
         state = nnx.state(make(method, hidden=())[1])
@@ -168,7 +168,7 @@ def test_any_latent_dimension_will_do(x, method):
 
 
 def blind(model):
-    """The decoder no longer depends on z: the ELBO's gradient is that of -KL(q ‖ N(0, I))."""
+    """Make the decoder independent of z: the ELBO's gradient is that of -KL(q ‖ N(0, I))."""
     model.head.kernel[...] = jnp.zeros_like(model.head.kernel[...])
     return model
 
@@ -332,7 +332,7 @@ def test_an_unrolled_ascent_is_differentiated_and_a_stopped_one_is_not(x):
     assert_close(np.asarray(unrolled), np.diag(factor))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(jacobians["stop"]))
     assert_close(stopped.amortization_loss, np.asarray(kl))
-    # What is lost by starting there pulls the start to where the ascent ended.
+    # The amortization loss pulls the encoder's guess towards the end of the ascent.
     variance = np.exp(2 * np.float64(stopped.posterior.log_std))
     pull = (np.float64(initial.mean) - np.float64(stopped.posterior.mean)) / variance
     assert_close(np.asarray(slopes["mean"]["bias"][...]), pull, rtol=1e-4)
@@ -439,7 +439,7 @@ def test_gradient_search_ends_at_the_mode_of_a_linear_model_and_knows_how_it_mov
     truth = -np.asarray(direction) @ np.linalg.solve(precision, kernel) / variance
     for gradient in ("implicit", "unroll"):
         assert_close(np.asarray(slopes[gradient]["head"]["bias"][...]), truth)
-        # It forgets where it began.
+        # The mode does not depend on the start.
         assert np.max(np.abs(slopes[gradient]["mean"]["bias"][...])) < 1e-8
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(slopes["stop"]))
 

@@ -22,7 +22,8 @@ from problems import assert_close
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.data.sets import dataset_from_arrays
 from vlae_jax.errors import UserError
-from vlae_jax.models.trained import Keys, initialize, load, save
+from vlae_jax.models.saved import load, save
+from vlae_jax.models.trained import Keys, initialize
 from vlae_jax.runs.config import DataConfig
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.training.loop import fit
@@ -34,7 +35,7 @@ DATASET = dataset_from_arrays(IMAGES)
 
 
 def assert_the_same(found, expected):
-    """Bit for bit, arrays and structure, and what is left out of the structure's comparison."""
+    """Assert exact equality of arrays, structure, and the fields that `==` does not compare."""
     chex.assert_trees_all_equal(found, expected)
     chex.assert_trees_all_equal_dtypes(found, expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -74,7 +75,7 @@ def test_a_factored_model_is_saved_without_what_follows_from_its_parameters(tmp_
 
 
 def test_loading_touches_neither_training_images_nor_the_optimizer(tmp_path, monkeypatch):
-    """Not even where the training's state is gone, and the folder is elsewhere."""
+    """Loading works after the training state is deleted and the folder moved."""
     fitted = fit(tiny_config(), tiny_mapping(), run_dir=tmp_path / "run")
     moved = RunFolder(shutil.move(tmp_path / "run", tmp_path / "moved"))
     kept = [*moved.checkpoints.glob("*/training")]
@@ -105,7 +106,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("method", ["vae", "vlae", "vae_iaf"])
 def test_inference_under_jit_and_vmap_is_that_of_a_loop(method):
-    """And the model goes through `jit` as an argument: one program for all of its kind."""
+    """The model is an argument of `jit`, so one program serves all models of its structure."""
     trained, keys = untrained(tiny_config(method), DATASET), fixed_keys(3)
 
     def outcome(trained, key, pixels):

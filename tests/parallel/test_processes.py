@@ -20,7 +20,8 @@ from problems import flip_a_bit, run_in_subprocess
 from vlae_jax.analysis.evaluation import measure
 from vlae_jax.data.sets import load_dataset
 from vlae_jax.errors import UserError
-from vlae_jax.models.trained import arrays_of, initialize
+from vlae_jax.models.saved import arrays_of
+from vlae_jax.models.trained import initialize
 from vlae_jax.parallel.options import DistributedConfig
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.parallel.processes import LOST_PEER
@@ -196,6 +197,7 @@ def spread_work():
     print(json.dumps([share / whole, value, same]))
 
 
+@pytest.mark.slow
 def test_importance_samples_are_spread_over_devices():
     share, value, same = in_eight_devices("spread_work")
     assert share < 1.5 / 8

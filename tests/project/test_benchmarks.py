@@ -69,6 +69,7 @@ def names(found, section):
     return {row["name"] for row in found["rows"] if row["section"] == section}
 
 
+@pytest.mark.slow
 def test_rows_chosen_by_name_are_measured_printed_and_written(tmp_path):
     """By the command as it is printed, in a process of its own."""
     arguments = options(tmp_path, "--only", "posterior jacobian")
@@ -84,6 +85,7 @@ def test_rows_chosen_by_name_are_measured_printed_and_written(tmp_path):
     assert "jax" in found["setting"]["versions"]
 
 
+@pytest.mark.slow
 def test_there_is_a_row_for_every_way(monkeypatch, tmp_path, capsys):
     """None of them is compiled, which takes minutes."""
     from benchmarks import measure

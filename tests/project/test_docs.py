@@ -34,6 +34,7 @@ EXTRA_ROOMS = {"annealing", "gaps", "interop"}
 """Mathematics that `import vlae_jax` does not bring."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_BLOCKS)
 def test_a_page_runs_as_printed(name, quick_compile, tmp_path, monkeypatch):
     """Its blocks hold themselves to what they say, by assertions."""
@@ -132,6 +133,7 @@ def build(folder: Path) -> dict[Path, Page]:
     return {path.resolve(): Page(path) for path in (folder / "html").rglob("*.html")}
 
 
+@pytest.mark.slow
 def test_the_site_builds_and_holds_together(tmp_path):
     """Without a warning; all public names, none twice; links resolve; nothing from elsewhere."""
     for package in ("sphinx", "myst_parser", "furo"):

@@ -125,6 +125,7 @@ def check_train_and_use(module, figures):
 # ---------------------------------------------------------------- all of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_and_what_it_shows_is_true(name, capsys):
     module = load(name)

@@ -39,6 +39,7 @@ def test_the_library_example_runs_as_printed_and_is_right():
     np.testing.assert_allclose(grad, 0, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_example_of_a_fit_runs_as_printed(quick_compile, tmp_path, monkeypatch, capsys):
     """With the network and the epochs of a second in place of the defaults, nothing else."""
     config = vlae_jax.default_config("digits")

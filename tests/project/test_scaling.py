@@ -42,6 +42,7 @@ TRAINED = sorted(set(METHODS) - {"ppca"})
 CONVOLUTIONS = pytest.param("vlae", "conv", marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "network"), [*((method, "mlp") for method in TRAINED), CONVOLUTIONS]
 )

@@ -147,6 +147,7 @@ def test_the_declared_result_is_the_recorded_one(name):
         assert list(study.variants[run["label"]]) == run["options"]
 
 
+@pytest.mark.slow
 def test_every_study_names_options_that_there_are(monkeypatch):
     """Options of each variant are parsed as the command line would, and build a configuration."""
     from experiments.repairs import WRONG

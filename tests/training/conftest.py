@@ -1,4 +1,4 @@
-"""How the training tests share compiled steps."""
+"""Fixtures by which the training tests share compiled steps."""
 
 import builders
 import pytest

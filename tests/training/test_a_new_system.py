@@ -16,7 +16,7 @@ WIDTH = 0.25
 
 
 def fixed_width(at, key, config):
-    """The encoder's mean, one spread for all, and a guess that is counted."""
+    """A system with the encoder's mean and one standard deviation for all dimensions."""
     posterior = DiagonalPosterior(at.mean, jnp.full_like(at.mean, np.log(WIDTH)))
     flags = {"newton_decrement": jnp.sum(at.mean**2)}
     return Inference(posterior, jnp.zeros(()), at.mean[None], flags)

@@ -49,7 +49,7 @@ TRAIN, TEST = random_images(0, 45), random_images(1, 7)
 
 
 def prepare(root: Path, shards: int = 3) -> Path:
-    """A directory as tensorflow-datasets leaves it, named doodles; of it the version's folder."""
+    """Write a data set named doodles as tensorflow-datasets does, and return its version folder."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
@@ -112,7 +112,7 @@ def config(root: Path, *, stream: bool) -> Config:
 
 
 class Disk:
-    """The images on disk, until some of them are lost: those of one batch."""
+    """The images on disk, of which those of one batch can be made unreadable."""
 
     def __init__(self, stored: StoredImages) -> None:
         self.stored = stored
@@ -165,7 +165,7 @@ def whole(resident, tmp_path_factory) -> RunFolder:
 
 
 def test_a_streamed_set_is_the_one_in_memory(root, monkeypatch):
-    """Read in chunks that end anywhere; the fingerprint allows to resume one with the other."""
+    """Chunks may end anywhere; with equal fingerprints one run can resume the other."""
     expected = load_dataset("doodles", root)
     monkeypatch.setattr("vlae_jax.data.sets.BATCH", 7)
     found = load_dataset("doodles", root, stream=True)
@@ -348,7 +348,7 @@ def test_a_streamed_run_is_the_run_in_memory_bit_for_bit(resident, streamed, who
 def test_a_run_that_loses_its_images_is_resumed_exactly(
     resident, streamed, whole, tmp_path, monkeypatch
 ):
-    """Broken off at any step by what cannot be read; resumed from disk and from memory."""
+    """A run that fails on unreadable images at any step is resumed from disk and from memory."""
     lost = int(np.random.default_rng().integers(3, 15))
     print(f"lost at step {lost}")
     order = epoch_order(TRAINING, lost // 5, len(streamed.dataset.train))[lost % 5]

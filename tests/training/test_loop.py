@@ -1,4 +1,4 @@
-"""Training end to end on small real images: it learns, replays, resumes and fails as it says."""
+"""Training end to end on small real images: learning, reproducibility, resumption and failures."""
 
 import contextlib
 import dataclasses
@@ -54,7 +54,7 @@ TINY = as_dataset(tiny_mapping(), tiny_config().data)
 
 
 class Finished(NamedTuple):
-    """A run to its end, for tests that leave it as it is."""
+    """A finished run, for tests that do not change it."""
 
     trainer: Trainer
     run: RunFolder
@@ -82,7 +82,7 @@ def finished(tmp_path_factory, make_trainer):
 
 @pytest.fixture(scope="module")
 def finished_vae(tmp_path_factory, make_trainer):
-    """It compiles sooner, for what is the same with either method."""
+    """A VAE of the digits, which compiles faster, for tests that need no VLAE."""
     folder = tmp_path_factory.mktemp("vae") / "run"
     return finish(make_trainer, small_config("vae"), digits(), folder)
 
@@ -104,7 +104,7 @@ def resume(finished, run, **options):
 
 
 def learned(finished, *, gain, method):
-    """Every epoch was better than the one before, and every weight has moved."""
+    """Assert that every epoch was better than the one before, and that every weight has moved."""
     elbos = [record["elbo"] for record in records(finished.run, "validation")]
     assert len(elbos) == 4
     assert elbos == sorted(elbos)
@@ -123,6 +123,7 @@ def test_training_raises_the_validation_elbo(request, method):
     learned(finished, gain=5, method=method)
 
 
+@pytest.mark.slow
 def test_training_raises_the_validation_elbo_of_a_convolutional_network(make_trainer, tmp_path):
     model = ModelConfig(latent=3, hidden=(16,), network="conv", channels=(4, 4))
     found = finish(make_trainer, small_config(model=model), digits(), tmp_path / "run")
@@ -130,7 +131,7 @@ def test_training_raises_the_validation_elbo_of_a_convolutional_network(make_tra
 
 
 def test_what_is_validated_are_the_validation_images(tmp_path):
-    """Probabilistic PCA, whose ELBO is log p(x): of each of them by scipy."""
+    """The ELBO of probabilistic PCA is log p(x), which scipy gives for each validation image."""
     trained = fit(linear_config("ppca"), digits(), run_dir=tmp_path / "run")
     (record,) = records(RunFolder(tmp_path / "run"), "validation")
     truth = Linear(trained, digits().validation).log_prob().mean()
@@ -486,7 +487,7 @@ def test_what_cannot_be_read_for_now_is_not_taken_for_damaged(wanted, copied, mo
 
 
 def test_half_a_checkpoint_is_none(finished_vae, copied):
-    """What a process leaves that is killed in the middle of a save."""
+    """A process killed in the middle of a save leaves an incomplete checkpoint, to be ignored."""
     newest = max(Checkpoints(copied.checkpoints, read_only=True).steps())
     half = copied.checkpoints / f"{newest}.orbax-checkpoint-tmp"
     (copied.checkpoints / str(newest)).rename(half)
@@ -507,7 +508,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(finished_vae, tmp_
 
 
 def test_training_never_sees_a_test_image(make_trainer, tiny, tmp_path):
-    """Others lead to the same state, and to the same preprocessing."""
+    """Other test images lead to the same state and the same preprocessing."""
     others = {**tiny_mapping(), "x_test": tiny_images(5, 9)}
     found = finish(make_trainer, tiny_config(), others, tmp_path / "run")
     assert found.trainer is not tiny.trainer

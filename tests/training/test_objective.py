@@ -1,4 +1,4 @@
-"""What training maximizes, where it is known in closed form."""
+"""The training objective of models for which it has a closed form."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ METRICS = {"elbo", "kl", "reconstruction", "amortization_loss"}
 
 
 def linear_model(dim=12):
-    """Probabilistic PCA with an encoder that knows nothing of it, and log p(x) of some x."""
+    """Probabilistic PCA with an untrained encoder, and log p(x) of some x."""
     rng = np.random.default_rng(0)
     model = VariationalAutoencoder(
         dim,
@@ -73,7 +73,7 @@ def test_every_objective_is_the_evidence_of_a_linear_model():
 
 @pytest.mark.parametrize("kind", ["iwae", "dreg"])
 def test_an_importance_weighted_objective_stands_beside_the_elbo_of_its_samples(kind):
-    """Above it; and no gradient comes from what is only shown."""
+    """The objective lies above the ELBO, and the ELBO shown beside it has no gradient."""
     model, xs, _ = linear_model()
     x, key = xs[0], jax.random.key(0)
     graphdef, params = nnx.split(model)

@@ -1,4 +1,4 @@
-"""One training step: its noise, its optimizer, its images, and what it leaves alone."""
+"""One training step: its noise, optimizer and images, and the state that it must not change."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def steps_of(trainer, count):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """How a configuration's training sees images that are all alike: the mean of x a step."""
+    """A function that trains on identical images and returns the mean of x in each step."""
     monkeypatch.setitem(METHODS, "spy", Method("spy", "builders:spy", "#000000", has_steps=False))
 
     def watch(kind, count, pixel=100):
@@ -132,7 +132,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
 
 
 def updates(config, grads, total=100):
-    """Of parameters that are nothing but these gradients, step by step."""
+    """The optimizer's updates for a given sequence of gradients."""
     optimizer = make_optimizer(config, total)
     state, found = optimizer.init(jnp.zeros_like(grads[0])), []
     for gradient in grads:
@@ -154,7 +154,7 @@ def test_the_learning_rate_follows_its_schedule():
 
 
 def test_the_gradient_is_clipped_before_adam_sees_it():
-    """By hand, with three gradients: far above the norm, below it, and above it again."""
+    """Checked by hand for three gradients: far above the norm, below it, and above it again."""
     grads = np.array([[30.0, -40.0], [0.2, 0.1], [3.0, 4.0]], np.float32)
     rate, norm, first, second, tiny = 0.1, 1.0, 0.9, 0.999, 1e-8
     mean, square, expected = np.zeros(2), np.zeros(2), []

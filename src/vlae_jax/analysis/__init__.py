@@ -1,10 +1,10 @@
-"""What is done with a trained model: evaluation, uses, gaps, and arrays for the report.
+"""Analysis of a trained model: evaluation, uses, gaps, and arrays for the report.
 
-| module | what is in it |
+| module | contents |
 |---|---|
 | `evaluation` | ELBO, importance-weighted log-likelihood, diagnostics |
 | `uses` | codes, reconstructions, samples, outlier scores |
-| `imputation` | missing pixels |
-| `gap_measurement` | where a bound loses its nats |
-| `snapshots` | arrays that the report's pictures are drawn from |
+| `imputation` | imputation of missing pixels |
+| `gap_measurement` | the gap between ELBO and log p(x), split into its causes |
+| `snapshots` | arrays for the pictures of the report |
 """

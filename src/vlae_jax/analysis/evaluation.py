@@ -1,4 +1,4 @@
-"""What is measured on test images: ELBO, importance-weighted log-likelihood, diagnostics."""
+"""Evaluation on test images: ELBO, importance-weighted log-likelihood, diagnostics."""
 
 import dataclasses
 import functools
@@ -43,7 +43,8 @@ from vlae_jax.runs.metrics import UNRELIABLE_K, Metric, mean_metric
 
 _SMALLEST_TAIL = 5
 _ELBO_SHARE = 5
-"""The ELBO, whose samples vary less than weights do, takes this part of the samples of log p(x)."""
+"""With proposal auto the number of samples for log p(x) is divided by this for the ELBO, as single
+samples vary less than importance weights."""
 _SAMPLED = frozenset(
     {
         *("log_prob", "elbo", "inference_gap", "reconstruction", "bits_per_dim", "ess"),
@@ -56,7 +57,7 @@ _REPORTED = (
     *("log_prob_sampling_error", "unreliable", "annealed", "not_finite", "unconverged"),
     *("not_positive_definite", "newton_decrement"),
 )
-"""Metrics of a results file, in its order."""
+"""Metrics in a results file, in the order of that file."""
 _PACKAGES = (
     *("vlae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
     *("arviz-stats", "blackjax"),
@@ -64,28 +65,28 @@ _PACKAGES = (
 
 
 class Evaluation(NamedTuple):
-    """What was measured on images."""
+    """The result of an evaluation on images."""
 
     metrics: list[Metric]
     per_image: dict[str, np.ndarray]
-    """The same quantities image by image, (n,) each: for paired comparisons and histograms."""
+    """The values of each image, (n,) per quantity, for paired comparisons and histograms."""
 
 
 def evaluate(
     trained: Trained, images: np.ndarray, *, placement: Placement | None = None
 ) -> Evaluation:
-    """Measure a model on images, those of the test set say.
+    """Evaluate a model on images, usually those of the test set.
 
-    Every image counts once, with noise that depends on its place among them alone, so that a
-    second evaluation gives the same numbers.
+    Every image counts once. Its noise depends only on its index, so that a second evaluation gives
+    the same numbers.
 
     Args:
-        trained: The model; the evaluation section of its configuration says how much to do.
+        trained: The model; the evaluation section of its configuration sets the amount of work.
         images: uint8 (n, height, width, channel), of the shape and levels it was trained on.
         placement: See `measure`.
 
     Returns:
-        The metrics, in nats per image where nothing else is said, and the values behind them.
+        The metrics, in nats per image unless stated otherwise, and the values of each image.
     """
     measured = measure(trained, images, placement=placement)
     return Evaluation(_metrics(trained.config.evaluation, measured), measured)
@@ -101,17 +102,17 @@ def measure(
     """Measure a model on images, image by image.
 
     Args:
-        trained: The model; the evaluation section of its configuration says how much to do.
+        trained: The model; the evaluation section of its configuration sets the amount of work.
         images: uint8 (n, height, width, channel), of the shape and levels it was trained on. The
-            noise of each depends on its place among them alone.
-        what: What to call this on the line that shows progress.
+            noise of each depends only on its index.
+        what: Label of the progress line.
         placement: Devices to spread the work over, images first, then the samples of each chunk;
-            every process must then call, with a model it has whole. By default one device.
+            every process must then call, with all of the model's arrays. By default one device.
 
     Returns:
-        (n,) each, nats where nothing else is said: log_prob, elbo, inference_gap, kl,
+        Arrays of shape (n,), in nats unless stated otherwise: log_prob, elbo, inference_gap, kl,
         reconstruction, log_det (of the preprocessing), ess (samples), log_prob_sampling_error,
-        pareto_k; bits_per_dim where the preprocessing has one; the system's flags; with proposal
+        pareto_k; bits_per_dim if the preprocessing defines it; the system's flags; with proposal
         auto also annealed, whether log_prob comes from annealing.
     """
     config = trained.config.evaluation
@@ -130,7 +131,7 @@ def measure(
 def _first_pass(
     trained: Trained, images: np.ndarray, what: str, spread: Placement | None
 ) -> dict[str, np.ndarray]:
-    """All that is measured of every image, with as many samples for each."""
+    """Measure all quantities of every image, with the same number of samples for each."""
     config = trained.config.evaluation
     chunk_size, place = _chunks(config, spread)
     weigh = functools.partial(importance_weighted_log_prob, chunk_size=chunk_size, place=place)
@@ -172,7 +173,7 @@ def _estimate_again(
     measured: dict[str, np.ndarray],
     spread: Placement | None,
 ) -> None:
-    """Replace estimates of log p(x) that cannot be relied on, as far as the budget goes."""
+    """Replace unreliable estimates of log p(x) in `measured`, as far as the budget allows."""
     config, latent = trained.config.evaluation, trained.config.model.latent
     first = first_effort(config.importance_samples)
     second = second_effort(first)
@@ -210,7 +211,7 @@ def _map(
     rows: np.ndarray,
     spread: Placement | None,
 ) -> dict[str, np.ndarray]:
-    """Apply a function of one image to those of these indices, each with its own key."""
+    """Apply a function of one image to the images of the given rows, each with its own key."""
     run = map_images(
         function,
         images[rows],
@@ -226,14 +227,14 @@ def _map(
 def _chunks(
     config: EvaluationConfig, spread: Placement | None
 ) -> tuple[int, Callable[[Array], Array] | None]:
-    """How many importance samples are held at once, and where."""
+    """The number of importance samples held at once, and the function that places them, or None."""
     if spread is None or (splits := spread.mesh.shape[SAMPLES]) == 1:
         return config.chunk_size, None
     return max(splits, config.chunk_size - config.chunk_size % splits), spread.split_samples
 
 
 def _weights(config: EvaluationConfig, effort: Effort) -> int:
-    """How many independent weights an estimate has: antithetic pairs make one each."""
+    """The number of independent weights of an estimate; an antithetic pair counts as one."""
     auto = config.proposal == "auto"
     return effort.importance_samples // 2 if auto else config.importance_samples
 
@@ -248,18 +249,18 @@ def _of_weights(log_prob: Array, info: ImportanceInfo) -> dict[str, Array]:
 
 
 def _with_pareto_k(measured: dict[str, np.ndarray], num_weights: int) -> dict[str, np.ndarray]:
-    """The same with k̂ in the place of the weights that it is fitted to."""
+    """Return `measured` with pareto_k in place of the largest weights, to which it is fitted."""
     rest = {name: values for name, values in measured.items() if name != "largest_weights"}
     return {**rest, "pareto_k": pareto_k(measured["largest_weights"], num_weights)}
 
 
 def _doubtful(measured: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Indices of the images whose estimate cannot be relied on."""
+    """Indices of the images whose estimate is unreliable."""
     return np.flatnonzero(is_doubtful(measured["pareto_k"]))
 
 
 def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
-    """What importance samples are drawn from. A flow's is its own, with another base."""
+    """The proposal of importance sampling; for a flow, the flow with the base replaced."""
     if config.proposal == "posterior":
         return posterior
     if isinstance(posterior, FlowPosterior):
@@ -271,23 +272,24 @@ def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
 
 
 def is_doubtful(shapes: np.ndarray) -> np.ndarray:
-    """Whether each k̂ says that its estimate cannot be relied on; NaN, that nothing is known."""
+    """Whether each k̂ shows that its estimate is unreliable; false for NaN, an unknown k̂."""
     return shapes > UNRELIABLE_K
 
 
 def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
-    """The shape k̂ of the importance weights' tail, image by image.
+    """The shape k̂ of the tail of the importance weights, for each image.
 
-    Below 0.7 the estimate can be relied on; above, the weights have no useful variance and it is
-    too low. A tail without any spread, as of a proposal that is the posterior, has -inf.
+    Below 0.7 the estimate is reliable; above, the variance of the weights is too large and the
+    estimate too low. A tail without any spread, as with the posterior as the proposal, has -inf.
 
     Args:
         largest: The largest log weights of each image, descending, (n, tail + 1), with the one
             below the tail last: `ImportanceInfo.largest`.
-        num_samples: K, of which they are the largest.
+        num_samples: K, the number of all weights.
 
     Returns:
-        (n,). NaN where fewer than 25 samples leave no tail, or a weight in it is zero or no number.
+        An array (n,). NaN where fewer than 25 samples leave no tail, or a weight in the tail is
+        zero or NaN.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling.
@@ -296,14 +298,14 @@ def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
     if largest.shape[1] <= _SMALLEST_TAIL:
         return shapes
     for i, weights in enumerate(np.asarray(largest, np.float64)):
-        # Only differences count, and float32 rounds them to this.
+        # Only differences of log weights matter; this is their rounding in float32.
         resolution = np.finfo(np.float32).eps * max(1.0, abs(weights[0]))
         if np.isfinite(weights[0]) and weights[0] - weights[-1] <= 8 * resolution:
             shapes[i] = -np.inf
         elif np.isfinite(weights).all():
-            # The fit looks at the tail and at the value below it, not at the others.
+            # The fit uses only the tail and the value below it, so the others can be filled in.
             rest = np.full(num_samples - len(weights), weights[-1])
-            # Equal weights next to the tail make it divide by zero on the way to a finite shape.
+            # Equal weights next to the tail cause harmless divisions by zero in the fit.
             with np.errstate(divide="ignore", invalid="ignore"):
                 _, shapes[i] = array_stats.psislw(-np.concatenate([weights, rest]))
     return shapes
@@ -314,15 +316,15 @@ def describe(
 ) -> dict[str, Any]:
     """The content of results.json: the metrics with all that they depend on.
 
-    The noise of an image, its dequantization or binarization and its samples, depends on its place
-    among the test images alone (`preprocessing.fixed_keys`): no seed of the evaluation need be
-    told.
+    The noise of an image, its dequantization or binarization and its samples, depends only on its
+    index among the test images (`preprocessing.fixed_keys`), so no seed of the evaluation is
+    recorded.
 
     Args:
         trained: The model.
-        metrics: What was measured.
-        seconds: Time spent, by what on, besides that of the training.
-        more: More entries.
+        metrics: The metrics of the evaluation.
+        seconds: Time spent besides training, by the name of the activity.
+        more: Additional entries.
     """
     config, made_from = trained.config, trained.provenance
     method = find_method(config.inference.method)

@@ -1,4 +1,4 @@
-"""The gaps of a trained run: what its bound loses, on real images, and how well that is known."""
+"""Measurement of the gap between a trained model's ELBO and log p(x), and of its accuracy."""
 
 import functools
 from typing import Any
@@ -46,17 +46,17 @@ def measure_gaps(
 ) -> tuple[list[Metric], dict[str, np.ndarray]]:
     """Split the distance between the ELBO and log p(x), image by image.
 
-    log p(x) is bounded from below by annealed importance sampling on the images; on images that
-    the model itself has drawn, whose exact posterior sample is known, also from above. The best
-    posterior of the family is searched for each image.
+    log p(x) is bounded from below by annealed importance sampling on the images. On images drawn by
+    the model itself, for which an exact posterior sample is known, it is also bounded from above.
+    The best posterior of the family is searched for each image.
 
     Args:
         trained: The model.
-        images: uint8, (n, height, width, channel), of which the first are taken.
-        options: How much to do.
+        images: uint8, (n, height, width, channel); the first `options.images` are used.
+        options: Amount of work.
 
     Returns:
-        Metrics, means over images in nats, and the values behind them, (images,) each:
+        Metrics, means over images in nats, and the values of each image, (images,) each:
         log_prob_ais, best_in_family_elbo, amortized_elbo, the three gaps; converged_elbo and
         non_convergence_gap for systems that search a mode; bdmc_lower, bdmc_upper and bdmc_gap on
         simulated images.
@@ -93,7 +93,7 @@ def measure_gaps(
 def _split_gap(
     options: GapConfig, trained: Trained, pixels: Pixels, key: PRNGKeyArray
 ) -> dict[str, Array]:
-    """The gaps of one image, and what they are made of."""
+    """Measure the gaps of one image, and the bounds that they are differences of."""
     inferred = trained.infer(key, pixels)
     inference, log_joint = inferred.inference, inferred.log_joint
     laplace = _converged(inferred.at, inference.iterates[-1], options)
@@ -102,7 +102,7 @@ def _split_gap(
     best = _best_of_family(inferred, family_key, options)
 
     def bound(posterior: Posterior) -> Estimate:
-        # One key for all bounds: what they share of the noise leaves their differences.
+        # All bounds use one key, so that common noise cancels in their differences.
         return estimate_elbo(
             inferred.keys.bound, log_joint, posterior, num_samples=options.elbo_samples
         )
@@ -128,10 +128,10 @@ def _split_gap(
 
 
 def _best_of_family(inferred: Inferred, key: PRNGKeyArray, options: GapConfig) -> Posterior:
-    """The posterior of largest ELBO of the system's family.
+    """Search the posterior of largest ELBO in the system's family.
 
-    Of Gaussians by variational Newton steps, with a diagonal precision where the system's is
-    diagonal; of flows by Adam.
+    For Gaussians it uses variational Newton steps, with a diagonal precision if the system's is
+    diagonal; for flows it uses Adam.
     """
     posterior = inferred.posterior
     if not isinstance(posterior, GaussianPosterior | DiagonalPosterior):
@@ -159,7 +159,7 @@ def _best_of_family(inferred: Inferred, key: PRNGKeyArray, options: GapConfig) -
 def _bound_on_simulated(
     options: GapConfig, trained: Trained, _: Array, key: PRNGKeyArray
 ) -> dict[str, Array]:
-    """Bounds of log p(x) from both sides, of one image that the model draws."""
+    """Bound log p(x) from below and above, for one image that the model draws."""
     model = trained.model
     prior_key, x_key, forward_key, reverse_key = jax.random.split(key, 4)
     z_exact = jax.random.normal(prior_key, (trained.config.model.latent,))
@@ -183,9 +183,9 @@ def _bound_on_simulated(
 def _lower_bound(
     key: PRNGKeyArray, log_joint: LogDensity, start: Posterior, options: GapConfig
 ) -> tuple[Array, AnnealingInfo]:
-    """Anneal with step sizes that other chains, half as many, have found.
+    """Bound log p(x) from below by annealing, with step sizes found by separate chains.
 
-    Chains that adapt their own give no bound.
+    These are half as many. Chains that adapt their own step sizes would not give a strict bound.
     """
     anneal = functools.partial(
         annealed_importance_sampling,
@@ -200,7 +200,7 @@ def _lower_bound(
 
 
 def _converged(at: Observation, z: Array, options: GapConfig) -> GaussianPosterior:
-    """The Laplace posterior where a long search from z ends."""
+    """The Laplace posterior at the end of a long mode search from z."""
     expand, repair = at.expansions()
     posterior, _ = infer_posterior(
         expand, z, num_steps=options.search_steps, gradient="stop", repair=repair

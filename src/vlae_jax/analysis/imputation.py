@@ -1,4 +1,4 @@
-"""Missing pixels, filled in by the posterior given the others."""
+"""Imputation of missing pixels by the posterior given the observed ones."""
 
 from typing import NamedTuple
 
@@ -22,16 +22,16 @@ COVERAGES = (0.5, 0.9)
 
 
 def missing_at_random(shape: tuple[int, ...], share: float, *, seed: int) -> np.ndarray:
-    """Choose pixels to hide, as many in each image, all channels of a pixel together.
+    """Choose pixels to hide at random, equally many in each image, with all channels of a pixel.
 
     Args:
         shape: (n, height, width, channel).
-        share: Of the pixels of an image, above 0 and below 1; rounded to at least one pixel, hidden
-            and left.
-        seed: Seeds the choice, which is another one for each image.
+        share: Share of the pixels of an image, above 0 and below 1; rounded so that at least one
+            pixel is hidden and at least one is left.
+        seed: Seed of the choice, which differs between images.
 
     Returns:
-        Booleans of that shape.
+        Booleans of the given shape, true for hidden pixels.
     """
     n, height, width, _ = shape
     size = height * width
@@ -45,10 +45,10 @@ def missing_box(shape: tuple[int, ...], box: tuple[int, int, int, int]) -> np.nd
 
     Args:
         shape: (n, height, width, channel).
-        box: (top, left, height, width) in pixels, from 0; cut off at the edge of the image.
+        box: (top, left, height, width) in pixels, from 0; clipped at the edge of the image.
 
     Returns:
-        Booleans of that shape.
+        Booleans of the given shape, true for hidden pixels.
     """
     top, left, height, width = box
     missing = np.zeros(shape, bool)
@@ -60,16 +60,16 @@ class Imputation(NamedTuple):
     """Images with their missing pixels filled in."""
 
     arrays: Arrays
-    """images (n, height, width, channel), in [0, 1]: expected pixels where they are missing and
-    what the model saw elsewhere; std, of the same shape, the predictive standard deviation, 0
-    where nothing is missing; the moments of the posterior given the pixels that are there, mean
-    (n, latent) and covariance (n, latent, latent); converged, is_pd, newton_decrement (n,)."""
+    """images (n, height, width, channel), in [0, 1]: expected values of missing pixels, and the
+    model's input elsewhere; std, of the same shape, the predictive standard deviation, 0 for
+    observed pixels; the moments of the posterior given the observed pixels, mean (n, latent) and
+    covariance (n, latent, latent); converged, is_pd, newton_decrement (n,)."""
     errors: Arrays
-    """Against the pixels under the mask, for where they are known, (n,) each, by NAME for the
-    posterior and encoder_NAME for the encoder alone: squared_error and squared_error_x, the means
-    over missing pixels in pixel and in model space; for a Gaussian output coverage_50 and
-    coverage_90, the share of missing pixels inside the central predictive interval. And
-    num_missing, what the means are over."""
+    """Errors relative to the true values of missing pixels, meaningful where these are known, (n,)
+    each, by NAME for the posterior and encoder_NAME for the encoder alone: squared_error and
+    squared_error_x, the means over missing pixels in pixel and in model space; for a Gaussian
+    output coverage_50 and coverage_90, the share of missing pixels inside the central predictive
+    interval. And num_missing, the number of missing values in each mean."""
 
 
 def impute(
@@ -83,23 +83,23 @@ def impute(
 ) -> Imputation:
     """Fill in missing pixels by the Laplace posterior given the others, for any trained model.
 
-    The likelihood sums over observed pixels only, which integrates the others out. Its mode is
-    searched from where the encoder puts the image with the training mean in the holes. Beside it
-    stands the encoder alone: its own posterior of that image, or the point it gives where only its
-    mean was trained (vlae).
+    The likelihood sums over observed pixels only, which integrates the others out. The mode is
+    searched from the encoder's output for the image with missing pixels set to the training mean.
+    For comparison the result also has the errors of the encoder alone: of its own posterior for
+    that image, or of its mean if only that was trained (vlae).
 
     Args:
         trained: The model.
-        images: uint8, (n, height, width, channel); what they hold where pixels are missing counts
-            for the errors alone.
+        images: uint8, (n, height, width, channel); the values of missing pixels are used for the
+            errors alone.
         missing: Booleans of the same shape.
         num_steps: Newton steps of the search.
         num_samples: Samples of the predictive distribution per image, at least 2.
-        refine: Move the Laplace posterior on, towards the Gaussian of largest ELBO, by as many
-            variational Newton steps as the inference section of the configuration has.
+        refine: Refine the Laplace posterior towards the Gaussian of largest ELBO, by the number of
+            variational Newton steps in the inference section of the configuration.
 
     Raises:
-        ValueError: If `missing` has another shape, or there are too few samples.
+        ValueError: If the shape of `missing` is not that of `images`, or there are too few samples.
     """
     if missing.shape != images.shape:
         raise ValueError(f"missing must have shape {images.shape}, got {missing.shape}")
@@ -123,7 +123,7 @@ def _impute_image(
     num_samples: int,
     refine: bool,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """`impute` of one image: what is filled in, and how wrong it is."""
+    """Impute one image: return the arrays and the errors of an `Imputation`, without axis n."""
     keys, _, at = trained.observe(key, pixels, missing=missing)
     start, amortized = _encoder_alone(trained, at, keys.inference)
     expand, repair = at.expansions()
@@ -170,26 +170,26 @@ def _impute_image(
 def _encoder_alone(
     trained: Trained, at: Observation, key: PRNGKeyArray
 ) -> tuple[Float[Array, " latent"], Posterior]:
-    """Where the encoder puts x, and the posterior that it was trained to give."""
+    """The center and the posterior that the encoder gives without search or refinement."""
     method = trained.config.inference.method
     if at.model.posterior_head is not None:
         inference = find_system(method)(at, key, trained.config.inference)
         return inference.iterates[-1], inference.posterior
-    if method == "vlae":  # its log_std is never trained: the mean is all that the encoder gives
+    if method == "vlae":  # its log_std is never trained, only the mean can be used
         return at.mean, DiagonalPosterior(at.mean, jnp.full_like(at.log_std, -jnp.inf))
     return at.mean, at.guess
 
 
 class _Prediction(NamedTuple):
-    """The distribution of an image given a posterior over z."""
+    """The predictive distribution of an image, given a posterior over z."""
 
     pixels: Float[Array, "height width channel"]
-    """Expected, in [0, 1]."""
+    """Expected pixels, in [0, 1]."""
     std: Float[Array, "height width channel"]
     mean: Float[Array, " dim"]
-    """Expected in model space."""
+    """Expected x, in model space."""
     draws: Float[Array, "sample dim"]
-    """In model space, with the output's noise."""
+    """Samples in model space, with the output's noise."""
 
 
 def _predict(
@@ -218,7 +218,7 @@ def _predict(
 def _errors(
     trained: Trained, at: Observation, predicted: _Prediction, missing: Missing, prefix: str
 ) -> dict[str, Array]:
-    """How far a prediction is from x on the missing pixels, and how often its intervals hold x."""
+    """Errors of a prediction on the missing pixels, and the coverage of its intervals, by name."""
     hidden = missing.reshape(-1)
 
     def average(values: Array) -> Array:
@@ -229,7 +229,7 @@ def _errors(
         "squared_error": average(((predicted.pixels - truth) ** 2).reshape(-1)),
         "squared_error_x": average((predicted.mean - at.x) ** 2),
     }
-    # Of a binary pixel an interval says nothing.
+    # Intervals of binary pixels are not informative.
     if at.model.likelihood == "gaussian":
         for probability in COVERAGES:
             inside = _inside(predicted.draws, at.x, probability)
@@ -240,10 +240,11 @@ def _errors(
 def _inside(
     draws: Float[Array, "sample dim"], x: Float[Array, " dim"], probability: float
 ) -> Float[Array, " dim"]:
-    """Whether x lies in the central interval of its draws, by its rank among them.
+    """Whether x lies in the central interval of its draws, by its rank among them, from 0 to 1.
 
-    One more draw has each of the sample + 1 ranks equally often. A rank that an end of the interval
-    cuts counts by its part inside, so that on average the probability comes out exactly.
+    One more draw would have each of the sample + 1 ranks with equal probability. A rank at an end
+    of the interval counts with the fraction of it that is inside, so that the expected coverage of
+    a correct prediction is exactly the given probability.
     """
     ranks = len(draws) + 1
     low = jnp.sum(draws < x, axis=0) / ranks

@@ -1,4 +1,4 @@
-"""Looks into a trained model, as arrays for the report to draw."""
+"""Arrays for the pictures of the report, computed from a trained model."""
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,19 @@ _INTERPOLATIONS, _INTERPOLATION_STEPS = 6, 9
 
 
 def take_snapshots(trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the report's pictures show of a model, for the first of the images.
+    """Compute the arrays for the report's pictures of a model, from the first of the images.
 
     Args:
         trained: The model.
-        images: uint8, (n, height, width, channel): the test images, say.
+        images: uint8, (n, height, width, channel), usually the test images.
 
     Returns:
-        Of the first few images, in [0, 1]: data (n, h, w, c), and reconstructions
+        For the first few images, in [0, 1]: data (n, h, w, c), and reconstructions
         (n, steps + 1, h, w, c) from each point of the mode search; covariances
-        (n, latent, latent) of their posteriors. Of more of them: step_log_joint (m, steps + 1),
-        nats, and step_error (m, steps + 1), the root mean squared error of the reconstruction in
-        model space. Expected images: prior_samples (k, h, w, c), and interpolations
-        (pairs, points, h, w, c) on the line between two images' posterior means.
+        (n, latent, latent) of their posteriors. For a larger number m of images:
+        step_log_joint (m, steps + 1), nats, and step_error (m, steps + 1), the root mean squared
+        error of the reconstruction in model space. Expected images: prior_samples (k, h, w, c), and
+        interpolations (pairs, points, h, w, c) on the line between two images' posterior means.
     """
     images = images[:_SEARCHED_IMAGES]
     to_pixels = trained.preprocessor.to_pixels

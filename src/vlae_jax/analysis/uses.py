@@ -1,8 +1,8 @@
 """Uses of the posterior: codes, reconstructions, samples, outlier scores.
 
-Each is a function of a trained model and images, uint8 (n, height, width, channel), that maps a
+Most functions here take a trained model and images, uint8 (n, height, width, channel), and map a
 pure function of one image over them. The noise of preprocessing (dequantization, Bernoulli draws)
-depends on an image's place alone, so that a second call gives the same.
+depends only on an image's index, so that a second call gives the same result.
 """
 
 from typing import Any
@@ -24,22 +24,22 @@ from vlae_jax.runs.metrics import QUANTITIES
 _MOMENT_SAMPLES = 2000
 
 SCORES = ("log_prob", "bits_per_dim", "elbo", "newton_decrement", "pareto_k")
-"""What images are scored by; `QUANTITIES` has names, units and the outlying end of each."""
+"""Names of the outlier scores; `QUANTITIES` has label, unit and outlying end of each."""
 
 Arrays = dict[str, np.ndarray]
 
 
 def encode(trained: Trained, images: np.ndarray) -> Arrays:
-    """The moments of each image's posterior.
+    """Compute the mean and covariance of each image's posterior.
 
     Args:
         trained: The model.
         images: uint8, (n, height, width, channel).
 
     Returns:
-        mean (n, latent) and covariance (n, latent, latent), exact for Gaussian posteriors and over
+        mean (n, latent) and covariance (n, latent, latent), exact for Gaussian posteriors and from
         2,000 samples for flows; the system's flags, (n,) each: converged, is_pd and
-        newton_decrement (nats) where it searches a mode.
+        newton_decrement (nats) if it searches a mode.
     """
 
     def one(trained: Trained, pixels: Pixels, key: PRNGKeyArray) -> dict[str, Array]:
@@ -53,7 +53,7 @@ def encode(trained: Trained, images: np.ndarray) -> Arrays:
 
 
 def reconstruct(trained: Trained, images: np.ndarray, *, every_step: bool = False) -> Arrays:
-    """The expected image where each image's posterior is centered, in [0, 1].
+    """Decode the center of each image's posterior to the expected image, in [0, 1].
 
     Args:
         trained: The model.
@@ -61,9 +61,9 @@ def reconstruct(trained: Trained, images: np.ndarray, *, every_step: bool = Fals
         every_step: Also decode every point of the search, from the encoder's guess on.
 
     Returns:
-        images, as the model saw them (dequantized for logit, drawn for binary), and
-        reconstructions, both (n, height, width, channel); squared_error (n,), the mean over
-        pixels; with `every_step` also steps (n, T + 1, height, width, channel).
+        images, the model's inputs (dequantized for logit, drawn for binary), and reconstructions,
+        both (n, height, width, channel); squared_error (n,), the mean over pixels; with
+        `every_step` also steps (n, T + 1, height, width, channel).
     """
 
     def one(trained: Trained, pixels: Pixels, key: PRNGKeyArray) -> dict[str, Array]:
@@ -95,15 +95,15 @@ def sample(
 
     Args:
         trained: The model.
-        count: How many; the i-th is the same whatever the count.
-        seed: Seeds them.
-        temperature: The standard deviation of z: 1 for the prior itself, less for images closer to
-            the middle of what the model knows.
+        count: Number of samples; the i-th does not depend on it.
+        seed: Seed of the samples.
+        temperature: The standard deviation of z: 1 for the prior itself, less for more typical
+            images.
         draws: Also draw from p(x | z), with the output's noise.
 
     Returns:
-        z (count, latent); expected (count, height, width, channel) in [0, 1], the picture of the
-        expected x given z; with `draws` also draws, of the same shape.
+        z (count, latent); expected (count, height, width, channel) in [0, 1], the expected x given
+        z, converted to pixels; with `draws` also draws, of the same shape.
     """
     root = jax.random.key(seed)
 
@@ -123,33 +123,34 @@ def sample(
 
 
 def score(trained: Trained, images: np.ndarray, *, what: str = "scoring") -> Arrays:
-    """How outlying each image is, (n,) each.
+    """Compute the outlier scores of images, (n,) each.
 
-    log_prob and elbo (nats, model space), bits_per_dim (of the pixels, where the preprocessing has
-    it), newton_decrement (nats, where the system searches a mode: how far from one its steps have
-    left it) and pareto_k (how badly the posterior fits). The first three have K importance samples
-    of the configuration's evaluation section. `QUANTITIES` says which end is the outlying one.
+    The scores are log_prob and elbo (nats, model space), bits_per_dim (of the pixels, if the
+    preprocessing defines it), newton_decrement (nats, if the system searches a mode: the remaining
+    distance from it) and pareto_k (larger for a worse fit of the posterior). The first three use
+    the number of importance samples K in the configuration's evaluation section. `QUANTITIES` has
+    the outlying end of each score.
 
     Args:
         trained: The model.
-        images: uint8, (n, height, width, channel), preprocessed as the training images were.
-        what: What to call this on the line that shows progress.
+        images: uint8, (n, height, width, channel), in the format of the training images.
+        what: Label of the progress line.
     """
     measured = measure(trained, images, what=what)
     return {name: measured[name] for name in SCORES if name in measured}
 
 
 def auroc(inliers: Arrays, outliers: Arrays) -> dict[str, float]:
-    """The probability that an outlier scores as more outlying than an inlier, ties by half.
+    """The probability that an outlier scores as more outlying than an inlier; ties count half.
 
     Args:
-        inliers: From `score`.
-        outliers: From `score`, by the same model.
+        inliers: Scores of inliers, from `score`.
+        outliers: Scores of outliers, from `score` with the same model.
 
     Returns:
-        By the names of the scores: 0.5 for a score that tells nothing, 1 for one that separates
-        the two sets. A score that is not a number counts as most outlying; one that is never a
-        number in either set is left out.
+        A probability for each score, by name: 0.5 for a score without information, 1 for one that
+        separates the two sets. NaN values count as most outlying; a score that is NaN for all
+        images of both sets is left out.
     """
     found = {}
     for name in SCORES:
@@ -159,7 +160,7 @@ def auroc(inliers: Arrays, outliers: Arrays) -> dict[str, float]:
         values = sign * np.concatenate([inliers[name], outliers[name]]).astype(np.float64)
         if np.isnan(values).all():
             continue
-        # Only the order counts, and infinities have no other way in.
+        # Only the order matters, and `roc_auc_score` does not accept infinities.
         _, ranks = np.unique(np.where(np.isnan(values), np.inf, values), return_inverse=True)
         is_outlier = np.arange(len(values)) >= len(inliers[name])
         found[name] = float(roc_auc_score(is_outlier, ranks))
@@ -169,14 +170,14 @@ def auroc(inliers: Arrays, outliers: Arrays) -> dict[str, float]:
 def map_with_progress(
     what: str, trained: Trained, function: Any, images: np.ndarray, *arrays: Any
 ) -> Any:
-    """Apply (trained, pixels, key, *items) → arrays to every image, showing how far it is.
+    """Apply a function (trained, pixels, key, *items) → arrays to every image, with progress.
 
     Args:
-        what: What to call this on the line that shows progress.
-        trained: Handed to every call.
-        function: Of one image; the keys are `fixed_keys`.
+        what: Label of the progress line.
+        trained: The model, passed to every call.
+        function: A function of one image; the keys are `fixed_keys`.
         images: uint8, (n, height, width, channel).
-        arrays: More arrays with n rows, one row for each call.
+        arrays: More arrays with n rows, of which each call gets one.
     """
     batch_size = trained.config.evaluation.evaluation_batch
     keys = fixed_keys(len(images))

@@ -148,7 +148,7 @@ class Evaluate:
         run = RunFolder(self.run_dir)
         run.read_config()
         from vlae_jax.commands.uses import images_of_run
-        from vlae_jax.models.trained import load
+        from vlae_jax.models.saved import load
         from vlae_jax.parallel import processes
 
         with processes.running(self.distributed) as placement:

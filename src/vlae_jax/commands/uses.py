@@ -68,7 +68,7 @@ class _Use:
 
     def load(self) -> "Trained":
         """The model of the run; nothing but the run folder is read."""
-        from vlae_jax.models.trained import load
+        from vlae_jax.models.saved import load
 
         return load(self.run_dir)
 
@@ -342,7 +342,7 @@ class Gap:
         """Measure the gaps, keep them in the run folder and print them."""
         from vlae_jax.analysis.evaluation import describe
         from vlae_jax.analysis.gap_measurement import measure_gaps
-        from vlae_jax.models.trained import load
+        from vlae_jax.models.saved import load
         from vlae_jax.report import write_report
 
         run, began = RunFolder(self.run_dir), time.monotonic()

@@ -1,12 +1,13 @@
 """The shipped model, the systems that infer its latent, and the trained model as a value.
 
-| module | what is in it |
+| module | contents |
 |---|---|
-| `arithmetic` | products in float32 or bfloat16 |
+| `arithmetic` | matrix products and convolutions in float32 or bfloat16 |
 | `networks` | feature extractors |
 | `autoencoder` | encoder, decoder and output density; the model at one example |
 | `flows` | normalizing flows |
 | `ppca` | probabilistic PCA in closed form |
-| `systems` | inference systems, one function each |
-| `trained` | `Trained`: a model as a value; `load`, `save`, `initialize` |
+| `systems` | inference systems, each a function |
+| `trained` | `Trained`, a model as a value, and `initialize` |
+| `saved` | `load` and `save` |
 """

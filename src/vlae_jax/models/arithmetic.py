@@ -1,4 +1,4 @@
-"""How layers multiply: in float32, or with operands rounded to bfloat16."""
+"""Arithmetic of layers: products in float32, or with operands rounded to bfloat16."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,32 +12,31 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, DTypeLike
 
 Precision = Literal["float32", "bfloat16"]
-"""What operands of the matrix products and convolutions inside of networks are rounded to."""
+"""Format of the operands of matrix products and convolutions in networks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounded:
     """A matrix product, or a convolution, of operands rounded to a shorter format.
 
-    The hardware sums in float32. The result has the dtype of the operands as they came, and so have
-    their gradients: what is rounded is what goes into a product, those of reverse and forward mode
-    included.
+    The hardware sums in float32. The result and the gradients have the dtype of the operands before
+    rounding. Only operands of products are rounded, those in reverse and forward mode included.
     """
 
     product: Callable[..., Array]
     """`lax.dot_general` or `lax.conv_general_dilated`."""
     dtype: DTypeLike
-    """What is rounded to."""
+    """Format that operands are rounded to."""
     derivatives_only: bool = False
-    """Leave the value as it is, and round where it is differentiated."""
+    """Whether to round only in derivatives and leave the value unrounded."""
 
     def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
-        """The product; further arguments are those of `product`."""
+        """Return the product; further arguments are passed on to `product`."""
 
         def full(lhs: Array, rhs: Array) -> Array:
             return self.product(lhs, rhs, *args, **kwargs)
 
-        # Around it more may be asked of products in float32; of these there is nothing to ask.
+        # A precision given for float32 products must not apply to products of rounded operands.
         plain = {**kwargs, "precision": lax.Precision.DEFAULT}
 
         def rounded(lhs: Array, rhs: Array) -> Array:
@@ -62,32 +61,32 @@ class Rounded:
 
 
 class Arithmetic(NamedTuple):
-    """How layers multiply matrices and convolve: functions that Flax's layers take."""
+    """The functions by which layers multiply and convolve, as arguments of Flax's layers."""
 
     dot_general: Callable[..., Array] = lax.dot_general
     conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated
 
 
 FULL = Arithmetic()
-"""As the arrays come."""
+"""Arithmetic in the dtype of the arrays, without rounding."""
 
 
 def arithmetic(precision: Precision, *, derivatives_only: bool = False) -> Arithmetic:
-    """How the layers of a network multiply.
+    """Return the functions by which the layers of a network multiply.
 
     Args:
         precision: "float32" leaves products to JAX. "bfloat16" rounds the operands of every
             product, in the derivatives too, to 8 significant bits; sums, biases, activations,
-            parameters and what comes out are as in float32.
-        derivatives_only: With "bfloat16", leave values alone. A decoder needs this. Were its value
-            rounded, the log joint would jump by about 0.1 nats from one z to the next (MNIST), and
-            ReLUs near their kink would take the wrong side: a line search would stop at jumps
-            instead of modes and call it convergence, which here means less than 0.01 nats. Rounded
-            derivatives are a Jacobian whose entries are each off by about 1 in 500. Its square,
+            parameters and outputs stay float32.
+        derivatives_only: With "bfloat16", round only in derivatives. A decoder needs this. If its
+            value were rounded, the log joint would jump by about 0.1 nats between nearby z (MNIST),
+            and ReLUs near their kink would take the wrong side: a line search would stop at jumps
+            instead of modes and report convergence, which here means less than 0.01 nats. Rounded
+            derivatives give a Jacobian whose entries are each off by about 1 in 500. Its square,
             summed in float32, stays positive definite.
 
     Raises:
-        ValueError: If there is no such precision.
+        ValueError: If the precision is unknown.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
@@ -100,7 +99,7 @@ ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 def in_full(network: ModuleT) -> ModuleT:
-    """The same network, parameters and all, without rounding; itself where it does not round."""
+    """Return a copy of a network that does not round; the network itself if it does not anyway."""
     if not any(_rounding(module) for _, module in nnx.iter_modules(network)):
         return network
     copy = nnx.merge(*nnx.split(network))
@@ -111,6 +110,6 @@ def in_full(network: ModuleT) -> ModuleT:
 
 
 def _rounding(module: nnx.Module) -> dict[str, Rounded]:
-    """The functions by which this one layer rounds, under their names."""
+    """The rounding functions of this one layer, by name."""
     there = {name: getattr(module, name, None) for name in Arithmetic._fields}
     return {name: value for name, value in there.items() if isinstance(value, Rounded)}

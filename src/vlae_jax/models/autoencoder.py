@@ -1,6 +1,6 @@
 """The shipped model (Flax NNX): encoder and decoder networks with their output density.
 
-Every method takes one example, and `at` binds one to the model. A model is a pytree: pass it
+Every method takes one example; `at` binds an example to the model. A model is a pytree: pass it
 through `jax.jit` and `jax.grad` as an argument (`nnx.split` / `nnx.merge`), never by closing over
 it.
 """
@@ -27,13 +27,13 @@ from vlae_jax.models.arithmetic import Precision, arithmetic, in_full
 from vlae_jax.models.networks import MLP, ConvDecoder, ConvEncoder, Doubling
 from vlae_jax.posterior import DiagonalPosterior
 
-# Adam moves a parameter by its learning rate a step, whatever the gradient. The log variance has
-# further to go than a weight, and everything waits for it, so its unit is larger.
+# Adam moves every parameter by about the learning rate per step. The log variance changes more
+# during training than a weight, and delays convergence, so it is stored in a larger unit.
 _LOG_VAR_RATE = 10.0
 
 
 class VariationalAutoencoder(nnx.Module):
-    """p(z) = N(0, I), p(x | z) by a decoder that ends in an affine layer, and an encoder.
+    """An encoder, the prior N(0, I), and p(x | z) by a decoder that ends in an affine layer.
 
     Args:
         dim: Pixels times channels, the length of x.
@@ -41,25 +41,27 @@ class VariationalAutoencoder(nnx.Module):
         hidden: Widths of the encoder's hidden layers; the decoder takes them reversed.
         activation: A key of `ACTIVATIONS`.
         likelihood: "gaussian" with a learned variance, or "bernoulli" by logits.
-        variance: The data's variance per pixel, (dim,), where the output variance starts.
-        per_pixel: Learn one output variance per pixel; else one for all, starting at the mean.
+        variance: The data's variance per pixel, (dim,), the initial output variance.
+        per_pixel: Learn one output variance per pixel; otherwise one for all, starting at the mean.
         min_std: Floor of the output standard deviation, in the units of x.
-        posterior_head: Makes what the posterior needs besides mean and log standard deviation (a
-            flow, say), from the number of the encoder's features and random streams.
+        posterior_head: A function that makes the module for a posterior with more than mean and log
+            standard deviation (a flow, for example), from the number of the encoder's features and
+            random streams.
         network: "mlp", or "conv": convolutions between the image and the hidden layers.
         channels: With "conv", the encoder's channels after each convolution, which halves the
             image; the decoder takes them reversed.
-        image_shape: With "conv", (height, width, channel), the order x is in.
-        precision: Of the products in the networks. With "bfloat16" the hidden layers of the encoder
-            multiply in it, and the derivatives of the decoder's: Jacobians, and the gradients of
-            all parameters. The decoder's value, which the log joint is made of, the output layers
-            of both, and all that is done with them stay float32; see `networks.arithmetic`.
+        image_shape: With "conv", (height, width, channel), the order of x.
+        precision: Precision of the products in the networks. With "bfloat16" the hidden layers of
+            the encoder multiply in it, and so do the derivatives of the decoder's hidden layers:
+            Jacobians, and the gradients of all parameters. The decoder's value, from which the log
+            joint is computed, the output layers of both, and all that is computed from them stay
+            float32; see `arithmetic.arithmetic`.
         rngs: Random streams for the initial weights.
 
     Raises:
-        ValueError: If `network` or `precision` is not known, or "conv" comes without the shape of
-            the image.
-        UserError: If the image cannot be halved so often.
+        ValueError: If `network` or `precision` is not known, or "conv" is given without the shape
+            of the image.
+        UserError: If the image is too small for that many halvings.
     """
 
     def __init__(
@@ -101,8 +103,8 @@ class VariationalAutoencoder(nnx.Module):
         self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         widths = tuple(reversed(hidden))
-        # The decoder starts close to the data's mean. A louder start, sampled through, teaches a
-        # VAE to shut the latent off first.
+        # The decoder starts close to the data's mean. With larger initial weights the noise of the
+        # samples makes a VAE learn to ignore the latent first.
         quiet = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
         if network == "conv":
             self.features = ConvDecoder(
@@ -121,7 +123,7 @@ class VariationalAutoencoder(nnx.Module):
             start = variance if per_pixel else np.mean(variance)
             start = np.log(np.maximum(start, 4.0 * min_std**2))
             self.scaled_log_var = nnx.Param(jnp.asarray(start / _LOG_VAR_RATE, jnp.float32))
-        # Made last, so that the rest starts alike in all systems.
+        # Made last, so that the other weights start from equal values in all systems.
         self.posterior_head: Any = posterior_head and posterior_head(self.encoder.out_size, rngs)
 
     @property
@@ -142,18 +144,18 @@ class VariationalAutoencoder(nnx.Module):
         fill: Float[Array, " dim"] | None = None,
         head: WhitenedHead | None = None,
     ) -> "Observation":
-        """The model at one example: the encoder's guess, the log joint and its expansion.
+        """Bind the model to one example: the encoder's guess, the log joint and its expansion.
 
         Args:
             x: The example, (dim,).
-            observed: Which of its pixels are seen, (dim,); all by default. The others are left out
-                of the likelihood, and so integrated out: what x holds there is not looked at.
-            fill: What the encoder sees in the place of the others, (dim,); zeros by default.
-            head: What `whitened_head` gave; with it the log joint is the same up to rounding and
+            observed: Mask of the observed pixels, (dim,); all by default. The others are left out
+                of the likelihood, and so integrated out; their values in x are not used.
+            fill: Values for the encoder in place of the others, (dim,); zeros by default.
+            head: The result of `whitened_head`; with it the log joint is equal up to rounding and
                 does not touch the data dimension.
 
         Raises:
-            ValueError: If `head`, which is that of all pixels, is given with `observed`.
+            ValueError: If `head`, which is for all pixels, is given together with `observed`.
         """
         if head is not None and observed is not None:
             raise ValueError("a whitened head holds all pixels: give head or observed, not both")
@@ -175,14 +177,14 @@ class VariationalAutoencoder(nnx.Module):
         return jax.nn.sigmoid(eta) if self.likelihood == "bernoulli" else eta
 
     def draw(self, key: PRNGKeyArray, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
-        """A sample of p(x | z), (dim,), in model space."""
+        """Draw a sample of p(x | z), (dim,), in model space."""
         eta = self.decode(z)
         if self.likelihood == "bernoulli":
             return jax.random.bernoulli(key, jax.nn.sigmoid(eta)).astype(eta.dtype)
         return eta + jnp.exp(0.5 * self.log_var) * jax.random.normal(key, eta.shape, eta.dtype)
 
     def whitened_head(self) -> WhitenedHead | None:
-        """The output layer, factored for evaluations at many z; None where that saves nothing."""
+        """Factor the output layer for evaluations at many z; None where that saves nothing."""
         if self.likelihood != "gaussian" or not isinstance(self.head, nnx.Linear):
             return None
         if self.head.out_features <= self.head.in_features:
@@ -191,9 +193,9 @@ class VariationalAutoencoder(nnx.Module):
 
 
 class Observation(NamedTuple):
-    """One example bound to the model: all that inference asks of the two together.
+    """One example bound to the model, with the functions that inference needs.
 
-    `VariationalAutoencoder.at` makes it, inside the trace that uses it.
+    `VariationalAutoencoder.at` creates it, inside the trace that uses it.
     """
 
     model: VariationalAutoencoder
@@ -201,11 +203,11 @@ class Observation(NamedTuple):
     features: Float[Array, " features"]
     """The encoder's last hidden layer."""
     mean: Float[Array, " latent"]
-    """The encoder's mean: where a search starts."""
+    """The encoder's mean, at which a search starts."""
     log_std: Float[Array, " latent"]
     """The encoder's log standard deviation."""
     observed: Bool[Array, " dim"] | None
-    """Which pixels are seen; None for all."""
+    """Mask of the observed pixels; None for all."""
     head: WhitenedHead | None
 
     @property
@@ -214,7 +216,7 @@ class Observation(NamedTuple):
         return DiagonalPosterior(self.mean, self.log_std)
 
     def log_likelihood(self, eta: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Log p(x | decoder's output), nats, summed over the pixels that are observed."""
+        """Log p(x | decoder's output), nats, summed over the observed pixels."""
         model, observed = self.model, self.observed
         log_var = None if model.likelihood == "bernoulli" else model.log_var
         if observed is None:
@@ -245,13 +247,14 @@ class Observation(NamedTuple):
         return lambda z: log_likelihood(decode(z)) + standard_normal(z)
 
     def expansions(self) -> tuple[Expansion, Expansion | None]:
-        """The exact expansion of the log joint, and its Gauss-Newton repair where that differs.
+        """Return the exact expansion of the log joint, and its Gauss-Newton repair or None.
 
-        For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is
-        taken and there is nothing to repair. With a fully connected output layer the data
-        dimension is compressed away where that costs less; a projection of some of the pixels
-        would be another for every example. The Hessian of a smooth network has terms that rounded
-        products would spoil: that one is taken in float32, whatever the precision.
+        For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is used
+        and needs no repair. With a fully connected output layer and a Gaussian likelihood the data
+        dimension is compressed away where that costs less. That is not done for a part of the
+        pixels, as the projection would differ for every example. Rounded products would spoil some
+        terms in the Hessian of a smooth network, so that Hessian is computed in float32, whatever
+        the precision.
         """
         model = self.model
         smooth = not model.features.piecewise_linear

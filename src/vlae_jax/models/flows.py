@@ -1,10 +1,10 @@
-"""Normalizing flows that bend an amortized posterior, one example at a time (Flax NNX).
+"""Normalizing flows that transform an amortized posterior, one example at a time (Flax NNX).
 
-A flow is an invertible map of z with the log determinant of its Jacobian, so that the density of
-what it maps follows from that of what it was given. Its context is the encoder's last hidden layer.
+A flow is an invertible map of z with the log determinant of its Jacobian, from which the density of
+its output follows. Its context is the encoder's last hidden layer.
 
-`arithmetic=` is how the networks inside of a flow multiply. Whatever they say, in bfloat16 too, the
-map is invertible and its log determinant is that of the map.
+`arithmetic=` sets how the networks inside a flow multiply. For any output of these networks,
+rounded to bfloat16 or not, the map is invertible and its log determinant is correct.
 """
 
 import functools
@@ -20,30 +20,30 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlae_jax.models.arithmetic import FULL, Arithmetic
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
 
-# A tenth of what would keep the variance: what a flow does starts small, and is not stuck at zero.
+# A tenth of the scale that keeps the variance, so that networks start with small, nonzero outputs.
 _QUIET = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
 _LOUD = nnx.initializers.lecun_normal()
-# σ(2) = 0.88: a step of the autoregressive flow keeps most of z at first.
+# The gate starts at σ(2) = 0.88: a step of the autoregressive flow keeps most of z at first.
 _OPEN_GATE = 2.0
 
 
 class Flow(Protocol):
-    """An `nnx.Module` that maps z, invertibly for every context."""
+    """Protocol of an `nnx.Module` that maps z, invertibly for every context."""
 
     context_size: int
 
     def __call__(
         self, z: Float[Array, " latent"], context: Float[Array, " context"]
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """The new z, (latent,), and log|det ∂z_new/∂z|, nats."""
+        """Return the new z, (latent,), and log|det ∂z_new/∂z|, nats."""
         ...
 
 
 class FlowPosterior(NamedTuple):
-    """The density of what a flow makes of samples of a simpler posterior.
+    """The distribution of samples of a simpler posterior after a flow has mapped them.
 
-    A pytree whose leaves include the flow's weights: a `vmap` that returns it copies them for every
-    example, so return what is computed from it.
+    It is a pytree whose leaves include the flow's weights, and a `vmap` that returns it copies them
+    for every example. Return values computed from it instead.
     """
 
     base: Posterior
@@ -53,7 +53,7 @@ class FlowPosterior(NamedTuple):
     def sample_and_log_prob(
         self, key: PRNGKeyArray
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """Draw from the base and map: log q(z) = log q_base - log|det|.
+        """Draw from the base and map the sample: log q(z) = log q_base - log|det|.
 
         Returns:
             The sample, (latent,), and its log density in nats.
@@ -73,14 +73,14 @@ class HouseholderFlow(nnx.Module):
     """Reflections z - 2 v vᵀz / |v|²: an orthogonal matrix that depends on the context.
 
     The first v is affine in the context, each later one in the v before. A diagonal Gaussian stays
-    Gaussian, with a full covariance of the same eigenvalues: see `householder_posterior`. Starts
-    close to one orthogonal matrix for all examples, which the prior N(0, I) does not see.
+    Gaussian, with a full covariance of the same eigenvalues: see `householder_posterior`. Initially
+    the matrix is almost equal for all examples, and the prior N(0, I) is invariant under it.
 
     Args:
         latent: Dimensions of z.
         hidden: Size of the context.
-        num_steps: Reflections.
-        arithmetic: See above.
+        num_steps: Number of reflections.
+        arithmetic: The functions by which layers multiply.
         rngs: Random streams for the initial weights.
 
     Raises:
@@ -102,7 +102,8 @@ class HouseholderFlow(nnx.Module):
         _require_steps(num_steps)
         dot = arithmetic.dot_general
         self.latent, self.context_size = latent, hidden
-        # The bias gives v a direction; without one the smallest context would decide it.
+        # The bias gives v a direction; without it the direction would depend on the context alone,
+        # however small.
         somewhere = nnx.initializers.normal(1.0)
         self.first = nnx.Linear(
             hidden, latent, kernel_init=_QUIET, bias_init=somewhere, dot_general=dot, rngs=rngs
@@ -112,7 +113,7 @@ class HouseholderFlow(nnx.Module):
         )
 
     def vectors(self, context: Float[Array, " context"]) -> Float[Array, "steps latent"]:
-        """What the steps reflect along, in their order; not normalized."""
+        """The vectors v that the steps reflect along, in order; not normalized."""
         vectors = [self.first(context)]
         for layer in self.later:
             vectors.append(layer(vectors[-1]))
@@ -121,7 +122,7 @@ class HouseholderFlow(nnx.Module):
     def __call__(
         self, z: Float[Array, " latent"], context: Float[Array, " context"]
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """The reflected z, (latent,), and log|det| = 0. A zero v reflects nothing."""
+        """Return the reflected z, (latent,), and log|det| = 0. A zero v leaves z unchanged."""
         _require_one_example(self.latent, self.context_size, z, context)
         z = _reflect(self.vectors(context), z)
         return z, jnp.zeros((), z.dtype)
@@ -130,17 +131,19 @@ class HouseholderFlow(nnx.Module):
 def householder_posterior(
     base: DiagonalPosterior, vectors: Float[Array, "steps latent"]
 ) -> GaussianPosterior:
-    """What a `HouseholderFlow` makes of a diagonal Gaussian, with its KL divergence in closed form.
+    """Return the Gaussian that a `HouseholderFlow` maps a diagonal Gaussian to.
 
-    With H the product of the reflections the precision is A Aᵀ, A = H diag(1/std), and its Cholesky
-    factor comes from a QR of Aᵀ, without squaring the condition.
+    Its KL divergence has a closed form. With H the product of the reflections the precision is
+    A Aᵀ, A = H diag(1/std), and its Cholesky factor comes from a QR decomposition of Aᵀ, which
+    avoids squaring the condition number.
 
     Args:
-        base: What the flow is given.
+        base: The diagonal Gaussian.
         vectors: `flow.vectors(context)`, (steps, latent).
 
     Returns:
-        The posterior with the density of the flow's samples; the same key gives another sample.
+        The posterior with the density of the flow's samples. For a given key its sample differs
+        from that of the flow.
 
     Gradients:
         Flow through base and vectors.
@@ -153,19 +156,19 @@ def householder_posterior(
 
 
 class InverseAutoregressiveFlow(nnx.Module):
-    """Gated steps z ← σ(s) z + σ(-s) m, where m and s of a dimension see those before it.
+    """Gated steps z ← σ(s) z + σ(-s) m, where m and s of a dimension depend on those before it.
 
-    Each step has a masked autoregressive network of its own, and they run through the dimensions
-    forwards and backwards in turn. The context enters all hidden units, and every dimension has
-    units that see it: the first, which sees no other dimension, too.
+    Each step has its own masked autoregressive network; the order of the dimensions alternates
+    between forwards and backwards. The context enters all hidden units, and m and s of every
+    dimension depend on it, also for the first, which depends on no other dimension.
 
     Args:
         latent: Dimensions of z.
         hidden: Size of the context.
-        num_steps: Steps.
-        arithmetic: See above.
-        width: Units of a hidden layer, at least `latent`, one of each degree.
-        depth: Hidden layers of a network.
+        num_steps: Number of steps.
+        arithmetic: The functions by which layers multiply.
+        width: Units of a hidden layer, at least `latent`, so that each degree has a unit.
+        depth: Number of hidden layers of a network.
         rngs: Random streams for the initial weights.
 
     Raises:
@@ -204,7 +207,7 @@ class InverseAutoregressiveFlow(nnx.Module):
     def __call__(
         self, z: Float[Array, " latent"], context: Float[Array, " context"]
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """The new z, (latent,), and log|det ∂z_new/∂z|, nats: the sum of all log σ(s)."""
+        """Return the new z, (latent,), and log|det ∂z_new/∂z|, nats: the sum of all log σ(s)."""
         _require_one_example(self.latent, self.context_size, z, context)
         log_det = jnp.zeros((), z.dtype)
         for step in self.steps:
@@ -215,14 +218,15 @@ class InverseAutoregressiveFlow(nnx.Module):
 
 
 class GatedAutoregressiveStep(nnx.Module):
-    """One step's network. A hidden unit of degree k sees the first k dimensions, k from 0 on.
+    """The network of one step; a hidden unit of degree k ≥ 0 depends on the first k dimensions.
 
     Args:
-        order: For each dimension its place, 1 to latent: it sees those in earlier places.
+        order: The place of each dimension, 1 to latent; its m and s depend on those in earlier
+            places.
         hidden: Size of the context.
-        width: Units of a hidden layer; their degrees go through 0 to latent - 1 again and again.
-        depth: Hidden layers.
-        arithmetic: See above.
+        width: Units of a hidden layer; their degrees cycle through 0 to latent - 1.
+        depth: Number of hidden layers.
+        arithmetic: The functions by which layers multiply.
         rngs: Random streams for the initial weights.
     """
 
@@ -250,7 +254,7 @@ class GatedAutoregressiveStep(nnx.Module):
     def shift_and_gate(
         self, z: Float[Array, " latent"], context: Float[Array, " context"]
     ) -> tuple[Float[Array, " latent"], Float[Array, " latent"]]:
-        """The m and s of the step, (latent,) each."""
+        """Return the m and s of the step, (latent,) each."""
         first, *others = self.layers
         units = jax.nn.elu(first(z) + self.context(context))
         for layer in others:
@@ -262,14 +266,14 @@ class PlanarFlow(nnx.Module):
     """Steps z + û tanh(wᵀz + b), with u, w and b affine in the context.
 
     A step is invertible where wᵀû > -1. So û is u with its component along w divided by
-    1 + max(0, -wᵀu), which leaves wᵀû = wᵀu where that is positive, and wᵀu / (1 - wᵀu) elsewhere.
+    1 + max(0, -wᵀu), which gives wᵀû = wᵀu where wᵀu is positive, and wᵀu / (1 - wᵀu) elsewhere.
     The softplus of Rezende and Mohamed reaches the same set, but its û has no limit for w → 0.
 
     Args:
         latent: Dimensions of z.
         hidden: Size of the context.
-        num_steps: Steps.
-        arithmetic: See above.
+        num_steps: Number of steps.
+        arithmetic: The functions by which layers multiply.
         rngs: Random streams for the initial weights.
 
     Raises:
@@ -294,7 +298,7 @@ class PlanarFlow(nnx.Module):
             nnx.Linear, kernel_init=_QUIET, dot_general=arithmetic.dot_general, rngs=rngs
         )
         self.latent, self.context_size, self.num_steps = latent, hidden, num_steps
-        # Where u is small and w is not, u has a gradient and the step does little.
+        # With u small and w of unit size, u has a gradient while the step still changes z little.
         unit = nnx.initializers.normal(latent**-0.5)
         size = num_steps * latent
         self.u = affine(hidden, size)
@@ -304,7 +308,7 @@ class PlanarFlow(nnx.Module):
     def __call__(
         self, z: Float[Array, " latent"], context: Float[Array, " context"]
     ) -> tuple[Float[Array, " latent"], Float[Array, ""]]:
-        """The new z, (latent,), and log|det ∂z_new/∂z|, nats."""
+        """Return the new z, (latent,), and log|det ∂z_new/∂z|, nats."""
         _require_one_example(self.latent, self.context_size, z, context)
         us, ws = (layer(context).reshape(self.num_steps, -1) for layer in (self.u, self.w))
         log_det = jnp.zeros((), z.dtype)
@@ -322,7 +326,7 @@ class PlanarFlow(nnx.Module):
 
 
 class _MaskedLinear(nnx.Module):
-    """An affine layer whose output of degree k sees the inputs of degree k or less."""
+    """An affine layer whose output of degree k depends on the inputs of degree k or less."""
 
     def __init__(
         self,
@@ -334,7 +338,7 @@ class _MaskedLinear(nnx.Module):
         dot_general: Callable[..., Array],
         rngs: nnx.Rngs,
     ) -> None:
-        # Tuples: an array would be a leaf beside the weights, for an optimizer to move.
+        # These are tuples because an array would be a leaf that the optimizer updates.
         self.in_degrees, self.out_degrees = tuple(in_degrees), tuple(out_degrees)
         shape = len(self.in_degrees), len(self.out_degrees)
         self.dot_general = dot_general
@@ -349,7 +353,7 @@ class _MaskedLinear(nnx.Module):
 
 def _project(v: Float[Array, " latent"], z: Float[Array, " latent"]) -> Float[Array, " latent"]:
     """The component of z along v; zero, with zero gradients, where v is zero."""
-    # The length of v does not matter, for the gradient neither; scaled, its square cannot overflow.
+    # Neither value nor gradient depend on the length of v; scaled, its square cannot overflow.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(v)))
     is_zero = largest == 0
     v = v / jnp.where(is_zero, 1.0, largest)

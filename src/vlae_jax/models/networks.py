@@ -1,9 +1,9 @@
 """Feature extractors (Flax NNX) of one example: fully connected, and convolutional for images.
 
-Convolutions are of stride 2, without pooling or normalization: with a ReLU everything here is
-piecewise linear, and no example depends on another one in its batch.
+Convolutions have stride 2, without pooling or normalization: with ReLU all networks here are
+piecewise linear, and no example depends on others in its batch.
 
-Parameters and outputs are float32 in every `Precision`; see `arithmetic`.
+Parameters and outputs are float32 with every `Precision`; see the module `arithmetic`.
 """
 
 import itertools
@@ -27,23 +27,24 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
 }
 PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu"})
-_LECUN = nnx.initializers.lecun_normal()  # what Flax's own layers start from
+_LECUN = nnx.initializers.lecun_normal()  # the default of Flax's own layers
 
 
-# Convolutional networks are deeper. With a start that halves the signal at every layer their VAE
-# shuts the latent off, on the digits for good; this one keeps its size through ReLU.
+# Convolutional networks are deeper. With an initializer that halves the signal at every layer their
+# VAE learns to ignore the latent, on the digits permanently; this one keeps the signal's size
+# through ReLU.
 _HE = nnx.initializers.he_normal()
 
 
 class MLP(nnx.Module):
-    """Fully connected hidden layers, an activation after each; the identity if there are none.
+    """Fully connected hidden layers with an activation after each; the identity if there are none.
 
     Args:
-        in_size: Length of what it takes.
-        widths: Of the hidden layers.
+        in_size: Length of the input.
+        widths: Widths of the hidden layers.
         activation: A key of `ACTIVATIONS`.
-        arithmetic: How layers multiply.
-        kernel_init: Initializer.
+        arithmetic: The functions by which layers multiply.
+        kernel_init: Initializer of the kernels.
         rngs: Random streams for the initial weights.
     """
 
@@ -67,7 +68,7 @@ class MLP(nnx.Module):
         self.piecewise_linear = activation in PIECEWISE_LINEAR or not widths
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
-        """The last hidden layer's output, (out_size,), for x of shape (in_size,)."""
+        """Return the last hidden layer's output, (out_size,), for x of shape (in_size,)."""
         for layer in self.layers:
             x = ACTIVATIONS[self.activation](layer(x))
         return x
@@ -80,12 +81,12 @@ class ConvEncoder(nnx.Module):
         image_shape: (height, width, channel).
         channels: Channels after each convolution.
         hidden: Widths of the fully connected layers; there may be none.
-        activation: A key of `ACTIVATIONS`; follows every layer.
-        arithmetic: How layers multiply.
+        activation: A key of `ACTIVATIONS`; it follows every layer.
+        arithmetic: The functions by which layers multiply.
         rngs: Random streams for the initial weights.
 
     Raises:
-        UserError: If the image cannot be halved so often.
+        UserError: If the image is too small for that many halvings.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class ConvEncoder(nnx.Module):
         self.out_size = self.dense.out_size
 
     def __call__(self, x: Float[Array, " dim"]) -> Float[Array, " out"]:
-        """Features (out_size,) of x (dim,), an image in the order height, width, channel."""
+        """Return features (out_size,) of x (dim,), an image in the order height, width, channel."""
         image = x.reshape(self.image_shape)
         for convolution in self.convolutions:
             image = ACTIVATIONS[self.activation](convolution(image))
@@ -124,21 +125,21 @@ class ConvEncoder(nnx.Module):
 
 
 class ConvDecoder(nnx.Module):
-    """`ConvEncoder` in reverse, but for the last doubling, which is the output layer's.
+    """The reverse of `ConvEncoder`, except for the last doubling, which is the output layer.
 
     Args:
         latent: Dimensions of z.
         hidden: Widths of the fully connected layers, in this order; there may be none. One more
-            leads from them to the coarsest feature map.
-        channels: Channels after each doubling but the last, in the encoder's order: the last of
-            them is that of the coarsest map, the first that of the finest, which is given out.
-        image_shape: (height, width, channel) of what the output layer makes of it.
-        activation: A key of `ACTIVATIONS`; follows every layer.
-        arithmetic: How layers multiply.
+            layer leads from them to the coarsest feature map.
+        channels: Channels of the feature maps in the encoder's order: the first is that of the
+            finest map, which is the output, the last that of the coarsest.
+        image_shape: (height, width, channel) of the image that the output layer makes.
+        activation: A key of `ACTIVATIONS`; it follows every layer.
+        arithmetic: The functions by which layers multiply.
         rngs: Random streams for the initial weights.
 
     Raises:
-        UserError: If the image cannot be halved so often.
+        UserError: If the image is too small for that many halvings.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class ConvDecoder(nnx.Module):
     def __call__(
         self, z: Float[Array, " latent"]
     ) -> Float[Array, "half_height half_width channels"]:
-        """The finest feature map: half the image's sides, rounded up, `out_channels` channels."""
+        """Return the finest feature map: half the image's sides, rounded up, and `out_channels`."""
         image = self.dense(z).reshape(self.map_shape)
         for double in self.doublings:
             image = ACTIVATIONS[self.activation](double(image))
@@ -180,17 +181,18 @@ class ConvDecoder(nnx.Module):
 class Doubling(nnx.Module):
     """A transposed convolution of stride 2 and 4 × 4 kernels, as one matrix product.
 
-    Around each corner of the grid of cells lie 2 × 2 cells, and there the 2 × 2 pixels of the
-    finer grid are an affine map of these. As a product of matrices the kernel's gradient is one
-    too: on a CPU the gradient of a Jacobian, most of a training step, is then five to twenty
-    times as fast as by `lax.conv_transpose`, or by a convolution before the rearrangement.
+    Each corner of the coarse grid is surrounded by 2 × 2 cells, and the 2 × 2 pixels of the finer
+    grid there are an affine map of these cells. With a matrix product the gradient of the kernel is
+    a matrix product too: on a CPU the gradient of a Jacobian, most of a training step, is then five
+    to twenty times as fast as by `lax.conv_transpose`, or by a convolution before the
+    rearrangement.
 
     Args:
         in_channels: Channels of a cell.
         out_channels: Channels of a pixel.
         out_size: (height, width) of the finer grid: twice the coarser, or one less, cropped.
-        arithmetic: How it multiplies.
-        kernel_init: Initializer; a kernel's fan in is 4 cells.
+        arithmetic: The functions by which it multiplies.
+        kernel_init: Initializer; a kernel's fan-in is 4 cells.
         rngs: Random streams for the initial weights.
     """
 
@@ -217,7 +219,7 @@ class Doubling(nnx.Module):
     def __call__(
         self, cells: Float[Array, "height width in"]
     ) -> Float[Array, "out_height out_width out"]:
-        """The finer grid."""
+        """Return the finer grid."""
         around = jnp.pad(cells, ((1, 1), (1, 1), (0, 0)))
         corners = (around[:-1, :-1], around[:-1, 1:], around[1:, :-1], around[1:, 1:])
         blocks = self.blocks(jnp.concatenate(corners, axis=-1))
@@ -229,10 +231,10 @@ class Doubling(nnx.Module):
 
 
 def halvings(image_shape: Sequence[int], stages: int) -> list[tuple[int, int]]:
-    """Height and width of an image and after each of the stages that halve it, rounding up.
+    """Height and width of an image, and after each of the stages that halve it, rounding up.
 
     Raises:
-        UserError: If a stage would find a side of one pixel.
+        UserError: If a stage would have to halve a side of one pixel.
     """
     height, width = image_shape[:2]
     most = (min(height, width) - 1).bit_length()

@@ -8,21 +8,21 @@ from vlae_jax.errors import UserError
 
 
 class LinearModel(NamedTuple):
-    """p(x | z) = N(kernelᵀ z + bias, variance I) with p(z) = N(0, I), and its posterior."""
+    """The model p(x | z) = N(kernelᵀ z + bias, variance I), p(z) = N(0, I), and its posterior."""
 
     kernel: np.ndarray
-    """(latent, dim)."""
+    """Weights of the decoder, (latent, dim)."""
     bias: np.ndarray
-    """(dim,)."""
+    """Bias of the decoder, (dim,)."""
     variance: float
     posterior_kernel: np.ndarray
-    """(dim, latent): the posterior mean is (x - bias) @ posterior_kernel, for every x."""
+    """Weights of the posterior mean, (x - bias) @ posterior_kernel for every x, (dim, latent)."""
     posterior_std: np.ndarray
-    """(latent,): the posterior is diagonal, and the same for every x."""
+    """Standard deviations of the posterior, which is diagonal and equal for every x, (latent,)."""
 
 
 def fit_ppca(xs: np.ndarray, latent: int, *, min_variance: float = 0.0) -> LinearModel:
-    """Fit by the eigenvectors of the covariance, in float64.
+    """Fit the model by the eigenvectors of the covariance, in float64.
 
     Args:
         xs: Examples, (n, dim).
@@ -30,7 +30,7 @@ def fit_ppca(xs: np.ndarray, latent: int, *, min_variance: float = 0.0) -> Linea
         min_variance: Floor of the noise variance.
 
     Raises:
-        UserError: If `latent` does not lie below dim.
+        UserError: If `latent` is not below dim.
 
     References:
         Tipping and Bishop (1999), Probabilistic principal component analysis, equations 7, 8.

@@ -1,8 +1,8 @@
-"""Inference systems: each one function from a model at one example to a posterior.
+"""Inference systems: each a function from a model bound to one example to a posterior.
 
 A new system is one more function, here or elsewhere, and one more entry in `runs.methods`;
-training, evaluation and report treat all alike. Every system takes the model at an example, a
-random key for what it draws, and the inference section of the configuration.
+training, evaluation and report treat all systems alike. Every system takes the model at an example,
+a random key, and the inference section of the configuration.
 """
 
 import pkgutil
@@ -32,14 +32,15 @@ from vlae_jax.variational import variational_refine
 
 
 class Inference(NamedTuple):
-    """What a system finds out about one example."""
+    """The result of a system for one example."""
 
     posterior: Posterior
-    """Can be sampled, with a log density."""
+    """The approximate posterior, which can be sampled with its log density."""
     amortization_loss: Float[Array, ""]
-    """Nats subtracted from the ELBO in training, to teach the encoder what the ELBO does not."""
+    """Nats subtracted from the training objective, to train those parts of the encoder that the
+    ELBO has no gradient for."""
     iterates: Float[Array, "steps_and_one latent"]
-    """Where the posterior was centered, from the encoder's guess on."""
+    """Center of the posterior at each step, from the encoder's guess on."""
     flags: dict[str, Array]
     """Diagnostics by name, averaged over images: `converged`, `is_pd`, ..."""
 
@@ -48,18 +49,18 @@ System = Callable[[Observation, PRNGKeyArray, InferenceConfig], Inference]
 
 
 def vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """The amortized diagonal Gaussian (Kingma and Welling, 2014)."""
+    """Infer the amortized diagonal Gaussian (Kingma and Welling, 2014)."""
     return _amortized(at.guess, at.mean)
 
 
 def full_covariance_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """The amortized Gaussian with a full covariance, its precision factor from the encoder."""
+    """Infer an amortized Gaussian with a full covariance, its precision factor by the encoder."""
     factor = at.model.posterior_head(at.features, at.log_std)
     return _amortized(GaussianPosterior(at.mean, factor), at.mean)
 
 
 def flow_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """An amortized diagonal Gaussian bent by a flow that sees the encoder's features.
+    """Infer an amortized diagonal Gaussian, mapped by a flow with the encoder's features.
 
     References:
         Rezende and Mohamed (2015), planar; Tomczak and Welling (2016), Householder; Kingma et al.
@@ -71,7 +72,7 @@ def flow_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inf
 
 
 def _amortized(posterior: Posterior, center: Float[Array, " latent"]) -> Inference:
-    """The inference of an encoder alone: no steps, and no loss beside the bound."""
+    """The result of inference by the encoder alone: no steps, and no amortization loss."""
     return Inference(posterior, jnp.zeros(()), center[None], {})
 
 
@@ -81,12 +82,12 @@ def semi_amortized_vae(
     config: InferenceConfig,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Inference:
-    """The encoder's diagonal Gaussian, refined by gradient ascent of this example's ELBO.
+    """Infer the encoder's diagonal Gaussian, refined by gradient ascent on this example's ELBO.
 
-    The KL divergence is in closed form, the reconstruction by one fresh sample a step; a step
-    follows the clipped gradient with momentum. With gradient "unroll" the training ELBO is
-    differentiated through all steps, second derivatives included. With "stop" it sees the refined
-    posterior as a constant, and the encoder learns by KL(q₀ ‖ q_T). `optimizer` replaces that of
+    The KL divergence is in closed form, and the reconstruction is estimated by one fresh sample per
+    step; a step follows the clipped gradient with momentum. With gradient "unroll" the training
+    ELBO is differentiated through all steps, second derivatives included. With "stop" the refined
+    posterior is held constant, and the encoder learns by KL(q₀ ‖ q_T). `optimizer` replaces that of
     the configuration.
 
     References:
@@ -117,14 +118,14 @@ def semi_amortized_vae(
 
 
 def _diagonal_kl(q: DiagonalPosterior, p: DiagonalPosterior) -> Float[Array, ""]:
-    """KL(q ‖ p), nats."""
+    """KL(q ‖ p) of two diagonal Gaussians, nats."""
     ratio = jnp.exp(2 * (q.log_std - p.log_std))
     distance = (q.mean - p.mean) ** 2 * jnp.exp(-2 * p.log_std)
     return 0.5 * jnp.sum(ratio + distance - 1 - jnp.log(ratio))
 
 
 def ascent_optimizer(config: InferenceConfig) -> optax.GradientTransformation:
-    """Gradient steps with momentum, clipped by the norm of one example's gradient."""
+    """The optimizer of gradient searches: momentum, with each example's gradient norm clipped."""
     clip = [optax.clip_by_global_norm(config.ascent_clip)] if config.ascent_clip else []
     return optax.chain(*clip, optax.sgd(config.ascent_rate, momentum=config.ascent_momentum))
 
@@ -134,17 +135,18 @@ def vlae(
     key: PRNGKeyArray,
     config: InferenceConfig,
 ) -> Inference:
-    """The Laplace posterior at a mode searched from the encoder's mean (Park et al., 2019).
+    """Infer the Laplace posterior at a mode, searched from the encoder's mean (Park et al., 2019).
 
-    Unless the search is unrolled the ELBO cannot see the encoder, which then learns to start near
-    the mode μ by the excess energy of its guess, ½ (z₀ - μ)ᵀ P (z₀ - μ) nats.
+    Unless the search is unrolled, the ELBO has no gradient to the encoder. The encoder then learns
+    to start near the mode μ from the amortization loss ½ (z₀ - μ)ᵀ P (z₀ - μ) nats, the excess
+    energy of its guess z₀ in the quadratic model.
     """
     z_init = at.mean
     expand, repair = at.expansions()
     if config.curvature == "gauss_newton" and repair is not None:
         expand, repair = repair, None
     gradient = "implicit" if config.gradient == "auto" else config.gradient
-    # With no steps there is nothing to unroll, and the ELBO reaches the encoder directly.
+    # Without steps unrolling is free, and gives the encoder the gradient of the ELBO directly.
     gradient = "unroll" if config.steps == 0 else gradient
     start, steps, iterates = z_init, config.steps, None
     if config.search == "gradient":
@@ -177,7 +179,7 @@ def vlae(
 
 
 def probabilistic_pca(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """The exact posterior of a linear decoder: one Newton step from anywhere ends at the mode.
+    """Infer the exact posterior of a linear decoder; one Newton step from any z gives the mode.
 
     References:
         Tipping and Bishop (1999), Probabilistic principal component analysis.
@@ -186,13 +188,13 @@ def probabilistic_pca(at: Observation, key: PRNGKeyArray, config: InferenceConfi
 
 
 class FullCovarianceHead(nnx.Module):
-    """The Cholesky factor of an amortized Gaussian's precision, from the encoder's features."""
+    """A layer from the encoder's features to the Cholesky factor of a Gaussian's precision."""
 
     def __init__(
         self, latent: int, features: int, *, arithmetic: Arithmetic = FULL, rngs: nnx.Rngs
     ) -> None:
-        # Starts close to a diagonal, as the plain VAE does. One dimension has nothing below it,
-        # which initializers that divide by the number of outputs do not stand.
+        # The factor starts close to diagonal, like the plain VAE. With one latent dimension there
+        # are no outputs, and initializers that divide by their number would fail.
         quiet = nnx.initializers.normal(0.1 * features**-0.5)
         self.lower = nnx.Linear(
             features,
@@ -205,7 +207,7 @@ class FullCovarianceHead(nnx.Module):
     def __call__(
         self, features: Float[Array, " features"], log_std: Float[Array, " latent"]
     ) -> Float[Array, "latent latent"]:
-        """The factor L, with precision L Lᵀ: unit lower triangular, times diag(1 / std)."""
+        """Return the factor L of the precision L Lᵀ: unit lower triangular, times diag(1 / std)."""
         latent = log_std.size
         unit = jnp.eye(latent, dtype=log_std.dtype)
         unit = unit.at[jnp.tril_indices(latent, -1)].set(self.lower(features))
@@ -218,9 +220,9 @@ def refine(
     """Move a system's Gaussian towards the one of largest ELBO, by variational Newton steps.
 
     With gradient "unroll" the objective is differentiated through the steps. Otherwise the
-    posterior is held constant: at the optimum that is the gradient of the ELBO with respect to the
-    decoder, and the encoder learns by the KL divergence from its guess, or, where only its mean is
-    trained (vlae), by the excess energy of it.
+    posterior is held constant. At the optimum that gives the gradient of the ELBO with respect to
+    the decoder. The encoder then learns from an amortization loss: the KL divergence from its guess
+    to the posterior, or, where only its mean is trained (vlae), the excess energy of that mean.
 
     References:
         Opper and Archambeau (2009), The variational Gaussian approximation revisited.
@@ -228,7 +230,7 @@ def refine(
     expand, repair = at.expansions()
     unroll = config.gradient == "unroll"
     given = inference.posterior
-    assert isinstance(given, GaussianPosterior | DiagonalPosterior)  # InferenceConfig sees to it
+    assert isinstance(given, GaussianPosterior | DiagonalPosterior)  # InferenceConfig checks this
     posterior, info = variational_refine(
         expand,
         given,
@@ -243,7 +245,7 @@ def refine(
         mean, chol = posterior
         loss = 0.5 * jnp.sum((chol.T @ (at.mean - mean)) ** 2)
         if config.method != "vlae":
-            # KL(N(m, S) ‖ N(mean, P⁻¹)) has besides the energy ½ tr(PS) - ½ log|PS| - d/2.
+            # KL(N(m, S) ‖ N(mean, P⁻¹)) is the energy plus ½ tr(PS) - ½ log|PS| - d/2.
             scaled = chol.T * jnp.exp(at.log_std)
             log_det = jnp.sum(jnp.log(jnp.diagonal(chol)) + at.log_std)
             loss += 0.5 * (jnp.sum(scaled**2) - at.mean.size) - log_det
@@ -257,25 +259,25 @@ def refine(
 
 
 def full_covariance_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The head of `full_covariance_vae`."""
+    """Make the head of `full_covariance_vae`."""
     return FullCovarianceHead(
         config.model.latent, features, arithmetic=arithmetic(config.model.precision), rngs=rngs
     )
 
 
 def householder_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The head of `flow_vae` with Householder reflections."""
+    """Make the head of `flow_vae` with Householder reflections."""
     return _flow(HouseholderFlow, config, features, rngs)
 
 
 def planar_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The head of `flow_vae` with planar flows."""
+    """Make the head of `flow_vae` with planar flows."""
     return _flow(PlanarFlow, config, features, rngs)
 
 
 def inverse_autoregressive_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The head of `flow_vae` with inverse autoregressive flows."""
-    # A narrower network would not see all dimensions.
+    """Make the head of `flow_vae` with inverse autoregressive flows."""
+    # A network narrower than `latent` would not depend on all dimensions.
     width = config.inference.flow_width or max((config.model.latent, *config.model.hidden[:1]))
     return _flow(InverseAutoregressiveFlow, config, features, rngs, width=width)
 
@@ -289,16 +291,16 @@ def _flow(
 
 
 def find_system(method: str) -> System:
-    """The function of the system of that name.
+    """Return the function of the system with that name.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no such system.
     """
     return pkgutil.resolve_name(find_method(method).system)
 
 
 def find_head(method: str) -> Callable[[Config, int, nnx.Rngs], nnx.Module] | None:
-    """What makes the part of the network that only this system has; None where it has none.
+    """Return the function that makes a system's own part of the network, or None.
 
     Raises:
         UserError: If there is no such system.

@@ -1,16 +1,13 @@
 """The trained model as a value: made from a configuration and data, saved, loaded and used.
 
-A `Trained` holds arrays with a static structure, and no data set and no optimizer. What follows
-from one image is spelled once, in `Trained.infer`: noise → x → observation → inference. Training,
-evaluation and every use call it.
+A `Trained` holds arrays with a static structure, but no data set and no optimizer. The steps from
+an image to its posterior are defined in `Trained.infer`: noise → x → observation → inference.
+Training, evaluation and all uses call it.
 """
 
 import dataclasses
 import functools
 import math
-import os
-import sys
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,44 +26,37 @@ from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
 from vlae_jax.models.ppca import fit_ppca
 from vlae_jax.models.systems import Inference, find_head, find_system, refine
 from vlae_jax.parallel.mapping import map_images
-from vlae_jax.parallel.placement import Placement
-from vlae_jax.parallel.processes import is_first
 from vlae_jax.posterior import Posterior
-from vlae_jax.runs.checkpoints import CheckpointInfo, Checkpoints, Restored
 from vlae_jax.runs.config import Config
-from vlae_jax.runs.folder import RunFolder
 from vlae_jax.runs.methods import find_method
 
 Pixels = UInt8[Array, "height width channel"]
 
-_PROGRESS = ("step", "epoch", "seconds")
-"""Fields of `Provenance` that change while a model is trained."""
-
 
 class Keys(NamedTuple):
-    """The random keys of one example, one for each purpose: nothing else splits its key."""
+    """The random keys of one example, one for each purpose; its key is split only here."""
 
     noise: PRNGKeyArray
-    """What preprocessing adds: dequantization, or Bernoulli draws."""
+    """Key for the noise of preprocessing: dequantization, or Bernoulli draws."""
     inference: PRNGKeyArray
-    """What the system draws on the way to its posterior."""
+    """Key for the draws that the system makes on the way to its posterior."""
     refinement: PRNGKeyArray
-    """Samples that the posterior is refined by."""
+    """Key for the samples that refine the posterior."""
     bound: PRNGKeyArray
-    """Samples of the posterior, in bounds and estimates."""
+    """Key for the samples of the posterior in bounds and estimates."""
     divergence: PRNGKeyArray
-    """Samples for KL(q ‖ p) and for moments, where they are not known in closed form."""
+    """Key for samples for KL(q ‖ p) and for moments, if they have no closed form."""
     use: PRNGKeyArray
-    """What a use draws besides: output noise, chains, starts."""
+    """Key for other draws of evaluation and uses: output noise, chains, starts."""
 
     @classmethod
     def split(cls, key: PRNGKeyArray) -> "Keys":
-        """The keys that come from an example's one."""
+        """Split an example's key into the keys for each purpose."""
         return cls(*jax.random.split(key, len(cls._fields)))
 
 
 class Inferred(NamedTuple):
-    """What is known of one example, within the trace that asked for it."""
+    """One example with its inferred posterior, valid within the trace that created it."""
 
     keys: Keys
     log_det: Float[Array, ""]
@@ -77,12 +67,12 @@ class Inferred(NamedTuple):
 
     @property
     def x(self) -> Float[Array, " dim"]:
-        """The example as the model sees it."""
+        """The example in model space, after preprocessing."""
         return self.at.x
 
     @property
     def log_joint(self) -> LogDensity:
-        """Z (latent,) → log p(x, z), nats."""
+        """The function from z (latent,) to log p(x, z), nats."""
         return self.at.log_joint
 
     @property
@@ -93,25 +83,26 @@ class Inferred(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What a model was trained on, and for how long."""
+    """The data that a model was trained on, and the length of its training."""
 
     dataset: str
     """Name of the data set."""
     source: str
-    """Where its images came from, for people."""
+    """Origin of its images, as a text for users."""
     fingerprint: str
-    """Of all its images; see `data.sets.Dataset`."""
+    """Fingerprint of all its images; see `data.sets.Dataset`."""
     levels: int
-    """How many values a pixel may take."""
+    """Number of values that a pixel may take."""
     image_shape: tuple[int, ...]
-    """(height, width, channel)."""
-    # Models of one structure stay one kind of pytree however long they were trained.
+    """Shape of an image, (height, width, channel)."""
+    # The fields below are not compared, so that models that differ only in the length of their
+    # training have equal pytree structures.
     step: int = dataclasses.field(default=0, compare=False)
-    """Training steps that led to the parameters."""
+    """Number of training steps that led to the parameters."""
     epoch: float = dataclasses.field(default=0.0, compare=False)
-    """Passes over the training images that they are."""
+    """Number of passes over the training images in these steps."""
     seconds: float = dataclasses.field(default=0.0, compare=False)
-    """Time spent on them."""
+    """Training time in seconds."""
 
 
 @functools.partial(
@@ -121,9 +112,9 @@ class Provenance:
 )
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model with all that is needed to use it. A pytree: pass it through `jit` as an argument.
+    """A model with everything needed to use it, as a pytree: pass it to `jit` as an argument.
 
-    `training.fit` and `load` make one.
+    `fit`, `load` and `initialize` create one.
     """
 
     config: Config
@@ -133,25 +124,25 @@ class Trained:
     """The network's structure, which `flax.nnx.merge` joins with the parameters."""
     provenance: Provenance
     head: WhitenedHead | None = None
-    """The output layer, factored for evaluations at many z; `factored` fills it in."""
+    """The output layer, factored for evaluations at many z, or None; set by `factored`."""
 
     @property
     def model(self) -> VariationalAutoencoder:
-        """The network in float32 throughout: for all that is measured."""
+        """The network with float32 products throughout, for all measurements."""
         return in_full(self.model_as_trained)
 
     @property
     def model_as_trained(self) -> VariationalAutoencoder:
-        """The network in the precision that it is trained in."""
+        """The network with products in the precision of its training."""
         return nnx.merge(self.graphdef, self.params)
 
     def infer(self, key: PRNGKeyArray, pixels: Pixels, *, training: bool = False) -> Inferred:
-        """Go from one image to its posterior. Pure: `jax.vmap` over keys and images.
+        """Infer the posterior of one image; a pure function, for `jax.vmap` over keys and images.
 
         Args:
             key: Random key of this example; see `Keys`.
             pixels: Integers of shape (height, width, channel).
-            training: Multiply in the precision that the model is trained in.
+            training: Multiply in the precision of the training; otherwise in float32.
         """
         keys, log_det, at = self.observe(key, pixels, training=training)
         config = self.config.inference
@@ -168,14 +159,14 @@ class Trained:
         missing: Array | None = None,
         training: bool = False,
     ) -> tuple[Keys, Float[Array, ""], Observation]:
-        """Go from one image to the model bound to it: `infer` before the inference.
+        """Preprocess one image and bind the model to it, without inference.
 
         Args:
             key: Random key of this example; see `Keys`.
             pixels: Integers of shape (height, width, channel).
-            missing: Booleans of the same shape: pixels that are not looked at. The encoder sees the
-                training mean in their place.
-            training: Multiply in the precision that the model is trained in.
+            missing: Booleans of the same shape: pixels to ignore. The encoder gets the training
+                mean in their place.
+            training: Multiply in the precision of the training; otherwise in float32.
 
         Returns:
             The example's keys, log|dx/dy| of the preprocessing in nats, and the observation.
@@ -189,13 +180,13 @@ class Trained:
         return keys, log_det, model.at(x, observed=observed, fill=self.preprocessor.average)
 
     def with_inference(self, **changes: Any) -> "Trained":
-        """The same with another way to infer: a method, its steps, a refinement.
+        """Return a copy with other inference settings: a method, its steps, a refinement.
 
-        Any method that needs no network of its own may take the place of the one trained: the
-        Laplace posterior (`method="vlae"`) of a VAE, say.
+        Any method that needs no network of its own can replace the trained one; for example,
+        `method="vlae"` gives the Laplace posterior of a VAE.
 
         Raises:
-            UserError: If the choice is refused, or needs a network that the model lacks.
+            UserError: If the settings are invalid, or need a network that the model lacks.
         """
         changed = self.with_config("inference", **changes)
         method, trained_with = changed.config.inference.method, self.config.inference.method
@@ -206,19 +197,19 @@ class Trained:
         return changed
 
     def factored(self) -> "Trained":
-        """The same with the output layer factored once for all images, where that pays."""
+        """Return a copy with the output layer factored once for all images, where that pays off."""
         head = jax.jit(lambda trained: trained.model.whitened_head())(self)
         return dataclasses.replace(self, head=head)
 
     def with_params(self, params: Any) -> "Trained":
-        """The same with other parameters; what was factored of the old ones goes."""
+        """Return a copy with other parameters, and without a factored output layer."""
         return dataclasses.replace(self, params=params, head=None)
 
     def with_config(self, section: str, **changes: Any) -> "Trained":
-        """The same with another choice in one section of the configuration: how it is used.
+        """Return a copy with changed fields in one section of the configuration.
 
         Raises:
-            UserError: If the choice is refused.
+            UserError: If the new values are invalid.
         """
         changed = dataclasses.replace(getattr(self.config, section), **changes)
         return dataclasses.replace(
@@ -229,7 +220,7 @@ class Trained:
 def initialize(config: Config, dataset: Dataset) -> Trained:
     """Fit the preprocessing to the training images and initialize the network.
 
-    Probabilistic PCA is fitted here, in closed form.
+    Probabilistic PCA is already fitted here, in closed form.
 
     Raises:
         UserError: If data and configuration do not fit each other.
@@ -247,7 +238,7 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
         logit_lambda=config.data.logit_lambda,
         standardize=config.data.standardize,
     )
-    model = _network(config, preprocessor.image_shape, np.asarray(preprocessor.variance))
+    model = build_network(config, preprocessor.image_shape, np.asarray(preprocessor.variance))
     if config.inference.method == "ppca":
         assert isinstance(dataset.train, np.ndarray)  # Config refuses to stream them
         _set_to_ppca(model, preprocessor, dataset.train)
@@ -262,122 +253,16 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
     return Trained(config, preprocessor, params, graphdef, provenance)
 
 
-def save(trained: Trained, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a trained model into a folder that `load` and all commands on runs read.
-
-    Args:
-        trained: The model.
-        folder: Local, or gs://BUCKET/FOLDER. It must not hold a run yet.
-        overwrite: Delete a run that is there.
-
-    Raises:
-        UserError: If something is there already, or nothing can be written there.
-    """
-    run = RunFolder.at(folder)
-    run.create(trained.config, overwrite=overwrite)
-    checkpoints = Checkpoints(run.checkpoints)
-    step = trained.provenance.step
-    made = trained.provenance
-    info = CheckpointInfo(made.seconds, made.epoch, step, float("-inf"), describe(trained))
-    checkpoints.save(step, {"model": arrays_of(trained)}, info)
-    checkpoints.close()
-
-
-def load(folder: str | os.PathLike[str], placement: Placement | None = None) -> Trained:
-    """Read the model of a run folder, that of its best checkpoint. Needs nothing but the folder.
-
-    No data set is read, and nothing of the training's state. What is used in place of a damaged or
-    missing checkpoint is said on stderr.
-
-    Args:
-        folder: What training or `save` wrote: local, or gs://BUCKET/FOLDER.
-        placement: Devices that the parameters are placed on; by default the first one here.
-
-    Raises:
-        UserError: If there is no such run, it is of another version, or nothing readable is left.
-        Unreadable: If it is undamaged and cannot be read for now.
-    """
-    run = RunFolder.at(folder)
-    config = run.read_config()
-    checkpoints = Checkpoints(run.checkpoints, read_only=True)
-    placement = placement or Placement.here()
-    best = run.best_step()
-
-    def like(info: CheckpointInfo) -> dict[str, Any]:
-        arrays = arrays_of(_blueprint(config, info.model))
-        shardings = {
-            "params": placement.of_parameters(arrays["params"]),
-            "preprocessor": jax.tree.map(lambda _: placement.replicated, arrays["preprocessor"]),
-        }
-        return {"model": jax.tree.map(_placed, arrays, shardings)}
-
-    restored = checkpoints.restore_best(like)
-    if best not in (None, restored.step) and not restored.damaged:
-        restored.damaged.append(
-            f"the best checkpoint, {best}, is missing; using checkpoint {restored.step} instead"
-        )
-    for line in restored.damaged if is_first() else ():
-        print(f"vlae_jax: {line}", file=sys.stderr)
-    return _from_checkpoint(config, restored)
-
-
-def describe(trained: Trained) -> dict[str, Any]:
-    """What a checkpoint says of the model besides its arrays, as JSON holds it."""
-    made_from = dataclasses.asdict(trained.provenance)
-    return {name: value for name, value in made_from.items() if name not in _PROGRESS}
-
-
-def arrays_of(trained: Trained) -> dict[str, Any]:
-    """What a checkpoint holds of the model: parameters, and the preprocessing's arrays."""
-    fields = ("mean", "scale", "variance", "average")
-    return {
-        "params": trained.params,
-        "preprocessor": {name: getattr(trained.preprocessor, name) for name in fields},
-    }
-
-
-def _from_checkpoint(config: Config, restored: Restored) -> Trained:
-    info, arrays = restored.info, restored.trees["model"]
-    blueprint = _blueprint(config, info.model)
-    return dataclasses.replace(
-        blueprint,
-        params=arrays["params"],
-        preprocessor=dataclasses.replace(blueprint.preprocessor, **arrays["preprocessor"]),
-        provenance=dataclasses.replace(
-            blueprint.provenance, step=restored.step, epoch=info.epoch, seconds=info.seconds
-        ),
-    )
-
-
-def _blueprint(config: Config, described: Mapping[str, Any]) -> Trained:
-    """The model with shapes in the place of arrays, from what a checkpoint says of it."""
-    provenance = Provenance(
-        **{**described, "image_shape": tuple(described["image_shape"])}  # JSON has lists alone
-    )
-    dim = math.prod(provenance.image_shape)
-    vector, scalar = (jax.ShapeDtypeStruct(shape, jnp.dtype(float)) for shape in ((dim,), ()))
-    preprocessor = Preprocessor(
-        mean=vector,  # type: ignore[arg-type]
-        scale=scalar,  # type: ignore[arg-type]
-        variance=vector,  # type: ignore[arg-type]
-        average=vector,  # type: ignore[arg-type]
-        kind=config.data.preprocess,
-        levels=provenance.levels,
-        logit_lambda=config.data.logit_lambda,
-        image_shape=provenance.image_shape,
-    )
-    model = nnx.eval_shape(lambda: _network(config, provenance.image_shape, np.ones(dim)))
-    graphdef, params = nnx.split(model)
-    return Trained(config, preprocessor, params, graphdef, provenance)
-
-
-def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _network(
+def build_network(
     config: Config, image_shape: tuple[int, ...], variance: np.ndarray
 ) -> VariationalAutoencoder:
+    """The network of a configuration, with its initial weights.
+
+    Args:
+        config: The configuration.
+        image_shape: (height, width, channel).
+        variance: Of each pixel in model space, (dim,): where the output variance starts.
+    """
     head = find_head(config.inference.method)
     return VariationalAutoencoder(
         math.prod(image_shape),
@@ -400,7 +285,7 @@ def _network(
 def _set_to_ppca(
     model: VariationalAutoencoder, preprocessor: Preprocessor, images: np.ndarray
 ) -> None:
-    """Give a model without hidden layers the weights that maximize the likelihood of images."""
+    """Set a model without hidden layers to the weights that maximize the likelihood of images."""
 
     def to_model_space(_: None, pixels: Array, key: PRNGKeyArray) -> Array:
         return preprocessor.apply(key, pixels)[0]

@@ -1,9 +1,9 @@
-"""Training: one objective, one compiled step, one loop for all systems.
+"""Training: one objective, one compiled step and one loop for all systems.
 
-| module | what is in it |
+| module | contents |
 |---|---|
-| `objective` | what is maximized for one example |
-| `batches` | which images a step sees, and how they reach the devices |
+| `objective` | the objective for one example, and the loss of a batch |
+| `batches` | the images of each step, and their way to the devices |
 | `step` | state, optimizer and the compiled step |
 | `loop` | `fit`: epochs, log, checkpoints, resumption |
 """

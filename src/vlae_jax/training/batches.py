@@ -1,4 +1,4 @@
-"""What each training step sees: the order of the images, and how their pixels reach the devices."""
+"""Batches of the training steps: the order of the images, and their way to the devices."""
 
 import functools
 import itertools
@@ -21,14 +21,14 @@ from vlae_jax.runs.config import TrainingConfig
 
 _THREADS, _BATCHES_AHEAD = 4, 8
 _LANES = 128
-"""Bytes that a row of a TPU's tile holds."""
+"""Bytes in a row of a TPU's memory tile."""
 
 
 def epoch_order(config: TrainingConfig, epoch: int, num_images: int) -> np.ndarray:
-    """Which images each step of an epoch sees: a function of seed and epoch alone.
+    """Draw the images of each step of an epoch, as a function of seed and epoch alone.
 
-    Every process draws the same. The rest of the images, less than a batch, waits for the next
-    epoch's order.
+    Every process draws the same order. The images left over, fewer than a batch, are not used in
+    this epoch.
 
     Returns:
         Indices, int32 (steps, batch).
@@ -40,21 +40,21 @@ def epoch_order(config: TrainingConfig, epoch: int, num_images: int) -> np.ndarr
 
 
 class Feed(Protocol):
-    """A way for images to reach the training step."""
+    """Protocol of a source of images for the training step."""
 
     def arguments(self, start: int) -> Iterator[tuple[Array, ...]]:
-        """What `pixels` takes, for every step from `start` on, without end."""
+        """Yield the arguments of `pixels` for every step from `start` on, without end."""
         ...
 
     def pixels(
         self, step: Int[Array, ""], *arguments: Array
     ) -> UInt8[Array, "batch height width channel"]:
-        """A step's images, split along the batch. Traced inside the step."""
+        """Return a step's images, split along the batch; it is traced inside the step."""
         ...
 
 
 class ResidentImages:
-    """All images on every device; each step picks its rows there, and the host sends none."""
+    """A `Feed` with all images on every device; each step selects its rows there."""
 
     def __init__(self, images: np.ndarray, config: TrainingConfig, placement: Placement) -> None:
         self._config, self._placement = config, placement
@@ -62,12 +62,12 @@ class ResidentImages:
         self._steps = len(images) // config.batch_size
         self._shape = images.shape[1:]
         rows = images.reshape(self._count, -1)
-        # A TPU picks rows of whole tiles where they lie. Images of three axes, or rows that end
-        # within a tile, it may copy into another order, all of them, in every step.
+        # A TPU can select rows of whole tiles in place. For images of three axes, or rows that end
+        # within a tile, it may copy all of them into another layout in every step.
         self._images = placement.put(np.pad(rows, ((0, 0), (0, -rows.shape[1] % _LANES))))
 
     def arguments(self, start: int) -> Iterator[tuple[Array, ...]]:
-        """The images, and the order of an epoch with each device's columns on it."""
+        """Yield the images, and the order of an epoch with its columns split over the devices."""
         first, skipped = divmod(start, self._steps)
         for epoch in itertools.count(first):
             order = epoch_order(self._config, epoch, self._count)
@@ -79,17 +79,17 @@ class ResidentImages:
     def pixels(
         self, step: Int[Array, ""], *arguments: Array
     ) -> UInt8[Array, "batch height width channel"]:
-        """The rows that the order names."""
+        """Select the rows of a step by the epoch's order."""
         images, order = arguments
         rows = self._placement.split_rows(images[order[step % self._steps]])
         return rows[:, : math.prod(self._shape)].reshape(-1, *self._shape)
 
 
 class StreamedImages:
-    """Images on disk: each process reads its own rows of the next batches in the background.
+    """A `Feed` from disk; each process reads its rows of the next batches in the background.
 
-    The order is that of `ResidentImages`, and a step's images follow from its number: to resume
-    takes no state. In memory are the next eight batches and the orders of two epochs.
+    The order is that of `ResidentImages`, and a step's images depend only on its number, so no
+    state is needed to resume. The next eight batches and the orders of two epochs are in memory.
     """
 
     def __init__(self, images: StoredImages, config: TrainingConfig, placement: Placement) -> None:
@@ -101,27 +101,28 @@ class StreamedImages:
         rows = {device: every[index[0]] for device, index in shards.items() if index}
         self._rows = np.unique(np.concatenate(list(rows.values())))
         self._shards = {device: np.searchsorted(self._rows, own) for device, own in rows.items()}
-        # Batches on both sides of an epoch's end are read at once.
+        # Batches before and after an epoch's end may be read at the same time.
         self._orders = functools.lru_cache(maxsize=2)(
             functools.partial(epoch_order, config, num_images=len(images))
         )
         self._lock = threading.Lock()
 
     def read(self, step: int) -> np.ndarray:
-        """The rows of a step's batch that are of this process's devices.
+        """Read the rows of a step's batch that belong to this process's devices.
 
         Raises:
-            UserError: If they cannot be read.
+            UserError: If the rows cannot be read.
         """
         epoch, row = divmod(step, self._steps)
-        with self._lock:  # threads that wait for an order need not draw it too
+        with self._lock:  # one thread draws an order while the others wait for it
             order = self._orders(epoch)
         return self._images[order[row, self._rows]]
 
     def arguments(self, start: int) -> Iterator[tuple[Array, ...]]:
-        """Each step's images, every device's rows on it.
+        """Yield each step's images, the rows of each device on that device.
 
-        The transfer runs while the devices work, as training starts a step before the last is done.
+        The transfer overlaps with computation, as training starts a step before the previous one is
+        done.
         """
         grain = _import_grain()
         steps = grain.MapDataset.range(start, sys.maxsize).map(self.read)
@@ -140,7 +141,7 @@ class StreamedImages:
     def pixels(
         self, step: Int[Array, ""], *arguments: Array
     ) -> UInt8[Array, "batch height width channel"]:
-        """The images, which the host has sent."""
+        """Return the images, which `arguments` has placed on the devices."""
         return arguments[0]
 
 
@@ -148,7 +149,7 @@ def _import_grain() -> Any:
     from absl import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns of a profiler that not every jaxlib has
+    logging.set_verbosity(logging.ERROR)  # grain warns of a profiler that some jaxlib builds lack
     try:
         import grain
     finally:
@@ -159,7 +160,7 @@ def _import_grain() -> Any:
 def make_feed(
     images: np.ndarray | StoredImages, config: TrainingConfig, placement: Placement
 ) -> Feed:
-    """The one that fits where the training images are."""
+    """Make the `Feed` for training images in memory or on disk."""
     if isinstance(images, StoredImages):
         return StreamedImages(images, config, placement)
     return ResidentImages(images, config, placement)
@@ -168,10 +169,10 @@ def make_feed(
 def binarized_once(
     preprocessor: Preprocessor, images: np.ndarray | StoredImages
 ) -> np.ndarray | StoredImages:
-    """Training images as static_binary sees them: black or white, the same in every step.
+    """Binarize training images once for static_binary preprocessing, and return them.
 
-    Drawn again, a pixel that is 0 or the highest level stays what it is. Other kinds of
-    preprocessing leave the images as they are.
+    Their pixels are then 0 or the highest level, and drawing them again in a step does not change
+    them. For other kinds of preprocessing the images are returned unchanged.
     """
     if preprocessor.kind != "static_binary":
         return images

@@ -1,4 +1,4 @@
-"""The one training loop: epochs, log, checkpoints, resumption."""
+"""The training loop of all systems: epochs, log, checkpoints, resumption."""
 
 import dataclasses
 import os
@@ -19,7 +19,8 @@ from jaxtyping import Array
 from vlae_jax.data.sets import Dataset
 from vlae_jax.data.supplied import as_dataset
 from vlae_jax.errors import RunFailure, Stopped, UserError
-from vlae_jax.models.trained import Trained, arrays_of, describe, initialize, load
+from vlae_jax.models.saved import arrays_of, describe, load
+from vlae_jax.models.trained import Trained, initialize
 from vlae_jax.parallel import processes
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.progress import ProgressLine
@@ -30,7 +31,7 @@ from vlae_jax.training.step import Trainer, TrainState
 
 
 class MetricWriter(Protocol):
-    """A second place for scalars beside metrics.jsonl: TensorBoard event files."""
+    """Protocol of a writer that gets all scalars of metrics.jsonl too, as one for TensorBoard."""
 
     def add_scalar(self, tag: str, value: float, global_step: int) -> None:
         """Log one value."""
@@ -38,7 +39,7 @@ class MetricWriter(Protocol):
 
 
 class FitOptions(NamedTuple):
-    """How a run is kept, none of which changes its numbers."""
+    """Options of logging and checkpoints; none of them changes the numbers of a run."""
 
     log_every: int = 20
     checkpoint_every: int = 500
@@ -55,31 +56,31 @@ def fit(
     options: FitOptions | None = None,
     placement: Placement | None = None,
 ) -> Trained:
-    """Train a model, with progress on stderr, and return that of the best checkpoint.
+    """Train a model, with progress on stderr, and return the model of the best checkpoint.
 
-    With a run folder everything is kept there, and a run that was broken off goes on where it was.
-    Without one, checkpoints live in a temporary folder until training is over.
+    With a run folder everything is kept there, and an interrupted run can be resumed. Without one,
+    checkpoints are kept in a temporary folder until training is over.
 
     Args:
-        config: The experiment; `runs.presets.default_config` has defaults that fit a data set.
-        data: What to train on. A data set that has been loaded; its name, or None for the one that
-            the configuration names; training images, uint8 of shape (n, height, width) or (n,
+        config: The experiment; `runs.presets.default_config` has defaults for each data set.
+        data: The training data. A loaded data set; its name, or None for the one that the
+            configuration names; training images, uint8 of shape (n, height, width) or (n,
             height, width, channel); or a mapping with those as "x_train" and test images as
             "x_test". Part of the training images is set aside for validation
             (`config.data.validation_fraction`).
-        run_dir: Folder of the run, local or gs://BUCKET/FOLDER; what `load` and the commands read.
+        run_dir: Folder of the run, local or gs://BUCKET/FOLDER, for `load` and the commands.
         resume: Continue the run in `run_dir` from its last checkpoint.
         overwrite: Delete a run that is in `run_dir`.
-        options: How to log and save.
-        placement: The devices; by default all there are. Of several processes all must call, with
-            one folder that they share; the first alone writes.
+        options: Options of logging and checkpoints.
+        placement: The devices; by default all. With several processes every process must call
+            `fit` with the same shared folder; only the first process writes.
 
     Raises:
         UserError: If configuration, data and folder do not fit each other, or nothing can be
             written.
-        RunFailure: If the loss is not finite; the message names the step, the checkpoints stay.
-        Stopped: After SIGINT or SIGTERM, everything saved.
-        Unreadable: If the last checkpoint is undamaged and cannot be read all the same.
+        RunFailure: If the loss is not finite; the message names the step, and the checkpoints stay.
+        Stopped: After SIGINT or SIGTERM, with everything saved.
+        Unreadable: If the last checkpoint is undamaged but cannot be read.
     """
     if run_dir is None:
         if resume:
@@ -95,7 +96,7 @@ def fit(
         config = dataclasses.replace(config, data=named)
     if resume:
         run.require_continuable(config)
-    # The images may lie elsewhere on another machine: their fingerprint tells what they are.
+    # The folder of the images may differ between machines; their fingerprint is compared instead.
     same = dataclasses.replace(config.data, data_dir=None)
     chosen = (dataclasses.replace(config, data=same), run.path, resume)
     processes.require_equal("the configuration", repr(chosen))
@@ -144,7 +145,7 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
 
 
 def _trees(trainer: Trainer, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds: the model, which is read by itself too, and the rest."""
+    """The trees of a checkpoint: the model, which can be read alone, and the training state."""
     model = arrays_of(trainer.trained.with_params(state.params))
     preprocessor = trainer.placement.put(model["preprocessor"])
     training = {name: value for name, value in state._asdict().items() if name != "params"}
@@ -152,7 +153,7 @@ def _trees(trainer: Trainer, state: TrainState) -> dict[str, Any]:
 
 
 class _Loop:
-    """One call of `fit`: what it counts between a step and the next log line."""
+    """The loop of one call of `fit`, with its times of logging and saving."""
 
     def __init__(
         self,
@@ -179,7 +180,8 @@ class _Loop:
         while step < trainer.total_steps and not (enough := self._enough(step)):
             state, loss = trainer.step(state, *next(arguments))
             step += 1
-            # A short queue keeps the device busy, and signals and failures at most so far behind.
+            # A short queue of steps keeps the device busy, and limits how late signals and failures
+            # are noticed.
             in_flight.append(loss)
             if len(in_flight) > trainer.placement.in_flight:
                 in_flight.pop(0).block_until_ready()
@@ -201,7 +203,7 @@ class _Loop:
             progress.say(f"stopped: {enough}")
 
     def _enough(self, step: int) -> str | None:
-        """Say why to stop before the last epoch, if there is a reason."""
+        """Return the reason to stop before the last epoch, or None."""
         config, each = self.trainer.trained.config.training, self.trainer.steps_per_epoch
         patience, best = config.patience, self.info.best_step
         if step == 0 or step % each:
@@ -210,7 +212,7 @@ class _Loop:
             return f"no better validation bound in {patience} epochs"
         if config.minutes is None:
             return None
-        # All processes must stop at the same step: one clock decides.
+        # All processes must stop at the same step, so the clock of the first decides.
         if processes.from_first(self._noted().seconds) >= 60 * config.minutes:
             return f"{config.minutes:g} minutes of training are over"
         return None
@@ -231,10 +233,11 @@ class _Loop:
         return self.trainer.without_sums(state)
 
     def _validate(self, state: TrainState, step: int, progress: ProgressLine) -> bool:
-        """Log the validation metrics; whether they are the best so far."""
+        """Log the validation metrics and return whether they are the best so far."""
         began = time.monotonic()
         metrics = self.trainer.validate(self._checked(state).params)
-        # What is trained for chooses, where it is a bound on log p(x); the ELBO otherwise.
+        # The best checkpoint is chosen by the training objective, if that is a bound on log p(x);
+        # otherwise by the ELBO.
         bound = metrics.get("objective", metrics["elbo"])
         # A bound that is not finite can never be the best.
         value = bound if np.isfinite(bound) else float("-inf")
@@ -245,7 +248,7 @@ class _Loop:
         epoch = step // self.trainer.steps_per_epoch
         mark = "  (best)" if is_best else ""
         progress.say(f"epoch {epoch}: validation {_summary(metrics)}{mark}")
-        # Validation is no training time: the next rate must not count it.
+        # The next rate of images per second must not include the time of validation.
         then, step_then = self.logged
         self.logged = (then + time.monotonic() - began, step_then)
         return is_best
@@ -295,11 +298,11 @@ def require_same_images(fingerprint: str, dataset: Dataset) -> None:
     """Check that a model was trained on the images of a data set.
 
     Args:
-        fingerprint: Of what it was trained on.
-        dataset: The images at hand.
+        fingerprint: Fingerprint of the images that the model was trained on.
+        dataset: The data set.
 
     Raises:
-        UserError: If not.
+        UserError: If the fingerprints differ.
     """
     if fingerprint != dataset.fingerprint:
         raise UserError(
@@ -310,9 +313,9 @@ def require_same_images(fingerprint: str, dataset: Dataset) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one acts at once.
+    """Collect the first SIGINT or SIGTERM instead of ending; a second one acts at once.
 
-    Among several processes JAX itself takes SIGTERM, and tells all of them when to stop.
+    With several processes JAX itself handles SIGTERM, and tells all processes when to stop.
     """
     received: list[int] = []
     if not processes.is_alone() and threading.current_thread() is threading.main_thread():
@@ -323,7 +326,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, before)
         return
     if threading.current_thread() is not threading.main_thread():
-        yield received  # Python gives signals to the main thread alone
+        yield received  # Python delivers signals to the main thread only
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

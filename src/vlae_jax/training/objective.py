@@ -1,4 +1,4 @@
-"""What training maximizes for one example, and the loss of a batch."""
+"""The training objective of one example, and the loss of a batch."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from vlae_jax.posterior import kl_to_standard_normal
 def objective(
     inferred: Inferred, *, kind: str = "elbo", num_samples: int = 1
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """What training maximizes for one example, and the metrics beside it, all in nats.
+    """Return the objective that training maximizes for one example, and metrics, all in nats.
 
-    The objective is a bound, or an estimate, of log p(x) less the system's amortization loss. The
-    metrics hold the ELBO itself, KL(q ‖ p), and their sum, the expected reconstruction
-    log-likelihood, besides the system's flags as numbers; with another objective than the ELBO
-    that too.
+    The objective is a bound or an estimate of log p(x), minus the system's amortization loss. The
+    metrics are the ELBO, KL(q ‖ p) and their sum, the expected reconstruction log-likelihood; the
+    amortization loss and the system's flags as numbers; and, with `kind` other than "elbo", the
+    bound or estimate itself as "objective".
 
     Args:
-        inferred: From `Trained.infer`.
+        inferred: The result of `Trained.infer`.
         kind: "elbo", "iwae", "dreg" or "evidence".
-        num_samples: Posterior samples.
+        num_samples: Number of posterior samples.
     """
     keys, inference = inferred.keys, inferred.inference
     log_joint, posterior = inferred.log_joint, inferred.posterior
@@ -65,13 +65,13 @@ def loss_fn(
     pixels: UInt8[Array, "batch height width channel"],
     keys: PRNGKeyArray,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The batch mean to be minimized, nats per image: the only minus sign in the project.
+    """Return minus the batch mean of the objective, nats per image, and the mean metrics.
 
     Args:
-        params: Parameters to differentiate with respect to; those of `model` are not looked at.
-        model: What they belong to.
+        params: Parameters to differentiate with respect to; they replace those of `model`.
+        model: The model that the parameters belong to.
         pixels: The images of a batch.
-        keys: One for each.
+        keys: Random keys, one per image.
     """
     training = model.config.training
     current = model.with_params(params)

@@ -21,24 +21,25 @@ _VALIDATION_BATCH = 256
 
 
 class TrainState(NamedTuple):
-    """All that changes while training. A checkpoint of it continues bit for bit."""
+    """Everything that changes during training; resuming from it reproduces a run bit for bit."""
 
     params: Any
     opt_state: Any
     step: Int[Array, ""]
-    """Steps done."""
+    """Number of steps done."""
     sums: dict[str, Float[Array, ""]]
-    """Batch means of the metrics, added up since they were last logged."""
+    """Sums of the batch means of the metrics since they were last logged."""
     summed: Int[Array, ""]
-    """Steps in `sums`."""
+    """Number of steps in `sums`."""
     bad_step: Int[Array, ""]
-    """First step whose loss or gradient was not finite, else -1. From there on nothing changes."""
+    """First step whose loss or gradient was not finite, or -1. From that step on the state does not
+    change."""
 
 
 def make_optimizer(
     config: TrainingConfig, total_steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam, with the configured schedule, warm-up and clipping."""
+    """Make Adam with the configured schedule, warm-up and clipping."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total_steps, warmup + 1))
@@ -51,7 +52,7 @@ def make_optimizer(
 
 
 def initial_state(trained: Trained, total_steps: int, placement: Placement) -> TrainState:
-    """The state before the first step, placed; also what a checkpoint is restored into."""
+    """Make the state before the first step, placed on the devices."""
     state = _first_state(trained, total_steps)
     return placement.put(state, placement.of_parameters(state))
 
@@ -63,7 +64,7 @@ def _first_state(trained: Trained, total_steps: int) -> TrainState:
     keys = jax.random.split(jax.random.key(config.seed), 1)
     shapes = jax.eval_shape(lambda: loss_fn(params, trained, batch, keys)[1])
     return TrainState(
-        params=jax.tree.map(jnp.copy, params),  # the step gives its arguments away
+        params=jax.tree.map(jnp.copy, params),  # the step donates its arguments
         opt_state=make_optimizer(config, total_steps).init(params),
         step=jnp.zeros((), jnp.int32),
         sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
@@ -73,15 +74,15 @@ def _first_state(trained: Trained, total_steps: int) -> TrainState:
 
 
 class Trainer:
-    """The compiled pieces of one training: first state, step, validation.
+    """The compiled pieces of one training run: first state, step, validation.
 
     Args:
-        trained: What to train, from its first parameters on.
+        trained: The model with its initial parameters.
         dataset: The images.
-        placement: The devices; by default all there are.
+        placement: The devices; by default all.
 
     Raises:
-        UserError: If the devices cannot share a batch evenly.
+        UserError: If a batch cannot be split evenly over the devices.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Trainer:
         self.placement = placement = placement or Placement.of()
         placement.require_even(config.batch_size, config.microbatches)
         self.steps_per_epoch = len(dataset.train) // config.batch_size
-        """Whole batches in the training set; the rest of an epoch's images wait for the next."""
+        """Number of whole batches in the training set; an epoch omits the images left over."""
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
         self._root = jax.random.key(config.seed)
@@ -111,11 +112,11 @@ class Trainer:
         )
 
     def init(self) -> TrainState:
-        """The state before the first step."""
+        """Make the state before the first step."""
         return initial_state(self.trained, self.total_steps, self.placement)
 
     def without_sums(self, state: TrainState) -> TrainState:
-        """The same state, about to add up its metrics afresh."""
+        """Return the state with the sums of its metrics reset to zero."""
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.sums)
         sums, summed = self.placement.put((zeros, np.zeros((), np.int32)))
         return state._replace(sums=sums, summed=summed)
@@ -156,5 +157,5 @@ class Trainer:
         return metrics
 
     def validate(self, params: Any) -> dict[str, float]:
-        """Mean metrics on the validation images; the noise is the same each time."""
+        """Return the mean metrics on the validation images, with the same noise in every call."""
         return jax.tree.map(lambda values: float(np.mean(values)), self._validate(params))
