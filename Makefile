@@ -85,7 +85,7 @@ $(VENV)/.with-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 help: ## Show this text
 	@echo "Usage: make TARGET [NAME=value ...]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s%s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "make experiment takes, each as --name of 'vlae_jax train', whose --help explains them:"
 	@echo "  $(OPTIONS)" | fold -s -w 88 | sed 's/^ */  /'

@@ -36,7 +36,7 @@ def main():
     labels = jnp.asarray(data.target, features.dtype)[rows]
     train, test = (features[:300], labels[:300]), (features[300:], labels[300:])
 
-    found = jax.jit(lambda start: optx.minimize(lambda s, _: -fit(s, *train)[0], OUTER, start))
+    found = jax.jit(lambda start: optx.minimise(lambda s, _: -fit(s, *train)[0], OUTER, start))
     learned = found(jnp.zeros(())).value
     scales = jnp.stack([jnp.float32(-3), learned, jnp.float32(2)])
     evidence, (modes, info) = jax.jit(jax.vmap(fit, (0, None, None)))(scales, *train)

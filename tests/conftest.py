@@ -3,6 +3,7 @@
 import gc
 import os
 from importlib import metadata
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,18 @@ if metadata.version("jaxlib").startswith(("0.8.", "0.9.")) and QUICK_FLAGS not i
 
 # Tracing makes objects by the million that stay; looking through them all finds little garbage.
 gc.set_threshold(50_000, 20, 100)
+
+
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split("\n"))
+"""Tests that took over 2.5 s of a core, by `pytest -m "not slow" --durations=0`."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`make test` leaves out what is slow, `make test-all` nothing."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")

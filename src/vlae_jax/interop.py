@@ -213,7 +213,7 @@ def optimistix_refine(
     def held_log_joint(z: Array) -> Array:
         return pure(z, *held)
 
-    found = optimistix.minimize(
+    found = optimistix.minimise(
         lambda z, held: -pure(z, *held), solver, z_init, held, max_steps=max_steps, throw=False
     )
     mode = jax.lax.stop_gradient(found.value)

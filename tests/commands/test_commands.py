@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 QUICK = [
     *("--hidden", "16", "--latent", "2", "--epochs", "2"),
-    *("--importance-samples", "4", "--test-images", "8"),
+    *("--importance-samples", "4", "--proposal", "posterior", "--test-images", "8"),
 ]
 
 

@@ -414,7 +414,7 @@ def test_what_cannot_be_streamed_is_said(root, tmp_path, capfd, monkeypatch):
         (("--dataset", "doodles"), "unknown data set 'doodles'"),
     ):
         assert said in train_refused(capfd, *arguments)
-    monkeypatch.setattr("vlae_jax.data.sets.installed", lambda module: module != "grain")
+    monkeypatch.setattr("vlae_jax.data.search.installed", lambda module: module != "grain")
     assert "needs grain: pip install 'vlae-jax[stream]'" in train_refused(
         capfd, *own, root, "--batch-size", "8"
     )
