@@ -24,14 +24,15 @@ gc.set_threshold(50_000, 20, 100)
 
 
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split("\n"))
-"""Tests that took over 2.5 s of a core, by `pytest -m "not slow" --durations=0`."""
+"""Tests, or modules of them, that took over 2.5 s of a core by `pytest --durations=0`."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """`make test` leaves out what is slow, `make test-all` nothing."""
     for item in items:
-        if item.nodeid.removeprefix("tests/") in SLOW:
+        name = item.nodeid.removeprefix("tests/")
+        if name in SLOW or name.partition("::")[0] in SLOW:
             item.add_marker(pytest.mark.slow)
 
 

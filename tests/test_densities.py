@@ -326,28 +326,28 @@ def test_student_t_is_scipys(dtype):
             [1, 3, 39, 41, 1e6],
         ),
     )
-    x, loc, log_scale, freedom = truths
-    expected = scipy.stats.t.logpdf(x, freedom, loc, np.exp(log_scale))
+    x, loc, log_scale, df = truths
+    expected = scipy.stats.t.logpdf(x, df, loc, np.exp(log_scale))
     # Far out scipy squares more than there is; by hand, the tail's leading power and what is left.
     far = np.abs(x) >= 1e4
     scaled = np.where(far, np.abs(x - loc), 1) / np.exp(log_scale)
-    log_peak = scipy.special.gammaln((freedom + 1) / 2) - scipy.special.gammaln(freedom / 2)
-    log_peak -= 0.5 * np.log(np.pi * freedom) + log_scale
-    tail = np.log(scaled**2 / freedom) + np.log1p(freedom / scaled**2)
-    expected = np.where(far, log_peak - 0.5 * (freedom + 1) * tail, expected)
+    log_peak = scipy.special.gammaln((df + 1) / 2) - scipy.special.gammaln(df / 2)
+    log_peak -= 0.5 * np.log(np.pi * df) + log_scale
+    tail = np.log(scaled**2 / df) + np.log1p(df / scaled**2)
+    expected = np.where(far, log_peak - 0.5 * (df + 1) * tail, expected)
     assert_values(each(student_t)(*arrays), expected)
 
 
-def test_student_t_broadcasts_scale_and_freedom_over_pixels(dtype):
+def test_student_t_broadcasts_scale_and_df_over_pixels(dtype):
     x, loc, log_scale = (random_vector(seed, DIM, dtype) for seed in (1, 2, 3))
     x64, loc64, scale64 = np.float64(x), np.float64(loc), np.exp(np.float64(log_scale))
     expected = np.sum(scipy.stats.t.logpdf(x64, 3, loc64, scale64))
     assert_close(student_t(x, loc, log_scale, 3), expected)
-    freedom = jnp.linspace(1, 60, DIM, dtype=dtype)
-    expected = np.sum(scipy.stats.t.logpdf(x64, np.float64(freedom), loc64, scale64))
-    assert_close(student_t(x, loc, log_scale, freedom), expected)
-    expected = np.sum(scipy.stats.t.logpdf(x64, np.float64(freedom), loc64))
-    assert_close(student_t(x, loc, 0.0, freedom), expected)
+    df = jnp.linspace(1, 60, DIM, dtype=dtype)
+    expected = np.sum(scipy.stats.t.logpdf(x64, np.float64(df), loc64, scale64))
+    assert_close(student_t(x, loc, log_scale, df), expected)
+    expected = np.sum(scipy.stats.t.logpdf(x64, np.float64(df), loc64))
+    assert_close(student_t(x, loc, 0.0, df), expected)
 
 
 # ---------------------------------------------------------------- quadrature
@@ -359,17 +359,17 @@ def half_circle(count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     return nodes * np.pi / 2, weights * np.pi / 2
 
 
-@pytest.mark.parametrize("freedom", [1.0, 3.0, 50.0])
-def test_student_t_integrates_to_one_and_its_fisher_is_minus_the_mean_hessian(x64, freedom):
+@pytest.mark.parametrize("df", [1.0, 3.0, 50.0])
+def test_student_t_integrates_to_one_and_its_fisher_is_minus_the_mean_hessian(x64, df):
     """x = loc + scale √ν tan θ makes both integrands smooth."""
     angle, weight = half_circle()
     loc, log_scale = 0.7, -1.2
-    stretch = np.exp(log_scale) * np.sqrt(freedom)
+    stretch = np.exp(log_scale) * np.sqrt(df)
     x = loc + stretch * np.tan(angle)
     weight = weight * stretch / np.cos(angle) ** 2
 
     def density(x, loc):
-        return student_t(x[None], loc[None], log_scale, freedom)
+        return student_t(x[None], loc[None], log_scale, df)
 
     log_probs, curvatures = jax.jit(
         jax.vmap(lambda x, loc: (density(x, loc), jax.hessian(density, 1)(x, loc)), (0, None))
@@ -378,7 +378,7 @@ def test_student_t_integrates_to_one_and_its_fisher_is_minus_the_mean_hessian(x6
     assert_close(np.sum(probabilities), np.float64(1))
     truth = -np.sum(probabilities * curvatures)
     assert np.max(curvatures) > 0  # it is not concave
-    assert_close(student_t_fisher(jnp.full(4, loc), log_scale, freedom), np.full(4, truth))
+    assert_close(student_t_fisher(jnp.full(4, loc), log_scale, df), np.full(4, truth))
 
 
 def test_heteroscedastic_fisher_is_minus_the_mean_hessian(x64):
@@ -465,10 +465,10 @@ DENSITIES = {
         student_t,
         (FIVE, 3 * FIVE**2 - 2, FIVE, 1.5 + ONES),
         [
-            (far, loc, log_scale * ONES, freedom * ONES)
+            (far, loc, log_scale * ONES, df * ONES)
             for far, loc in ((FAR, FAR[::-1]), (1e26 * FAR, ONES), (FIVE, FIVE))
             for log_scale in (-10.0, 10.0)
-            for freedom in (0.5, 3, 41, 1e6)
+            for df in (0.5, 3, 41, 1e6)
         ],
     ),
 }
@@ -651,7 +651,7 @@ def test_fisher_information_makes_gauss_newton_positive_definite_where_the_hessi
     kernel = jnp.asarray([[1.0, -2], [0.5, 1], [-1.5, 0.7]])
     z = random_vector(5, LATENT)
     bias = jnp.array([0.3, -2]) - z @ kernel
-    log_scale, freedom = -1.5, 3.0
+    log_scale, df = -1.5, 3.0
 
     def decode(z):
         return jax.nn.leaky_relu(z @ kernel + bias, 0.7)
@@ -664,9 +664,9 @@ def test_fisher_information_makes_gauss_newton_positive_definite_where_the_hessi
             jnp.array([jnp.exp(-fitted[1]), 0.5]),
         ),
         "student_t": (
-            lambda eta: student_t(fitted + 0.7, eta, log_scale, freedom),
-            lambda eta: student_t_fisher(eta, log_scale, freedom),
-            np.full(2, (freedom + 1) / (freedom + 3) * np.exp(-2 * log_scale)),
+            lambda eta: student_t(fitted + 0.7, eta, log_scale, df),
+            lambda eta: student_t_fisher(eta, log_scale, df),
+            np.full(2, (df + 1) / (df + 3) * np.exp(-2 * log_scale)),
         ),
     }
     jacobian = central_differences(decode, z)

@@ -201,42 +201,42 @@ def student_t(
     x: Float[Array, " dim"],
     loc: Float[Array, " dim"],
     log_scale: Float[Array, "..."],
-    freedom: float | Float[Array, "..."],
+    df: float | Float[Array, "..."],
 ) -> Float[Array, ""]:
     """Log density of independent Student-t variables at `x`, in nats; its tails are heavy.
 
-    It is not concave in `loc`, but convex where `loc` is more than √freedom scales from x.
+    It is not concave in `loc`, but convex where `loc` is more than √df scales from x.
 
     Args:
         x: Where to evaluate, shape (dim,).
         loc: Centers, shape (dim,).
         log_scale: Log of the scale, which multiplies a standard t; a scalar or shape (dim,).
-        freedom: Degrees of freedom, positive; a scalar or shape (dim,).
+        df: Degrees of freedom, positive; a scalar or shape (dim,).
     """
-    scaled = (x - loc) * jnp.exp(-log_scale) / jnp.sqrt(freedom)
+    scaled = (x - loc) * jnp.exp(-log_scale) / jnp.sqrt(df)
     # log(1 + s²) is computed from s or 1/s, whichever is small, so that neither the value nor a
     # derivative overflows.
     is_far = jnp.abs(scaled) > 1
     far = jnp.where(is_far, scaled, 1.0)
     near = jnp.where(is_far, 1 / far, scaled)
     log1p_square = jnp.log1p(near**2) + 2 * jnp.log(jnp.abs(far))
-    log_peak = _log_gamma_half_step(freedom / 2) - 0.5 * jnp.log(freedom * math.pi) - log_scale
-    return jnp.sum(log_peak - 0.5 * (freedom + 1) * log1p_square)
+    log_peak = _log_gamma_half_step(df / 2) - 0.5 * jnp.log(df * math.pi) - log_scale
+    return jnp.sum(log_peak - 0.5 * (df + 1) * log1p_square)
 
 
 def student_t_fisher(
     loc: Float[Array, " dim"],
     log_scale: Float[Array, "..."],
-    freedom: float | Float[Array, "..."],
+    df: float | Float[Array, "..."],
 ) -> Float[Array, " dim"]:
     """Fisher information of `student_t` in `loc`, diagonal: (ν + 1) / ((ν + 3) scale²), (dim,).
 
     Args:
         loc: Centers, shape (dim,); only their shape matters.
         log_scale: Log of the scale, which multiplies a standard t; a scalar or shape (dim,).
-        freedom: Degrees of freedom ν, positive; a scalar or shape (dim,).
+        df: Degrees of freedom ν, positive; a scalar or shape (dim,).
     """
-    information = (freedom + 1) / (freedom + 3) * jnp.exp(-2 * log_scale)
+    information = (df + 1) / (df + 3) * jnp.exp(-2 * log_scale)
     return jnp.broadcast_to(information, loc.shape)
 
 
