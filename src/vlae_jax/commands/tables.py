@@ -9,8 +9,15 @@ from vlae_jax.runs.metrics import QUANTITIES, Metric, titled
 
 
 def shares(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The flags of a system by the labels under which their means are printed."""
-    labels = {"converged": "share converged", "is_pd": "share positive definite"}
+    """The flags of a system by the labels under which their means are printed.
+
+    Of convergence that is the decrement, in nats: at the kinks of a ReLU decoder, where most of its
+    modes lie, a flag alone would read as a failure.
+    """
+    labels = {
+        "newton_decrement": titled("newton_decrement"),
+        "is_pd": "share positive definite",
+    }
     return {label: arrays[flag] for flag, label in labels.items() if flag in arrays}
 
 
