@@ -97,11 +97,13 @@ def same_run():
     with tempfile.TemporaryDirectory() as folder:
         # Saved by eight that hold a part each, read by one.
         checkpoints = Checkpoints(Path(folder))
-        checkpoints.save(200, state._asdict(), CheckpointInfo(0.0, 0.0, None, 0.0, {}))
+        trees = {"training": state._asdict()}
+        checkpoints.save(200, trees, CheckpointInfo(0.0, 0.0, None, 0.0, {}))
         checkpoints.wait()
         here = initial_state(trained, trainer.total_steps, Placement.here())
-        read = checkpoints.restore_last(lambda info: here._asdict()).trees["params"]
-        report["restored"] = all(jax.tree.leaves(jax.tree.map(np.array_equal, read, params)))
+        read = checkpoints.restore_last(lambda info: {"training": here._asdict()}).trees
+        same = jax.tree.map(np.array_equal, read["training"]["params"], params)
+        report["restored"] = all(jax.tree.leaves(same))
     images = dataset.test[:12]
     trained = trained.with_params(params)
     alone = measure(trained, images)

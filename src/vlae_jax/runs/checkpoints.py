@@ -181,7 +181,7 @@ class Checkpoints:
         """Check the files of the named items against their digests."""
         folder = self.folder / str(step)
         if not (folder / _DIGESTS).exists():
-            raise _Damaged(f"{_DIGESTS}, a part of every complete one, is missing")
+            raise UserError(f"{_DIGESTS}, a part of every complete one, is missing")
         try:
             expected = {
                 name: digest
@@ -193,7 +193,7 @@ class Checkpoints:
         except (AttributeError, TypeError, ValueError):
             changed = [_DIGESTS]
         if changed:
-            raise _Damaged(f"{changed[0]} is not what was written")
+            raise UserError(f"{changed[0]} is not what was written")
 
     def _move_aside(self, steps: Iterable[int]) -> None:
         for step in steps:
@@ -239,14 +239,13 @@ class Checkpoints:
     def _restore(self, steps: Iterable[int], like: Like) -> Restored:
         damaged: list[str] = []
         for step in steps:
-            try:
-                # The first process decides for all, since all must read one checkpoint together.
-                on_first(functools.partial(self._require_undamaged, step, (_INFO, _NO_TREE)))
-                info = self._read_info(step)
-                wanted = like(info)
-                on_first(functools.partial(self._require_undamaged, step, [*wanted]))
-            except _Damaged as error:
-                damaged.append(f"checkpoint {step} is damaged ({one_line(error)})")
+            if damage := self._damage(step, (_INFO, _NO_TREE)):
+                damaged.append(damage)
+                continue
+            info = self._read_info(step)
+            wanted = like(info)
+            if damage := self._damage(step, [*wanted]):
+                damaged.append(damage)
                 continue
             trees = self._read(step, wanted)
             if damaged:
@@ -254,6 +253,17 @@ class Checkpoints:
             return Restored(trees, info, step, damaged)
         reason = f": {'; '.join(damaged)}" if damaged else ""
         raise UserError(f"{self.folder} holds no readable checkpoint{reason}")
+
+    def _damage(self, step: int, names: Collection[str]) -> str | None:
+        """A line on what is damaged of the named items; None for nothing.
+
+        The first process decides for all, since all must read one checkpoint together.
+        """
+        try:
+            on_first(functools.partial(self._require_undamaged, step, names))
+        except UserError as error:
+            return f"checkpoint {step} is damaged ({one_line(error)})"
+        return None
 
     def _read_info(self, step: int) -> CheckpointInfo:
         if (self.folder / str(step) / _OLD_INFO).exists():
@@ -291,10 +301,6 @@ class Checkpoints:
                     raise Unreadable(f"{failure}: {one_line(error)}; try again") from None
                 time.sleep(pause)
         raise AssertionError
-
-
-class _Damaged(UserError):
-    """The files of a checkpoint differ from what was written."""
 
 
 def _tree_of(name: str) -> str:
