@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,8 +117,8 @@ def importance_weighted_log_prob(
 ) -> tuple[Float[Array, ""], ImportanceInfo]:
     """Estimate log p(x) by the log of the mean of K importance weights p(x, z) / q(z), z ~ q.
 
-    Samples are processed in chunks. Three sums per chunk and the largest weights of all samples are
-    kept. Sample k uses `fold_in(key, k)`, so the chunk size changes rounding only.
+    Samples are processed in chunks, of which only the log weights are kept, two numbers a sample.
+    Sample k uses `fold_in(key, k)`, so the chunk size changes rounding only.
 
     Args:
         key: Random key.
@@ -155,32 +155,22 @@ def importance_weighted_log_prob(
     num_chunks = -(-count // chunk_size)
     kept = min(tail_size(count) + 1, count)
 
-    def add_up(largest: Array, chunk: Array) -> tuple[Array, Any]:
+    def weigh(chunk: Array) -> tuple[Array, Array]:
         index = chunk * chunk_size + jnp.arange(chunk_size)
         if place is not None:
             index = place(index)
-        weights, means = _log_weights(key, index, log_joint, posterior, antithetic)
-        counts = index < count
-        sums = (
-            jax.nn.logsumexp(weights, where=counts),
-            jax.nn.logsumexp(2 * weights, where=counts),
-            jnp.sum(means, where=counts),
-        )
-        candidates = jnp.concatenate([largest, jnp.where(counts, weights, -jnp.inf)])
-        # `top_k` ranks a NaN with the sign bit set, as inf - inf gives, below all numbers.
-        candidates = jnp.where(jnp.isnan(candidates), jnp.nan, candidates)
-        return jax.lax.top_k(jax.lax.stop_gradient(candidates), kept)[0], sums
+        return _log_weights(key, index, log_joint, posterior, antithetic)
 
-    # Adding zeros made from a weight, which the compiler removes, gives the carry of the scan the
-    # variation over devices that the weights have, as `jax.shard_map` requires.
-    first, _ = _log_weights(key, jnp.arange(1), log_joint, posterior, antithetic)
-    none_yet = jnp.full(kept, -jnp.inf, first.dtype) + jnp.zeros_like(first)
-    largest, sums = jax.lax.scan(add_up, none_yet, jnp.arange(num_chunks))
-    log_sums, log_sums_squares, totals = sums
-    log_sum, log_sum_squares = jax.nn.logsumexp(log_sums), jax.nn.logsumexp(log_sums_squares)
+    weights, means = jax.tree.map(
+        lambda chunks: chunks.ravel()[:count], jax.lax.map(weigh, jnp.arange(num_chunks))
+    )
+    # `top_k` ranks a NaN with the sign bit set, as inf - inf gives, below all numbers.
+    ranked = jax.lax.stop_gradient(jnp.where(jnp.isnan(weights), jnp.nan, weights))
+    largest = jax.lax.top_k(ranked, kept)[0]
+    log_sum, log_sum_squares = jax.nn.logsumexp(weights), jax.nn.logsumexp(2 * weights)
     ess = jnp.exp(2 * log_sum - log_sum_squares)
     relative_variance = jnp.maximum(1 / ess - 1 / count, 0.0)
-    info = ImportanceInfo(ess, jnp.sqrt(relative_variance), jnp.sum(totals) / count, largest)
+    info = ImportanceInfo(ess, jnp.sqrt(relative_variance), jnp.mean(means), largest)
     return log_sum - jnp.log(count), info
 
 

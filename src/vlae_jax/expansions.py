@@ -248,6 +248,21 @@ def depend_on_data(log_joint: LogDensity, z: Float[Array, " latent"]) -> Float[A
     return z + jnp.zeros_like(value).astype(z.dtype)
 
 
+def held_constant(function: Callable[..., Any], *like: Array) -> Callable[..., Any]:
+    """Return the function with everything it closes over held constant.
+
+    Reverse mode then never enters what the function closes over, unlike with the gradient of its
+    result stopped.
+
+    Args:
+        function: A function of arrays.
+        like: Arguments of the shapes and types it will be called with.
+    """
+    pure, closed_over = jax.closure_convert(function, *like)
+    constants = jax.lax.stop_gradient(closed_over)
+    return lambda *arguments: pure(*arguments, *constants)
+
+
 def _basis(z: Float[Array, " latent"]) -> Float[Array, "latent latent"]:
     """The unit vectors, marked as varying over devices like z; see `depend_on_data`."""
     return jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)[None]

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
-from vlae_jax.expansions import Expansion, MatrixFreeExpansion, Products, Quadratic, depend_on_data
+from vlae_jax.expansions import (
+    Expansion,
+    MatrixFreeExpansion,
+    Products,
+    Quadratic,
+    depend_on_data,
+    held_constant,
+)
 from vlae_jax.factor import Factor, factorize
 from vlae_jax.posterior import GaussianPosterior, posterior_from_factor
 from vlae_jax.refinement import (
@@ -105,23 +112,21 @@ def _without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansi
     Gradients are stopped here instead of at the mode, so that reverse mode never traverses the
     search.
     """
-    quadratic, closed_over = jax.closure_convert(expand, z)
-    held = jax.lax.stop_gradient(closed_over)
+    quadratic = held_constant(expand, z)
     if not hasattr(expand, "products"):
-        return lambda z: quadratic(z, *held)
+        return quadratic
 
     def multiply(z: Array, v: Array) -> tuple[Array, Array, Array]:
         value, grad, times = expand.products(z)
         return value, grad, times(v)
 
-    pure, closed_over = jax.closure_convert(multiply, z, z)
-    also_held = jax.lax.stop_gradient(closed_over)
+    held = held_constant(multiply, z, z)
 
     def products(z: Array) -> Products:
-        value, grad, _ = pure(z, z, *also_held)
-        return Products(value, grad, jax.linearize(lambda v: pure(z, v, *also_held)[2], z)[1])
+        value, grad, _ = held(z, z)
+        return Products(value, grad, jax.linearize(lambda v: held(z, v)[2], z)[1])
 
-    return MatrixFreeExpansion(lambda z: quadratic(z, *held), products)
+    return MatrixFreeExpansion(quadratic, products)
 
 
 def at_implicit_mode(

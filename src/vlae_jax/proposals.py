@@ -19,6 +19,8 @@ from vlae_jax.posterior import (
     solve_factor,
 )
 
+_FEW_DF = 16
+
 
 class StudentTPosterior(NamedTuple):
     """A multivariate Student-t: a proposal with heavier tails than a Gaussian."""
@@ -38,11 +40,9 @@ class StudentTPosterior(NamedTuple):
         Gradients:
             Flow through mean and factor (reparameterization), and implicitly through ν.
         """
-        normal_key, gamma_key = jax.random.split(key)
+        normal_key, chi_square_key = jax.random.split(key)
         noise = jax.random.normal(normal_key, self.mean.shape, self.mean.dtype)
-        half_df = jnp.asarray(0.5 * self.df, self.mean.dtype)
-        divisor = jax.random.gamma(gamma_key, half_df, dtype=noise.dtype) / half_df
-        noise = noise / jnp.sqrt(divisor)
+        noise = noise / jnp.sqrt(_chi_square(chi_square_key, self.df, noise.dtype) / self.df)
         z = self.mean + solve_factor(self.chol_precision, noise, transpose=True)
         return z, self._log_density(noise @ noise)
 
@@ -58,9 +58,22 @@ class StudentTPosterior(NamedTuple):
     def _log_density(self, square: Float[Array, ""]) -> Float[Array, ""]:
         df, dim = self.df, self.mean.size
         log_det_chol = jnp.sum(jnp.log(jnp.diagonal(self.chol_precision)))
-        log_peak = gammaln(0.5 * (df + dim)) - gammaln(0.5 * df)
+        # Of a plain number the compiler need not know what the function is.
+        log_gamma = math.lgamma if isinstance(df, int | float) else gammaln
+        log_peak = log_gamma(0.5 * (df + dim)) - log_gamma(0.5 * df)
         log_peak -= 0.5 * dim * jnp.log(df * math.pi)
         return log_det_chol + log_peak - 0.5 * (df + dim) * jnp.log1p(square / df)
+
+
+def _chi_square(key: PRNGKeyArray, df: float | Array, dtype: Any) -> Float[Array, ""]:
+    """Draw from χ²(df).
+
+    A few whole degrees of freedom are as many squared normals. The general sampler rejects, in
+    loops that take seconds to compile.
+    """
+    if isinstance(df, int | float) and df in range(1, _FEW_DF + 1):
+        return jnp.sum(jax.random.normal(key, (int(df),), dtype) ** 2)
+    return 2 * jax.random.gamma(key, jnp.asarray(0.5 * df, dtype), dtype=dtype)
 
 
 class SkewedPosterior(NamedTuple):

@@ -15,7 +15,7 @@ from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float
 
 from vlae_jax.conjugate_gradients import conjugate_gradients
-from vlae_jax.expansions import Expansion, MatrixFreeExpansion, Quadratic
+from vlae_jax.expansions import Expansion, MatrixFreeExpansion, Quadratic, held_constant
 from vlae_jax.factor import factorize
 
 Evaluate = Callable[[Float[Array, " latent"]], Float[Array, ""]]
@@ -97,9 +97,8 @@ def hold_value(expand: Expansion, z: Float[Array, " latent"]) -> Evaluate:
 
     This keeps derivatives out of the line search, whose `while_loop` has no reverse mode.
     """
-    value, closed_over = jax.closure_convert(lambda z: expand(z).value, z)
-    held = jax.lax.stop_gradient(closed_over)
-    return lambda z: value(jax.lax.stop_gradient(z), *held)
+    value = held_constant(lambda z: expand(z).value, z)
+    return lambda z: value(jax.lax.stop_gradient(z))
 
 
 def line_search_step(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vlae_jax.expansions import Expansion, Quadratic, depend_on_data
+from vlae_jax.expansions import Expansion, Quadratic, depend_on_data, held_constant
 from vlae_jax.factor import Factor, factorize
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, as_gaussian
 
@@ -148,8 +148,8 @@ def variational_refine(
     mean, chol = as_gaussian(posterior)
     if gradient == "stop":
         mean, chol = jax.lax.stop_gradient((mean, chol))
-        expand = _held(expand, mean)
-        repair = None if repair is None else _held(repair, mean)
+        expand = held_constant(expand, mean)
+        repair = None if repair is None else held_constant(repair, mean)
     mean = depend_on_data(lambda z: expand(z).value, mean)
     # Adding zeros, which the compiler removes, marks the carry of the scan as varying over devices
     # with the data, as `jax.shard_map` requires.
@@ -332,13 +332,6 @@ def _sum_up(
         steps_used=jnp.sum(accepted[1:]),
     )
     return jax.lax.stop_gradient(info)
-
-
-def _held(expand: Expansion, z: Float[Array, " latent"]) -> Expansion:
-    """Return the expansion with everything it closes over held constant, for reverse mode."""
-    pure, closed_over = jax.closure_convert(expand, z)
-    constants = jax.lax.stop_gradient(closed_over)
-    return lambda z: pure(z, *constants)
 
 
 def _check(

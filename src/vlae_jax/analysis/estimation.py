@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from vlae_jax.annealing import annealed_importance_sampling
+from vlae_jax.annealing import strict_lower_bound
 from vlae_jax.bounds import ImportanceInfo, importance_weighted_log_prob
 from vlae_jax.densities import LogDensity
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.trained import Inferred
 from vlae_jax.posterior import GaussianPosterior
-from vlae_jax.proposals import StudentTPosterior, heavy_tailed
+from vlae_jax.proposals import heavy_tailed
 from vlae_jax.variational import variational_refine
 
 
@@ -53,7 +53,23 @@ DF = 8.0
 """Degrees of freedom of the Student-t: tails that a Gaussian's weights cannot outrun, in a body
 that is nearly Gaussian."""
 _EXPANDED_AT_ONCE = 8
-TEMPERATURES, CHAINS, LEAPFROG = 100, 16, 5
+
+
+class Annealing(NamedTuple):
+    """How much one image is annealed."""
+
+    temperatures: int
+    chains: int
+    leapfrog: int
+    """Leapfrog steps of each transition."""
+
+    @property
+    def cost(self) -> int:
+        """Evaluations of the log joint that this is worth; a gradient is three."""
+        return self.chains * self.temperatures * (3 * self.leapfrog + 1)
+
+
+ANNEALING = Annealing(100, 16, 5)
 
 
 def first_effort(num_samples: int) -> Effort:
@@ -64,11 +80,6 @@ def first_effort(num_samples: int) -> Effort:
 def second_effort(first: Effort) -> Effort:
     """What an image gets where that has not sufficed."""
     return Effort(40, 24, 32, 4 * first.importance_samples)
-
-
-def annealing_cost() -> int:
-    """Evaluations of the log joint that annealing one image is worth; a gradient is three."""
-    return CHAINS * TEMPERATURES * (3 * LEAPFROG + 1)
 
 
 def best_gaussian(
@@ -102,19 +113,20 @@ class _Chosen(NamedTuple):
     """A Gaussian, or the Student-t of the same mean and scale."""
 
     gaussian: GaussianPosterior
-    heavy: StudentTPosterior
     is_gaussian: Bool[Array, ""]
 
     def sample_and_log_prob(self, key: PRNGKeyArray) -> tuple[Array, Array]:
         """One sample of the one chosen, and its log density in nats."""
-        light, heavy = (each.sample_and_log_prob(key) for each in (self.gaussian, self.heavy))
-        return jax.tree.map(
-            lambda one, other: jnp.where(self.is_gaussian, one, other), light, heavy
-        )
+        z, _ = heavy_tailed(self.gaussian, DF).sample_and_log_prob(key)
+        # From the Student-t's normal noise, which is then drawn once.
+        light, _ = self.gaussian.sample_and_log_prob(jax.random.split(key)[0])
+        z = jnp.where(self.is_gaussian, light, z)
+        return z, self.log_prob(z)
 
     def log_prob(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
         """Log density of the one chosen at z, nats."""
-        return jnp.where(self.is_gaussian, self.gaussian.log_prob(z), self.heavy.log_prob(z))
+        heavy = heavy_tailed(self.gaussian, DF)
+        return jnp.where(self.is_gaussian, self.gaussian.log_prob(z), heavy.log_prob(z))
 
     def reflect(self, z: Float[Array, " latent"]) -> Float[Array, " latent"]:
         """The mirror image of z."""
@@ -130,7 +142,7 @@ def _with_fitting_tails(
     """
     zs, log_q = jax.vmap(gaussian.sample_and_log_prob)(jax.random.split(key, _PILOTS))
     spread = jnp.ptp(jax.vmap(log_joint)(zs) - log_q)
-    return _Chosen(gaussian, heavy_tailed(gaussian, DF), spread < _NEGLIGIBLE_SPREAD)
+    return _Chosen(gaussian, spread < _NEGLIGIBLE_SPREAD)
 
 
 def estimate_log_prob(
@@ -170,39 +182,28 @@ def estimate_log_prob(
 
 
 def anneal_log_prob(
-    inferred: Inferred, effort: Effort, *, attempt: int
+    inferred: Inferred, effort: Effort, *, attempt: int, annealing: Annealing = ANNEALING
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Estimate log p(x) of one example by chains annealed from the proposal made for it.
-
-    Chains of their own find the step sizes, so that the estimate is a bound in expectation.
 
     Args:
         inferred: From `Trained.infer`.
         effort: That of the proposal.
         attempt: Another number gives an independent estimate.
+        annealing: How much to anneal.
 
     Returns:
         Nats, a lower bound of log p(x) in expectation; and its standard error over chains.
     """
-    refine_key, pilot_key, key = jax.random.split(jax.random.fold_in(inferred.keys.use, attempt), 3)
+    refine_key, key = jax.random.split(jax.random.fold_in(inferred.keys.use, attempt))
     start = best_gaussian(inferred.at, inferred.inference.iterates[-1], refine_key, effort)
-    _, pilot = annealed_importance_sampling(
-        pilot_key,
-        inferred.log_joint,
-        start,
-        num_temperatures=TEMPERATURES,
-        num_chains=CHAINS // 2,
-        num_leapfrog=LEAPFROG,
-    )
-    log_prob, info = annealed_importance_sampling(
+    log_prob, info = strict_lower_bound(
         key,
         inferred.log_joint,
         start,
-        num_temperatures=TEMPERATURES,
-        num_chains=CHAINS,
-        num_leapfrog=LEAPFROG,
-        step_size=pilot.step_size,
-        adapt=False,
+        num_temperatures=annealing.temperatures,
+        num_chains=annealing.chains,
+        num_leapfrog=annealing.leapfrog,
     )
     return log_prob, info.standard_error
 

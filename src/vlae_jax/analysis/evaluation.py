@@ -14,9 +14,9 @@ from arviz_stats.base import array_stats
 from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.analysis.estimation import (
+    ANNEALING,
     Effort,
     anneal_log_prob,
-    annealing_cost,
     estimate_log_prob,
     first_effort,
     second_effort,
@@ -52,10 +52,12 @@ _SAMPLED = frozenset(
     }
 )
 """Metrics that depend on the number of importance samples."""
+_OWN = "own_"
+"""Begins the names of what the system's own posterior gives as the proposal."""
 _REPORTED = (
     *("log_prob", "elbo", "inference_gap", "kl", "reconstruction", "bits_per_dim", "ess"),
     *("log_prob_sampling_error", "unreliable", "annealed", "not_finite", "unconverged"),
-    *("not_positive_definite", "newton_decrement"),
+    *("not_positive_definite", "newton_decrement", "own_log_prob", "own_unreliable"),
 )
 """Metrics in a results file, in the order of that file."""
 _PACKAGES = (
@@ -112,8 +114,10 @@ def measure(
     Returns:
         Arrays of shape (n,), in nats unless stated otherwise: log_prob, elbo, inference_gap, kl,
         reconstruction, log_det (of the preprocessing), ess (samples), log_prob_sampling_error,
-        pareto_k; bits_per_dim if the preprocessing defines it; the system's flags; with proposal
-        auto also annealed, whether log_prob comes from annealing.
+        pareto_k; bits_per_dim if the preprocessing defines it; the system's flags. With proposal
+        auto also annealed, whether log_prob comes from annealing; and own_log_prob, own_ess,
+        own_log_prob_sampling_error and own_pareto_k, from a fifth as many samples of the system's
+        own posterior.
     """
     config = trained.config.evaluation
     spread = placement and placement.for_batch(min(config.evaluation_batch, len(images)))
@@ -145,10 +149,12 @@ def _first_pass(
             log_prob, info = estimate_log_prob(
                 inferred, effort, attempt=0, chunk_size=chunk_size, place=place
             )
-            few = -(-samples // _ELBO_SHARE)
-            bound = weigh(keys.bound, log_joint, posterior, num_samples=few)[1].elbo
+            own_log_prob, own = weigh(
+                keys.bound, log_joint, posterior, num_samples=_elbo_samples(config)
+            )
+            bound, beside = own.elbo, _named(_OWN, _of_weights(own_log_prob, own))
         else:
-            proposal = _proposal(config, posterior)
+            beside, proposal = {}, _proposal(config, posterior)
             log_prob, info = weigh(keys.bound, log_joint, proposal, num_samples=samples)
             bound = info.elbo
             if proposal is not posterior:
@@ -160,11 +166,23 @@ def _first_pass(
             "kl": kl,
             "reconstruction": bound + kl,
             **_of_weights(log_prob, info),
+            **beside,
             **inferred.inference.flags,
         }
 
     measured = _map(what, trained, one, images, np.arange(len(images)), spread)
+    if config.proposal == "auto":
+        measured = _with_pareto_k(measured, _elbo_samples(config), _OWN)
     return _with_pareto_k(measured, _weights(config, effort))
+
+
+def _elbo_samples(config: EvaluationConfig) -> int:
+    """The samples of the system's own posterior beside proposal auto."""
+    return -(-config.importance_samples // _ELBO_SHARE)
+
+
+def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in values.items()}
 
 
 def _estimate_again(
@@ -196,7 +214,7 @@ def _estimate_again(
         found = _map("estimating again", trained, again, images, rows, spread)
         for name, values in _with_pareto_k(found, _weights(config, second)).items():
             measured[name][rows] = values
-    rows, budget = within_budget(_doubtful(measured), annealing_cost(), budget)
+    rows, budget = within_budget(_doubtful(measured), ANNEALING.cost, budget)
     if len(rows):
         for name, values in _map("annealing", trained, anneal, images, rows, spread).items():
             measured[name][rows] = values
@@ -248,10 +266,13 @@ def _of_weights(log_prob: Array, info: ImportanceInfo) -> dict[str, Array]:
     }
 
 
-def _with_pareto_k(measured: dict[str, np.ndarray], num_weights: int) -> dict[str, np.ndarray]:
+def _with_pareto_k(
+    measured: dict[str, np.ndarray], num_weights: int, prefix: str = ""
+) -> dict[str, np.ndarray]:
     """Return `measured` with pareto_k in place of the largest weights, to which it is fitted."""
-    rest = {name: values for name, values in measured.items() if name != "largest_weights"}
-    return {**rest, "pareto_k": pareto_k(measured["largest_weights"], num_weights)}
+    largest = f"{prefix}largest_weights"
+    rest = {name: values for name, values in measured.items() if name != largest}
+    return {**rest, f"{prefix}pareto_k": pareto_k(measured[largest], num_weights)}
 
 
 def _doubtful(measured: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -356,7 +377,6 @@ def describe(
 
 
 def _metrics(config: EvaluationConfig, measured: Mapping[str, np.ndarray]) -> list[Metric]:
-    samples = config.importance_samples
     shapes = measured["pareto_k"]
     annealed = measured.get("annealed", np.zeros(len(shapes), bool))
     found = {
@@ -369,8 +389,8 @@ def _metrics(config: EvaluationConfig, measured: Mapping[str, np.ndarray]) -> li
             "unconverged": ~measured["converged"],
             "not_positive_definite": ~measured["is_pd"],
         }
-    return [
-        mean_metric(name, found[name], samples if name in _SAMPLED else None)
-        for name in _REPORTED
-        if name in found
-    ]
+    drawn = dict.fromkeys(_SAMPLED, config.importance_samples)
+    if "own_pareto_k" in measured:
+        found["own_unreliable"] = is_doubtful(measured["own_pareto_k"])
+        drawn["own_log_prob"] = _elbo_samples(config)
+    return [mean_metric(name, found[name], drawn.get(name)) for name in _REPORTED if name in found]

@@ -10,8 +10,8 @@ from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.annealing import (
     AnnealingInfo,
-    annealed_importance_sampling,
     reverse_annealed_importance_sampling,
+    strict_lower_bound,
 )
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.densities import LogDensity
@@ -183,20 +183,14 @@ def _bound_on_simulated(
 def _lower_bound(
     key: PRNGKeyArray, log_joint: LogDensity, start: Posterior, options: GapConfig
 ) -> tuple[Array, AnnealingInfo]:
-    """Bound log p(x) from below by annealing, with step sizes found by separate chains.
-
-    These are half as many. Chains that adapt their own step sizes would not give a strict bound.
-    """
-    anneal = functools.partial(
-        annealed_importance_sampling,
-        log_joint=log_joint,
-        start=start,
+    return strict_lower_bound(
+        key,
+        log_joint,
+        start,
         num_temperatures=options.temperatures,
+        num_chains=options.chains,
         num_leapfrog=options.leapfrog,
     )
-    pilot_key, key = jax.random.split(key)
-    _, pilot = anneal(pilot_key, num_chains=-(-options.chains // 2))
-    return anneal(key, num_chains=options.chains, step_size=pilot.step_size, adapt=False)
 
 
 def _converged(at: Observation, z: Array, options: GapConfig) -> GaussianPosterior:

@@ -37,16 +37,21 @@ class Tails(NamedTuple):
     perfect: int
     """Images whose weights are all alike: k̂ = -∞."""
     undefined: int
+    annealed: int
+    """Images whose log p(x) comes from annealing, to which no k̂ belongs."""
+    own: np.ndarray
+    """The values with the system's own posterior as the proposal; empty where it was the only
+    one."""
 
     @property
     def images(self) -> int:
         """The number of all images."""
-        return len(self.shapes) + self.perfect + self.undefined
+        return len(self.shapes) + self.perfect + self.undefined + self.annealed
 
     @property
     def unreliable(self) -> float:
-        """The unreliable share of the images that have a k̂; NaN if none has."""
-        judged = len(self.shapes) + self.perfect
+        """The unreliable share of the images whose reliability is known; NaN if none has."""
+        judged = self.images - self.undefined
         return float(np.sum(self.shapes > UNRELIABLE_K) / judged) if judged else math.nan
 
     @property
@@ -54,6 +59,11 @@ class Tails(NamedTuple):
         """The unreliable share and the images that are not drawn, in words."""
         share = "no k\u0302" if math.isnan(self.unreliable) else f"{100 * self.unreliable:.1f} %"
         words = f"{share} of {self.images} images above {UNRELIABLE_K}"
+        if len(self.own):
+            before = 100 * float(np.mean(self.own > UNRELIABLE_K))
+            words += f", {before:.1f} % with the system’s own posterior as the proposal (line)"
+        if self.annealed:
+            words += f"; {self.annealed} estimated by annealing instead"
         if self.perfect:
             words += f"; {self.perfect} with equal weights, a perfect fit (k\u0302 = −∞)"
         if self.undefined:
@@ -63,19 +73,37 @@ class Tails(NamedTuple):
 
 def read_tails(runs: Sequence[Run]) -> Tails | None:
     """Read the k̂ of all images of these runs; None if none has been measured."""
-    found = [run.per_image["pareto_k"] for run in runs if "pareto_k" in run.per_image]
+    found = [run.per_image for run in runs if "pareto_k" in run.per_image]
     if not found:
         return None
-    shapes = np.concatenate(found).astype(np.float64)
+    shapes = np.concatenate([values["pareto_k"] for values in found]).astype(np.float64)
+    annealed = np.concatenate(
+        [values.get("annealed", np.zeros(len(values["pareto_k"]))) for values in found]
+    ).astype(bool)
+    own = [values["own_pareto_k"] for values in found if "own_pareto_k" in values]
     undefined, perfect = np.isnan(shapes), np.isneginf(shapes)
-    return Tails(shapes[~undefined & ~perfect], int(perfect.sum()), int(undefined.sum()))
+    return Tails(
+        shapes[~undefined & ~perfect & ~annealed],
+        int((perfect & ~annealed).sum()),
+        int((undefined & ~annealed).sum()),
+        int(annealed.sum()),
+        np.concatenate(own).astype(np.float64) if own else np.empty(0),
+    )
 
 
 def draw_tails(axes: Axes, tails: Tails, color: str) -> None:
-    """Draw the histogram of k̂ in percent of all images, with the two thresholds."""
-    shapes = np.clip(tails.shapes, K_EDGES[0], K_EDGES[-1])
-    heights = np.histogram(shapes, K_EDGES)[0] * (100.0 / tails.images)
-    axes.stairs(heights, K_EDGES, fill=True, color=color, linewidth=0)
+    """Draw the histogram of k̂ in percent of all images, with the two thresholds.
+
+    The outline is that of the system's own posterior as the proposal.
+    """
+
+    def heights(shapes: np.ndarray) -> np.ndarray:
+        inside = np.clip(shapes[~np.isnan(shapes)], K_EDGES[0], K_EDGES[-1])
+        return np.histogram(inside, K_EDGES)[0] * (100.0 / tails.images)
+
+    axes.stairs(heights(tails.shapes), K_EDGES, fill=True, color=color, linewidth=0)
+    if len(tails.own):
+        axes.stairs(heights(tails.own[~np.isneginf(tails.own)]), K_EDGES, color=FAINT)
     for threshold in (FINITE_VARIANCE_K, UNRELIABLE_K):
         axes.axvline(threshold, color=INK, linewidth=1.0, linestyle=":")
     ticks = {-0.5: "≤ −0.5", 0.0: "0", 0.5: "0.5", 0.7: "0.7", 1.0: "1", 1.5: "≥ 1.5"}
