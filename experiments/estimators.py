@@ -1,8 +1,9 @@
 """How far off the usual estimates of log p(x) are: `python -m experiments.estimators RUNS`.
 
 Every estimate is measured on the same test images of the same decoder. RUNS are run folders, or
-folders of them as `python -m experiments NAME` makes. A run that is on record is not measured
-again. `make report` sets the tables of docs/estimators.md from the record.
+folders of them as `python -m experiments NAME` makes. A run on record is not measured again; that
+of others becomes the evaluation in its run folder. `make report` sets the tables of
+docs/estimators.md from the record.
 """
 
 import argparse
@@ -20,16 +21,17 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.analysis.estimation import ANNEALING, anneal_log_prob, first_effort
-from vlae_jax.analysis.evaluation import measure
+from vlae_jax.analysis.evaluation import describe, measure, metrics_of
 from vlae_jax.commands.uses import images_of_run
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.models.saved import load
 from vlae_jax.models.trained import Trained
 from vlae_jax.parallel.mapping import map_images
+from vlae_jax.runs.folder import RunFolder
 from vlae_jax.runs.metrics import UNRELIABLE_K
 from vlae_jax.runs.storage import write_atomically
 
-RECORD = Path(__file__).parent / "results" / "estimators.json"
+RECORD = Path(__file__).with_suffix(".json")
 
 
 class Estimator(NamedTuple):
@@ -89,6 +91,8 @@ def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: st
             functools.partial(measure, chosen, test, what=f"{run.name}, {estimator.label}"),
             len(test),
         )
+        if name == REFERENCE:
+            keep(chosen, found[name], RunFolder(run), seconds=1e-3 * spent[name] * len(test))
     chains, spent["ais"] = timed(lambda: anneal(trained, test[:annealed]), annealed)
     reference = found[REFERENCE]["log_prob"]
     return {
@@ -118,6 +122,15 @@ def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: st
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "jax": jax.__version__,
     }
+
+
+def keep(
+    trained: Trained, measured: dict[str, np.ndarray], run: RunFolder, *, seconds: float
+) -> None:
+    """Make this the evaluation of the run, as `vlae_jax evaluate` would."""
+    metrics = metrics_of(trained.config.evaluation, measured)
+    run.write_results(describe(trained, metrics, seconds={"evaluation": seconds}))
+    run.write_per_image(measured)
 
 
 def anneal(trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from experiments.study import RESULTS
 from vlae_jax.report.groups import over_seeds
 from vlae_jax.report.style import BLUE, DPI, FAINT, INK, ORANGE, STYLE, minus
-from vlae_jax.runs.metrics import QUANTITIES
+from vlae_jax.runs.metrics import QUANTITIES, UNRELIABLE_K
 
 README = Path(__file__).parent / "README.md"
+ESTIMATES = Path(__file__).parent / "estimators.json"
+ESTIMATORS_PAGE = Path(__file__).parent.parent / "docs" / "estimators.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 COLUMNS = ("log_prob", "elbo", "inference_gap", "bits_per_dim", "unreliable")
 PAIRED = ("log_prob", "elbo")
@@ -43,13 +45,58 @@ def main() -> None:
         draw(record, IMAGES / f"study_{name}.png")
         print(f"{record['title']}: {len(record['runs'])} runs")
     README.write_text(text)
+    rows = json.loads(ESTIMATES.read_text())
+    page = ESTIMATORS_PAGE.read_text()
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        of_set = [row for row in rows if row["dataset"] == dataset]
+        page = put(page, f"estimators: {dataset}", estimators_table(of_set))
+        print(f"estimators on {dataset}: {len(of_set)} runs")
+    ESTIMATORS_PAGE.write_text(page)
+
+
+def estimators_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One row for each decoder: the believable log p(x), and how far the others are from it.
+
+    Beside each stands, in parentheses, the share of images with an unreliable k̂.
+    """
+    head = ["trained as", "log p(x), auto"]
+    head += [f"{name} − auto" for name in ("own posterior", "Laplace", "variational", "AIS")]
+    lines = []
+    for row in rows:
+        found = row["estimators"]
+        cells = [
+            f"{words(*found[name]['log_prob_less_reference'])} ({_share(found[name])})"
+            for name in ("own", "laplace", "refined")
+        ]
+        believable = f"{words(*row['reference'])} ({_share(found['auto'])})"
+        label = row["run"].rsplit("-seed", 1)[0].replace("-T=", " T=").replace("-K=", " K=")
+        lines.append([label, believable, *cells, words(*row["ais"]["less_reference"])])
+    first = rows[0]
+    milliseconds = {
+        name: mean(row["estimators"][name]["milliseconds"] for row in rows)
+        for name in first["estimators"]
+    }
+    milliseconds["AIS"] = mean(row["ais"]["milliseconds"] for row in rows)
+    names = {"own": "own posterior", "laplace": "Laplace", "refined": "variational"}
+    costs = ", ".join(f"{names.get(name, name)} {ms:.0f}" for name, ms in milliseconds.items())
+    return (
+        f"{markdown(head, lines)}\n\n{first['images']} test images ({first['ais']['images']} for "
+        f"AIS), K = {first['samples']}; ± is the standard error over images, of paired "
+        f"differences; in parentheses the share of images with k̂ > {UNRELIABLE_K}. Milliseconds "
+        f"an image without compilation, mean over the rows: {costs} "
+        f"({first['hardware']}, one core, jax {first['jax']})."
+    )
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['unreliable']:.0f} %"
 
 
 def put(text: str, mark: str, content: str) -> str:
     """Replace the content between a mark and the next end mark of a page."""
     start = f"<!-- {mark} -->\n"
     if start not in text:
-        raise SystemExit(f"{README} has no place for {mark}: {start.strip()} ... <!-- end -->")
+        raise SystemExit(f"the page has no place for {mark}: {start.strip()} ... <!-- end -->")
     before, after = text.split(start, 1)
     after = after.split("<!-- end -->", 1)[1]
     return f"{before}{start}{content}\n<!-- end -->{after}"

@@ -91,7 +91,7 @@ def evaluate(
         The metrics, in nats per image unless stated otherwise, and the values of each image.
     """
     measured = measure(trained, images, placement=placement)
-    return Evaluation(_metrics(trained.config.evaluation, measured), measured)
+    return Evaluation(metrics_of(trained.config.evaluation, measured), measured)
 
 
 def measure(
@@ -376,7 +376,8 @@ def describe(
     }
 
 
-def _metrics(config: EvaluationConfig, measured: Mapping[str, np.ndarray]) -> list[Metric]:
+def metrics_of(config: EvaluationConfig, measured: Mapping[str, np.ndarray]) -> list[Metric]:
+    """The metrics of a results file, from what `measure` has measured with this configuration."""
     shapes = measured["pareto_k"]
     annealed = measured.get("annealed", np.zeros(len(shapes), bool))
     found = {
