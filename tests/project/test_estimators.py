@@ -46,6 +46,9 @@ def test_every_estimator_gives_the_closed_form_of_a_linear_decoder(
         assert row["estimators"][name]["unreliable"] == 0
     assert row["estimators"]["own"]["elbo_less_reference"][0] < -1
     assert abs(row["estimators"]["laplace"]["elbo_less_reference"][0]) < 1e-3
+    # Posteriors of a linear decoder are exact: 0.9 of 400, within four standard errors.
+    assert abs(row["coverage"]["laplace"] - 0.9) < 0.06
+    assert row["coverage"]["own"] < 0.8
     assert abs(row["ais"]["less_reference"][0]) < 1e-3
     assert all(found["milliseconds"] > 0 for found in row["estimators"].values())
     kept = read_run(run)

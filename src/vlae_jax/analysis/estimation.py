@@ -5,8 +5,8 @@ as the proposal, systems with a poor posterior are measured too low, by 10 to 10
 image gets the best Gaussian that can be had for its decoder: the mode is searched from where the
 system's posterior is centered, and the Laplace posterior there is refined by variational Newton
 steps. Its Student-t is the proposal, of antithetic pairs. Pareto k̂ tells for which images that does
-not suffice: they are estimated again with more steps and samples, and what is left by annealing, as
-far as the budget goes.
+not suffice: these are estimated by annealing, as far as the budget goes. (Four times the samples
+cost more and help fewer of them: a heavy tail stays heavy.)
 """
 
 from collections.abc import Callable
@@ -72,14 +72,9 @@ class Annealing(NamedTuple):
 ANNEALING = Annealing(100, 16, 5)
 
 
-def first_effort(num_samples: int) -> Effort:
-    """What every image gets, for K importance samples."""
+def effort_for(num_samples: int) -> Effort:
+    """The work on every image, for K importance samples."""
     return Effort(20, 8, 16, num_samples + num_samples % 2)
-
-
-def second_effort(first: Effort) -> Effort:
-    """What an image gets where that has not sufficed."""
-    return Effort(40, 24, 32, 4 * first.importance_samples)
 
 
 def best_gaussian(
@@ -149,7 +144,6 @@ def estimate_log_prob(
     inferred: Inferred,
     effort: Effort,
     *,
-    attempt: int,
     chunk_size: int,
     place: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, ""], ImportanceInfo]:
@@ -158,7 +152,6 @@ def estimate_log_prob(
     Args:
         inferred: From `Trained.infer`; of the system's posterior only the center is used.
         effort: How much to do.
-        attempt: Another number gives an independent estimate.
         chunk_size: Importance samples held at once.
         place: See `importance_weighted_log_prob`.
 
@@ -166,7 +159,7 @@ def estimate_log_prob(
         Nats, a lower bound of log p(x) in expectation, and what its weights say of it: `elbo` is
         that of the proposal.
     """
-    refine_key, sample_key = jax.random.split(jax.random.fold_in(inferred.keys.use, attempt))
+    refine_key, sample_key = jax.random.split(jax.random.fold_in(inferred.keys.use, 0))
     start = inferred.inference.iterates[-1]
     gaussian = best_gaussian(inferred.at, start, refine_key, effort)
     sample_key, pilot_key = jax.random.split(sample_key)
@@ -182,20 +175,19 @@ def estimate_log_prob(
 
 
 def anneal_log_prob(
-    inferred: Inferred, effort: Effort, *, attempt: int, annealing: Annealing = ANNEALING
+    inferred: Inferred, effort: Effort, annealing: Annealing = ANNEALING
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Estimate log p(x) of one example by chains annealed from the proposal made for it.
 
     Args:
         inferred: From `Trained.infer`.
         effort: That of the proposal.
-        attempt: Another number gives an independent estimate.
         annealing: How much to anneal.
 
     Returns:
         Nats, a lower bound of log p(x) in expectation; and its standard error over chains.
     """
-    refine_key, key = jax.random.split(jax.random.fold_in(inferred.keys.use, attempt))
+    refine_key, key = jax.random.split(jax.random.fold_in(inferred.keys.use, 1))
     start = best_gaussian(inferred.at, inferred.inference.iterates[-1], refine_key, effort)
     log_prob, info = strict_lower_bound(
         key,
@@ -208,13 +200,12 @@ def anneal_log_prob(
     return log_prob, info.standard_error
 
 
-def within_budget(wanted: np.ndarray, cost: int, budget: float) -> tuple[np.ndarray, float]:
-    """The first of the images wanted that a budget pays for, and what is left of it.
+def within_budget(wanted: np.ndarray, cost: int, budget: float) -> np.ndarray:
+    """The first of the images wanted that a budget pays for.
 
     Args:
         wanted: Indices of images.
         cost: Of each.
         budget: To spend.
     """
-    affordable = wanted[: max(0, int(budget // cost))]
-    return affordable, budget - cost * len(affordable)
+    return wanted[: int(budget // cost)]

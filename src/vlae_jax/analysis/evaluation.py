@@ -17,9 +17,8 @@ from vlae_jax.analysis.estimation import (
     ANNEALING,
     Effort,
     anneal_log_prob,
+    effort_for,
     estimate_log_prob,
-    first_effort,
-    second_effort,
     within_budget,
 )
 from vlae_jax.bounds import ImportanceInfo, importance_weighted_log_prob
@@ -123,7 +122,7 @@ def measure(
     spread = placement and placement.for_batch(min(config.evaluation_batch, len(images)))
     measured = _first_pass(trained, images, what, spread)
     if config.proposal == "auto":
-        _estimate_again(trained, images, measured, spread)
+        _anneal_doubtful(trained, images, measured, spread)
     log_prob, log_det = (jnp.asarray(measured[name]) for name in ("log_prob", "log_det"))
     bits = trained.preprocessor.bits_per_dim(log_prob, log_det)
     if bits is not None:
@@ -139,16 +138,14 @@ def _first_pass(
     config = trained.config.evaluation
     chunk_size, place = _chunks(config, spread)
     weigh = functools.partial(importance_weighted_log_prob, chunk_size=chunk_size, place=place)
-    effort = first_effort(config.importance_samples)
+    effort = effort_for(config.importance_samples)
 
     def one(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
         inferred = trained.infer(key, pixels)
         keys, log_joint, posterior = inferred.keys, inferred.log_joint, inferred.posterior
         samples = config.importance_samples
         if config.proposal == "auto":
-            log_prob, info = estimate_log_prob(
-                inferred, effort, attempt=0, chunk_size=chunk_size, place=place
-            )
+            log_prob, info = estimate_log_prob(inferred, effort, chunk_size=chunk_size, place=place)
             own_log_prob, own = weigh(
                 keys.bound, log_joint, posterior, num_samples=_elbo_samples(config)
             )
@@ -185,40 +182,28 @@ def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in values.items()}
 
 
-def _estimate_again(
+def _anneal_doubtful(
     trained: Trained,
     images: np.ndarray,
     measured: dict[str, np.ndarray],
     spread: Placement | None,
 ) -> None:
     """Replace unreliable estimates of log p(x) in `measured`, as far as the budget allows."""
-    config, latent = trained.config.evaluation, trained.config.model.latent
-    first = first_effort(config.importance_samples)
-    second = second_effort(first)
-    budget = config.evaluation_budget * first.cost(latent) * len(images)
-    chunk_size, place = _chunks(config, spread)
+    config = trained.config.evaluation
+    effort = effort_for(config.importance_samples)
+    budget = config.evaluation_budget * effort.cost(trained.config.model.latent) * len(images)
     measured["annealed"] = np.zeros(len(images), bool)
-
-    def again(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
-        inferred = trained.infer(key, pixels)
-        return _of_weights(
-            *estimate_log_prob(inferred, second, attempt=1, chunk_size=chunk_size, place=place)
-        )
+    rows = within_budget(_doubtful(measured), ANNEALING.cost, budget)
+    if not len(rows):
+        return
 
     def anneal(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
-        log_prob, error = anneal_log_prob(trained.infer(key, pixels), second, attempt=2)
+        log_prob, error = anneal_log_prob(trained.infer(key, pixels), effort)
         return {"log_prob": log_prob, "log_prob_sampling_error": error}
 
-    rows, budget = within_budget(_doubtful(measured), second.cost(latent), budget)
-    if len(rows):
-        found = _map("estimating again", trained, again, images, rows, spread)
-        for name, values in _with_pareto_k(found, _weights(config, second)).items():
-            measured[name][rows] = values
-    rows, budget = within_budget(_doubtful(measured), ANNEALING.cost, budget)
-    if len(rows):
-        for name, values in _map("annealing", trained, anneal, images, rows, spread).items():
-            measured[name][rows] = values
-        measured["annealed"][rows] = True
+    for name, values in _map("annealing", trained, anneal, images, rows, spread).items():
+        measured[name][rows] = values
+    measured["annealed"][rows] = True
 
 
 def _map(
@@ -276,8 +261,10 @@ def _with_pareto_k(
 
 
 def _doubtful(measured: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Indices of the images whose estimate is unreliable."""
-    return np.flatnonzero(is_doubtful(measured["pareto_k"]))
+    """Indices of the images whose estimate is unreliable, the worst first."""
+    shapes = measured["pareto_k"]
+    worst_first = np.argsort(-shapes, kind="stable")
+    return worst_first[is_doubtful(shapes[worst_first])]
 
 
 def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:

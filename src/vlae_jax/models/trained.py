@@ -145,11 +145,15 @@ class Trained:
             training: Multiply in the precision of the training; otherwise in float32.
         """
         keys, log_det, at = self.observe(key, pixels, training=training)
+        return Inferred(keys, log_det, at, self.infer_at(at, keys))
+
+    def infer_at(self, at: Observation, keys: Keys) -> Inference:
+        """Infer the posterior of an observation, which may be one that the model drew itself."""
         config = self.config.inference
         inference = find_system(config.method)(at, keys.inference, config)
         if config.refine == "variational":
             inference = refine(at, inference, keys.refinement, config)
-        return Inferred(keys, log_det, at, inference)
+        return inference
 
     def observe(
         self,

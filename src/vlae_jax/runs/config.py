@@ -246,7 +246,7 @@ class EvaluationConfig:
     proposal: Proposal = "auto"
     """Where importance samples come from. auto: a Student-t around the best Gaussian that can be
     found for each image's decoder, in antithetic pairs, whatever system was trained: the one to
-    compare systems by; where Pareto k says that it does not suffice, more samples, then annealing.
+    compare systems by; where Pareto k says that it does not suffice, annealing.
     posterior: the system's own. widened: that with wider standard deviations. student_t: that with
     heavier tails."""
     evaluation_budget: float = 1.0
