@@ -54,7 +54,7 @@ ESTIMATORS = {
     "own": Estimator("own posterior", {"proposal": "posterior"}),
     "laplace": Estimator("Laplace", {"proposal": "posterior"}, LAPLACE),
     "refined": Estimator("variational", {"proposal": "posterior"}, REFINED),
-    "auto": Estimator("auto", {"proposal": "auto"}),
+    "auto": Estimator("auto", {"proposal": "auto", "evaluation_budget": 1.0}),
 }
 REFERENCE = "auto"
 SIMULATED = 400

@@ -24,7 +24,10 @@ README = Path(__file__).parent / "README.md"
 ESTIMATES = Path(__file__).parent / "estimators.json"
 ESTIMATORS_PAGE = Path(__file__).parent.parent / "docs" / "estimators.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-COLUMNS = ("log_prob", "elbo", "inference_gap", "bits_per_dim", "unreliable")
+COLUMNS = (
+    *("log_prob", "unreliable", "own_log_prob", "own_unreliable"),
+    *("elbo", "inference_gap", "bits_per_dim"),
+)
 PAIRED = ("log_prob", "elbo")
 GAPS = (
     *("log_prob_ais", "amortized_elbo", "approximation_gap", "amortization_gap"),

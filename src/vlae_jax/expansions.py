@@ -248,7 +248,7 @@ def depend_on_data(log_joint: LogDensity, z: Float[Array, " latent"]) -> Float[A
     return z + jnp.zeros_like(value).astype(z.dtype)
 
 
-def held_constant(function: Callable[..., Any], *like: Array) -> Callable[..., Any]:
+def held_constant(function: Callable[..., Any], *like: Any) -> Callable[..., Any]:
     """Return the function with everything it closes over held constant.
 
     Reverse mode then never enters what the function closes over, unlike with the gradient of its
@@ -256,7 +256,7 @@ def held_constant(function: Callable[..., Any], *like: Array) -> Callable[..., A
 
     Args:
         function: A function of arrays.
-        like: Arguments of the shapes and types it will be called with.
+        like: Arguments, or pytrees, of the shapes and types it will be called with.
     """
     pure, closed_over = jax.closure_convert(function, *like)
     constants = jax.lax.stop_gradient(closed_over)

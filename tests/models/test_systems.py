@@ -63,9 +63,10 @@ def x():
 CASES = {
     **{method: InferenceConfig(method=method, steps=2) for method in METHODS},
     "sa_vae, stop": InferenceConfig(method="sa_vae", steps=2, gradient="stop"),
+    "vlae, encoder's ELBO": InferenceConfig(steps=2, encoder_loss="elbo"),
     "vlae, gradient search": InferenceConfig(steps=2, search="gradient", ascent_clip=1.0),
 }
-ITERATES = {"sa_vae": 3, "vlae": 3, "ppca": 2}
+ITERATES = {"sa_vae": 3, "vae_iter": 3, "vlae": 3, "ppca": 2}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,7 +105,8 @@ def test_every_system_gives_samples_with_their_density_and_trains_what_it_has(na
     assert all(np.isfinite(grad).all() for grad in flat.values())
     # A Laplace posterior has no use for the encoder's own spread; all else must learn.
     untrained = {key for key, grad in flat.items() if not np.any(grad)}
-    expected = {key for key in flat if "log_std" in key} if method in ("vlae", "ppca") else set()
+    is_spared = method in ("vlae", "ppca") and config.encoder_loss == "distance"
+    expected = {key for key in flat if "log_std" in key} if is_spared else set()
     assert untrained == expected
 
 
@@ -229,9 +231,9 @@ def test_ascent_of_an_elbo_without_a_likelihood_has_a_closed_form(x):
     np.testing.assert_array_equal(found["loosely clipped"].posterior, found["one"].posterior)
 
 
-def linear(variance=0.5):
+def linear(method="vlae", variance=0.5):
     """A model with a linear decoder far from its encoder, and its posterior precision."""
-    _, model = make("vlae", hidden=())
+    _, model = make(method, hidden=())
     kernel = 0.4 * jax.random.normal(jax.random.key(1), (LATENT, DIM), jnp.float32)
     model.head.kernel[...] = kernel
     model.head.bias[...] = jax.random.normal(jax.random.key(2), (DIM,), jnp.float32)
@@ -336,6 +338,70 @@ def test_an_unrolled_ascent_is_differentiated_and_a_stopped_one_is_not(x):
     variance = np.exp(2 * np.float64(stopped.posterior.log_std))
     pull = (np.float64(initial.mean) - np.float64(stopped.posterior.mean)) / variance
     assert_close(np.asarray(slopes["mean"]["bias"][...]), pull, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"method": "sa_vae", "gradient": "stop", "steps": 5, "ascent_rate": 0.01},
+        {"method": "vlae", "steps": 1},
+        {"method": "vae_iter", "steps": 1},
+    ],
+    ids=lambda choices: choices["method"],
+)
+def test_an_encoder_may_learn_by_the_elbo_of_its_own_guess(x, choices):
+    """Of a linear model that ELBO is known, and so are its derivatives; the decoder gets none.
+
+    The network of `vae_iter` takes one step here, so its guess is the one estimate before the last.
+    """
+    config = InferenceConfig(encoder_loss="elbo", **choices)
+    model, precision = linear(config.method)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def run(params, key):
+        def infer(params):
+            inferred = find_system(config.method)(nnx.merge(graphdef, params).at(x), key, config)
+            return inferred.amortization_loss, inferred.posterior
+
+        (loss, posterior), slopes = jax.value_and_grad(infer, has_aux=True)(params)
+        of_encoder = slopes["mean"]["bias"][...], slopes["log_std"]["bias"][...]
+        of_decoder = [slopes["head"], slopes["scaled_log_var"]]
+        return loss, posterior, of_encoder, of_decoder
+
+    loss, posterior, of_encoder, of_decoder = run(params, jax.random.split(KEY, 4000))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_decoder))
+    mode, (mean, log_std) = mode_of(model, precision, x), map(np.float64, model.at(x).guess)
+    wanted = excess(mean, log_std, mode, precision)
+    if config.method != "vlae":  # whose posterior is exact
+        found = excess(*map(np.float64, posterior), mode, precision)
+        wanted -= np.mean(found)
+    slopes = precision @ (mean - mode), np.exp(2 * log_std) * np.diag(precision) - 1
+    for sampled, expected in zip((loss, *of_encoder), (wanted, *slopes), strict=True):
+        error = np.std(sampled, axis=0) / np.sqrt(len(sampled))
+        assert_close(np.mean(sampled, axis=0), expected, standard_error=error)
+
+
+def test_a_step_of_the_iterative_network_is_gated():
+    """By numpy, from the weights: a convex combination of the estimate and the network's."""
+    _, model = make("vae_iter", hidden=())
+    head = model.posterior_head
+    estimate, gradient = jax.random.normal(KEY, (2, 2 * LATENT))
+    features = jax.random.normal(jax.random.key(1), (DIM,))
+
+    def standard(v):
+        return (np.float64(v) - np.mean(v)) / np.sqrt(np.var(np.float64(v)) + 1e-5)
+
+    def layer(linear, v):
+        return v @ np.float64(linear.kernel[...]) + np.float64(linear.bias[...])
+
+    seen = np.concatenate([standard(estimate), standard(gradient), np.float64(features)])
+    hidden = layer(head.hidden, seen)
+    hidden = np.where(hidden > 0, hidden, np.expm1(hidden))
+    gate = 1 / (1 + np.exp(-layer(head.gate, hidden)))
+    expected = gate * np.float64(estimate) + (1 - gate) * layer(head.update, hidden)
+    assert_close(np.asarray(head(estimate, gradient, features)), expected, rtol=1e-4)
 
 
 def test_an_ascent_depends_on_its_own_example_alone(x):

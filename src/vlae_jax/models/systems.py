@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vlae_jax.expansions import held_constant
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models.arithmetic import FULL, Arithmetic, arithmetic
 from vlae_jax.models.autoencoder import Observation
@@ -87,22 +88,21 @@ def semi_amortized_vae(
     The KL divergence is in closed form, and the reconstruction is estimated by one fresh sample per
     step; a step follows the clipped gradient with momentum. With gradient "unroll" the training
     ELBO is differentiated through all steps, second derivatives included. With "stop" the refined
-    posterior is held constant, and the encoder learns by KL(q₀ ‖ q_T). `optimizer` replaces that of
-    the configuration.
+    posterior is held constant, and the encoder learns by KL(q₀ ‖ q_T), or with encoder_loss "elbo"
+    by the ELBO of q₀. `optimizer` replaces that of the configuration.
 
     References:
-        Kim, Wiseman, Miller, Sontag and Rush (2018), Semi-amortized variational autoencoders.
+        Kim, Wiseman, Miller, Sontag and Rush (2018), Semi-amortized variational autoencoders;
+        Krishnan, Liang and Hoffman (2018), On the challenges of learning with inference networks on
+        sparse, high-dimensional data ("stop" with encoder_loss "elbo").
     """
     initial = at.guess
     optimizer = optimizer or ascent_optimizer(config)
-
-    def negative_elbo(posterior: DiagonalPosterior, key: PRNGKeyArray) -> Float[Array, ""]:
-        z, _ = posterior.sample_and_log_prob(key)
-        return posterior.kl_to_standard_normal() - at.log_likelihood(at.model.decode(z))
+    bound = one_sample_bound(at)
 
     def step(carry: Any, step_key: PRNGKeyArray) -> tuple[Any, Array]:
         posterior, state = carry
-        grads = jax.grad(negative_elbo)(posterior, step_key)
+        grads = jax.grad(lambda *arguments: -bound(*arguments))(posterior, step_key)
         updates, state = optimizer.update(grads, state, posterior)
         return (optax.apply_updates(posterior, updates), state), posterior.mean
 
@@ -114,7 +114,37 @@ def semi_amortized_vae(
     if not stop:
         return Inference(refined, jnp.zeros(()), iterates, {})
     refined = jax.lax.stop_gradient(refined)
-    return Inference(refined, _diagonal_kl(initial, refined), iterates, {})
+    if config.encoder_loss == "elbo":
+        loss = _shortfall(at, key, refined)
+    else:
+        loss = _diagonal_kl(initial, refined)
+    return Inference(refined, loss, iterates, {})
+
+
+def one_sample_bound(
+    at: Observation,
+) -> Callable[[DiagonalPosterior | GaussianPosterior, PRNGKeyArray], Float[Array, ""]]:
+    """Return the ELBO of a Gaussian, nats: from one sample, the KL divergence in closed form."""
+
+    def bound(
+        posterior: DiagonalPosterior | GaussianPosterior, key: PRNGKeyArray
+    ) -> Float[Array, ""]:
+        z, _ = posterior.sample_and_log_prob(key)
+        return at.log_likelihood(at.model.decode(z)) - posterior.kl_to_standard_normal()
+
+    return bound
+
+
+def _shortfall(
+    at: Observation, key: PRNGKeyArray, found: DiagonalPosterior | GaussianPosterior
+) -> Float[Array, ""]:
+    """Nats by which the ELBO of the encoder's guess is below that of the posterior found.
+
+    The encoder alone gets a gradient: that of the ELBO of its guess.
+    """
+    bound = one_sample_bound(at)
+    best = jax.lax.stop_gradient(bound(found, key))
+    return best - held_constant(bound, at.guess, key)(at.guess, key)
 
 
 def _diagonal_kl(q: DiagonalPosterior, p: DiagonalPosterior) -> Float[Array, ""]:
@@ -139,7 +169,8 @@ def vlae(
 
     Unless the search is unrolled, the ELBO has no gradient to the encoder. The encoder then learns
     to start near the mode μ from the amortization loss ½ (z₀ - μ)ᵀ P (z₀ - μ) nats, the excess
-    energy of its guess z₀ in the quadratic model.
+    energy of its guess z₀ in the quadratic model; or, with encoder_loss "elbo", as the encoder of a
+    VAE, whose standard deviations learn as well.
     """
     z_init = at.mean
     expand, repair = at.expansions()
@@ -166,6 +197,8 @@ def vlae(
     )
     if gradient == "unroll":
         amortization_loss = jnp.zeros(())
+    elif config.encoder_loss == "elbo":
+        amortization_loss = _shortfall(at, key, posterior)
     else:
         mode, chol = jax.lax.stop_gradient(posterior)
         amortization_loss = 0.5 * jnp.sum((chol.T @ (z_init - mode)) ** 2)
@@ -222,7 +255,8 @@ def refine(
     With gradient "unroll" the objective is differentiated through the steps. Otherwise the
     posterior is held constant. At the optimum that gives the gradient of the ELBO with respect to
     the decoder. The encoder then learns from an amortization loss: the KL divergence from its guess
-    to the posterior, or, where only its mean is trained (vlae), the excess energy of that mean.
+    to the posterior, or, where only its mean is trained (vlae), the excess energy of that mean; or
+    with encoder_loss "elbo" the ELBO of its guess.
 
     References:
         Opper and Archambeau (2009), The variational Gaussian approximation revisited.
@@ -241,7 +275,9 @@ def refine(
         gradient="unroll" if unroll else "stop",
     )
     loss = inference.amortization_loss
-    if not unroll:
+    if not unroll and config.encoder_loss == "elbo":
+        loss = _shortfall(at, key, posterior)
+    elif not unroll:
         mean, chol = posterior
         loss = 0.5 * jnp.sum((chol.T @ (at.mean - mean)) ** 2)
         if config.method != "vlae":

@@ -115,9 +115,11 @@ class InferenceConfig:
     """vlae: mode search and Laplace posterior. vae: amortized diagonal Gaussian.
     vae_full: amortized Gaussian with full covariance. vae_hf, vae_iaf, vae_planar: Householder,
     inverse autoregressive, planar flows. sa_vae: diagonal Gaussian, refined by gradient ascent.
+    vae_iter: diagonal Gaussian, refined by a network that reads the ELBO's gradient.
     ppca: probabilistic PCA in closed form."""
     steps: int = 4
-    """T: mode-search steps (vlae), ascent steps (sa_vae), or steps of the flow."""
+    """T: mode-search steps (vlae), ascent steps (sa_vae), steps of the network (vae_iter) or of the
+    flow."""
     search: Literal["newton", "gradient"] = "newton"
     """vlae: closed-form local-linear (Newton) steps, or gradient ascent of the log joint."""
     damping: Literal["line_search", "paper"] = "line_search"
@@ -131,6 +133,9 @@ class InferenceConfig:
     implicit: by the implicit function theorem (vlae). stop: not at all. unroll: through the steps.
     With implicit and stop the encoder learns to start where the steps end: by its excess energy
     (vlae) or its KL divergence (sa_vae), in nats. auto: implicit for vlae, unroll for sa_vae."""
+    encoder_loss: Literal["distance", "elbo"] = "distance"
+    """What the encoder learns by where the steps are not unrolled. distance: that of --gradient.
+    elbo: the ELBO of its own guess, as in a VAE, with the decoder held constant."""
     curvature: Literal["exact", "gauss_newton"] = "exact"
     """vlae: the precision. exact is the Hessian, repaired by Gauss-Newton, and counted, where it is
     not positive definite."""

@@ -63,6 +63,12 @@ METHODS: dict[str, Method] = {
         head=f"{_SYSTEMS}:planar_head",
     ),
     "sa_vae": Method("SA-VAE", f"{_SYSTEMS}:semi_amortized_vae", "#E69F00"),
+    "vae_iter": Method(
+        "VAE+iter",
+        "vlae_jax.models.iterative:iterative_vae",
+        "#B59F00",
+        head="vlae_jax.models.iterative:iterative_head",
+    ),
     "vlae": Method("VLAE", f"{_SYSTEMS}:vlae", "#0072B2"),
     "ppca": Method("pPCA", f"{_SYSTEMS}:probabilistic_pca", "#999999", has_steps=False),
 }
