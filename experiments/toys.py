@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import vlae_jax as vl
 from experiments.report import IMAGES
-from vlae_jax.models.ppca import fit_ppca
+from vlae_jax.models.linear import fit_ppca
 from vlae_jax.report.style import BLUE, DPI, FAINT, INK, ORANGE, STYLE
 
 POINTS, STEPS, HIDDEN = 600, 4, 24
@@ -156,7 +156,7 @@ def main(folder: Path = IMAGES) -> None:
     linear = {
         "hidden": [],
         "head": (jnp.asarray(fitted.kernel), jnp.asarray(fitted.bias)),
-        "log_var": jnp.log(fitted.variance),
+        "log_var": jnp.log(fitted.variance[0]),
     }
     relu = train(jnp.asarray(bent), jax.random.key(0))
     # The first points are those whose searches are drawn, so they lie far apart.

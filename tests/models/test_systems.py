@@ -35,7 +35,12 @@ KEY = jax.random.key(0)
 def make(method="vlae", *, hidden=(7, 9), latent=LATENT, activation="relu", **inference):
     """A system and its model, for Gaussian outputs of variance 1."""
     config = Config(
-        model=ModelConfig(latent=latent, hidden=hidden, activation=activation),
+        model=ModelConfig(
+            latent=latent,
+            hidden=hidden,
+            activation=activation,
+            variance=METHODS[method].variance,
+        ),
         inference=InferenceConfig(method=method, **inference),
         training=TrainingConfig(epochs=0),
     )
@@ -66,7 +71,7 @@ CASES = {
     "vlae, encoder's ELBO": InferenceConfig(steps=2, encoder_loss="elbo"),
     "vlae, gradient search": InferenceConfig(steps=2, search="gradient", ascent_clip=1.0),
 }
-ITERATES = {"sa_vae": 3, "vae_iter": 3, "vlae": 3, "ppca": 2}
+ITERATES = {"sa_vae": 3, "vae_iter": 3, "vlae": 3, "ppca": 2, "fa": 2}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,7 +79,7 @@ def test_every_system_gives_samples_with_their_density_and_trains_what_it_has(na
     """One program a system, for four images at once."""
     config = CASES[name]
     method = config.method
-    system, model = make(**vars(config), hidden=() if method == "ppca" else (7,))
+    system, model = make(**vars(config), hidden=() if METHODS[method].fit else (7,))
     graphdef, params = nnx.split(model)
     xs = jax.random.normal(KEY, (4, DIM))
 
@@ -105,7 +110,7 @@ def test_every_system_gives_samples_with_their_density_and_trains_what_it_has(na
     assert all(np.isfinite(grad).all() for grad in flat.values())
     # A Laplace posterior has no use for the encoder's own spread; all else must learn.
     untrained = {key for key, grad in flat.items() if not np.any(grad)}
-    is_spared = method in ("vlae", "ppca") and config.encoder_loss == "distance"
+    is_spared = method in ("vlae", "ppca", "fa") and config.encoder_loss == "distance"
     expected = {key for key in flat if "log_std" in key} if is_spared else set()
     assert untrained == expected
 

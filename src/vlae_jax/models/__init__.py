@@ -6,7 +6,8 @@
 | `networks` | feature extractors |
 | `autoencoder` | encoder, decoder and output density; the model at one example |
 | `flows` | normalizing flows |
-| `ppca` | probabilistic PCA in closed form |
+| `iterative` | the network of iterative amortized inference |
+| `linear` | probabilistic PCA and factor analysis |
 | `systems` | inference systems, each a function |
 | `trained` | `Trained`, a model as a value, and `initialize` |
 | `saved` | `load` and `save` |

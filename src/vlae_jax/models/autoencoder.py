@@ -132,8 +132,8 @@ class VariationalAutoencoder(nnx.Module):
         floor = 2.0 * float(np.log(self.min_std))
         return jnp.maximum(_LOG_VAR_RATE * self.scaled_log_var[...], floor)
 
-    def set_log_var(self, log_var: float) -> None:
-        """Set the log output variance that all pixels share."""
+    def set_log_var(self, log_var: float | np.ndarray) -> None:
+        """Set the log output variance: a scalar or (dim,), as it was initialized."""
         self.scaled_log_var[...] = jnp.asarray(log_var / _LOG_VAR_RATE, jnp.float32)
 
     def at(

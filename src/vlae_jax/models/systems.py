@@ -211,7 +211,7 @@ def vlae(
     return Inference(posterior, amortization_loss, iterates, flags)
 
 
-def probabilistic_pca(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
+def linear_gaussian(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
     """Infer the exact posterior of a linear decoder; one Newton step from any z gives the mode.
 
     References:
@@ -333,6 +333,16 @@ def find_system(method: str) -> System:
         UserError: If there is no such system.
     """
     return pkgutil.resolve_name(find_method(method).system)
+
+
+def find_linear_fit(method: str) -> Callable[..., Any] | None:
+    """Return the function that fits a system's linear decoder to all images, or None.
+
+    Raises:
+        UserError: If there is no such system.
+    """
+    fit = find_method(method).fit
+    return None if fit is None else pkgutil.resolve_name(fit)
 
 
 def find_head(method: str) -> Callable[[Config, int, nnx.Rngs], nnx.Module] | None:

@@ -8,6 +8,7 @@ Training, evaluation and all uses call it.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +24,8 @@ from vlae_jax.densities import LogDensity
 from vlae_jax.errors import UserError
 from vlae_jax.models.arithmetic import in_full
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
-from vlae_jax.models.ppca import fit_ppca
-from vlae_jax.models.systems import Inference, find_head, find_system, refine
+from vlae_jax.models.linear import LinearModel
+from vlae_jax.models.systems import Inference, find_head, find_linear_fit, find_system, refine
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.posterior import Posterior
 from vlae_jax.runs.config import Config
@@ -224,7 +225,7 @@ class Trained:
 def initialize(config: Config, dataset: Dataset) -> Trained:
     """Fit the preprocessing to the training images and initialize the network.
 
-    Probabilistic PCA is already fitted here, in closed form.
+    Linear decoders (ppca, fa) are already fitted here.
 
     Raises:
         UserError: If data and configuration do not fit each other.
@@ -243,9 +244,9 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
         standardize=config.data.standardize,
     )
     model = build_network(config, preprocessor.image_shape, np.asarray(preprocessor.variance))
-    if config.inference.method == "ppca":
+    if fit_linear := find_linear_fit(config.inference.method):
         assert isinstance(dataset.train, np.ndarray)  # Config refuses to stream them
-        _set_to_ppca(model, preprocessor, dataset.train)
+        _set_to_linear(model, preprocessor, dataset.train, fit_linear)
     graphdef, params = nnx.split(model)
     provenance = Provenance(
         dataset.name,
@@ -286,8 +287,11 @@ def build_network(
     )
 
 
-def _set_to_ppca(
-    model: VariationalAutoencoder, preprocessor: Preprocessor, images: np.ndarray
+def _set_to_linear(
+    model: VariationalAutoencoder,
+    preprocessor: Preprocessor,
+    images: np.ndarray,
+    fit_linear: Callable[..., LinearModel],
 ) -> None:
     """Set a model without hidden layers to the weights that maximize the likelihood of images."""
 
@@ -296,7 +300,7 @@ def _set_to_ppca(
 
     assert isinstance(model.head, nnx.Linear)
     xs = map_images(to_model_space, images, fixed_keys(len(images)), batch_size=4096)(None)
-    fitted = fit_ppca(xs, model.head.in_features, min_variance=model.min_std**2)
+    fitted = fit_linear(xs, model.head.in_features, min_variance=model.min_std**2)
     for linear, kernel, bias in (
         (model.head, fitted.kernel, fitted.bias),
         (model.mean, fitted.posterior_kernel, -fitted.bias @ fitted.posterior_kernel),
@@ -304,4 +308,5 @@ def _set_to_ppca(
     ):
         linear.kernel[...] = jnp.asarray(kernel, jnp.float32)
         linear.bias[...] = jnp.asarray(bias, jnp.float32)  # type: ignore[index]
-    model.set_log_var(np.log(fitted.variance))
+    shape = model.log_var.shape
+    model.set_log_var(np.log(fitted.variance if shape else fitted.variance[0]))

@@ -116,7 +116,7 @@ class InferenceConfig:
     vae_full: amortized Gaussian with full covariance. vae_hf, vae_iaf, vae_planar: Householder,
     inverse autoregressive, planar flows. sa_vae: diagonal Gaussian, refined by gradient ascent.
     vae_iter: diagonal Gaussian, refined by a network that reads the ELBO's gradient.
-    ppca: probabilistic PCA in closed form."""
+    ppca: probabilistic PCA in closed form. fa: factor analysis."""
     steps: int = 4
     """T: mode-search steps (vlae), ascent steps (sa_vae), steps of the network (vae_iter) or of the
     flow."""
@@ -311,22 +311,24 @@ class Config:
             f"flow_width must be at least latent, or the flow loses sight of dimensions: got "
             f"{width} for {latent}",
         )
-        if method == "ppca":
+        entry = find_method(method)
+        if entry.fit is not None:
             require(
                 not self.data.stream,
-                "ppca is fitted to all training images at once: leave --stream out",
+                f"{method} is fitted to all training images at once: leave --stream out",
             )
+            one = "variance" if entry.variance == "shared" else "variance a pixel"
             require(
-                self.likelihood == "gaussian" and self.model.variance == "shared",
-                "ppca has a gaussian output of one variance: choose --preprocess logit or raw "
-                "and --variance shared",
+                self.likelihood == "gaussian" and self.model.variance == entry.variance,
+                f"{method} has a gaussian output of one {one}: choose --preprocess logit or raw "
+                f"and --variance {entry.variance}",
             )
             require(
                 self.model.network == "mlp"
                 and self.model.hidden == ()
                 and self.training.epochs == 0,
-                "ppca is fitted in closed form: it has no hidden layers (--hidden) and no "
-                "convolutions (--network mlp), and takes --epochs 0",
+                f"{method} is fitted to all images at once: it has no hidden layers (--hidden) "
+                "and no convolutions (--network mlp), and takes --epochs 0",
             )
 
     @property

@@ -30,6 +30,11 @@ class Method(NamedTuple):
     head: str | None = None
     """Place of the function that makes the part of the network that only this system has:
     (configuration, number of the encoder's features, random streams) → module."""
+    fit: str | None = None
+    """Place of the function that fits a linear decoder to all training images, for a system without
+    hidden layers and epochs: (images, latent dimensions) → `vlae_jax.models.linear.LinearModel`."""
+    variance: str = "shared"
+    """With `fit`: the output variance of its model, shared or per_pixel."""
 
 
 METHODS: dict[str, Method] = {
@@ -70,7 +75,21 @@ METHODS: dict[str, Method] = {
         head="vlae_jax.models.iterative:iterative_head",
     ),
     "vlae": Method("VLAE", f"{_SYSTEMS}:vlae", "#0072B2"),
-    "ppca": Method("pPCA", f"{_SYSTEMS}:probabilistic_pca", "#999999", has_steps=False),
+    "ppca": Method(
+        "pPCA",
+        f"{_SYSTEMS}:linear_gaussian",
+        "#999999",
+        has_steps=False,
+        fit="vlae_jax.models.linear:fit_ppca",
+    ),
+    "fa": Method(
+        "FA",
+        f"{_SYSTEMS}:linear_gaussian",
+        "#666666",
+        has_steps=False,
+        fit="vlae_jax.models.linear:fit_factor_analysis",
+        variance="per_pixel",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from vlae_jax.errors import UserError, nearest
 from vlae_jax.runs.config import Config
+from vlae_jax.runs.methods import find_method
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # The curves in the README of the authors' repository: MNIST, 2000 epochs. Values that equal
@@ -36,8 +37,8 @@ def default_config(
 ) -> Config:
     """The defaults, given the three choices that others depend on.
 
-    Sizes are the paper's, and smaller for the 8 x 8 digits; probabilistic PCA has no hidden layers
-    and no epochs.
+    Sizes are the paper's, and smaller for the 8 x 8 digits; linear decoders (ppca, fa) have no
+    hidden layers and no epochs.
 
     Raises:
         UserError: If there is no such preset.
@@ -58,8 +59,8 @@ def default_config(
     if preset is None and dataset in (None, "digits"):
         prefer("model", latent=16, hidden=(200, 200))
         prefer("training", epochs=120, batch_size=64, learning_rate=1e-3)
-    if method == "ppca":
-        prefer("model", hidden=())
+    if method is not None and find_method(method).fit is not None:
+        prefer("model", hidden=(), variance=find_method(method).variance)
         prefer("training", epochs=0)
     base = Config()
     return Config(

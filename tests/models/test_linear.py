@@ -1,4 +1,4 @@
-"""Probabilistic PCA against scikit-learn, scipy and plain linear algebra."""
+"""Probabilistic PCA and factor analysis against scikit-learn, scipy and plain linear algebra."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,13 @@ import pytest
 from builders import digits, doubles, untrained
 from problems import assert_close
 from scipy.stats import multivariate_normal
-from sklearn.decomposition import PCA
+from sklearn.decomposition import PCA, FactorAnalysis
 
+from vlae_jax.analysis.evaluation import evaluate
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.errors import UserError
-from vlae_jax.models.ppca import fit_ppca
+from vlae_jax.models.linear import fit_factor_analysis, fit_ppca
+from vlae_jax.models.trained import Keys
 from vlae_jax.runs.presets import default_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -33,6 +35,9 @@ def score(xs, kernel, bias, variance):
     return multivariate_normal(bias, covariance).logpdf(xs).mean()
 
 
+FITS = pytest.mark.parametrize("fit", [fit_ppca, fit_factor_analysis])
+
+
 @pytest.fixture
 def xs():
     rng = np.random.default_rng(0)
@@ -47,18 +52,19 @@ def test_the_likelihood_is_that_of_scikit_learn(xs):
         assert_close(found, sklearn_score(xs, latent))
 
 
-def test_the_posterior_is_exact_and_diagonal(xs):
-    fitted = fit_ppca(xs, 3)
-    precision = np.eye(3) + fitted.kernel @ fitted.kernel.T / fitted.variance
+@FITS
+def test_the_posterior_is_exact_and_diagonal(xs, fit):
+    fitted = fit(xs, 3)
+    precision = np.eye(3) + (fitted.kernel / fitted.variance) @ fitted.kernel.T
     covariance = np.linalg.inv(precision)
     assert_close(np.diag(fitted.posterior_std**2), covariance)
-    assert_close(fitted.posterior_kernel, fitted.kernel.T @ covariance / fitted.variance)
+    assert_close(fitted.posterior_kernel, (fitted.kernel / fitted.variance).T @ covariance)
 
 
 def test_the_variance_keeps_its_floor_and_the_rest_fits_it(xs):
     """Directions with less variance than the floor are left out of the decoder."""
     fitted = fit_ppca(xs, 5, min_variance=2.0)
-    assert fitted.variance == 2.0
+    np.testing.assert_array_equal(fitted.variance, 2.0)
     values = np.linalg.eigvalsh(np.cov(xs.T, bias=True))[:0:-1]
     assert_close(np.sum(fitted.kernel**2, axis=1), np.maximum(values - 2.0, 0.0))
     precision = np.eye(5) + fitted.kernel @ fitted.kernel.T / 2.0
@@ -66,9 +72,44 @@ def test_the_variance_keeps_its_floor_and_the_rest_fits_it(xs):
 
 
 @pytest.mark.parametrize("latent", [0, 6, 7])
-def test_as_many_latents_as_pixels_are_refused(xs, latent):
+@FITS
+def test_as_many_latents_as_pixels_are_refused(xs, latent, fit):
     with pytest.raises(UserError, match=f"fewer latent dimensions than pixels, got {latent} of 6"):
-        fit_ppca(xs, latent)
+        fit(xs, latent)
+
+
+def test_factor_analysis_is_fitted_to_a_stationary_point(xs):
+    """There the diagonals of sample and model covariance agree, a variance for each pixel."""
+    scaled = xs * np.array([1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
+    fitted = fit_factor_analysis(scaled, 3)
+    found = np.sum(fitted.kernel**2, axis=0) + fitted.variance
+    assert_close(found, scaled.var(axis=0), rtol=1e-4)
+    assert score(scaled, fitted.kernel, fitted.bias, fitted.variance) > score(
+        scaled, *fit_ppca(scaled, 3)[:3]
+    )
+    floored = fit_factor_analysis(scaled, 3, min_variance=2.0)
+    np.testing.assert_array_equal(floored.variance, np.maximum(fitted.variance, 2.0))
+
+
+def test_log_p_of_a_factor_analysis_is_that_of_scikit_learn():
+    """As evaluated for test images, by importance samples from the exact posterior."""
+    config = default_config(method="fa")
+    trained, images = untrained(config), digits().test[:20]
+    apply = jax.vmap(trained.preprocessor.apply)
+
+    def in_model_space(pixels, keys):
+        return np.asarray(apply(keys, jnp.asarray(pixels))[0], np.float64)
+
+    xs = in_model_space(digits().train, fixed_keys(len(digits().train)))
+    noise_keys = jax.vmap(lambda key: Keys.split(key).noise)(fixed_keys(len(images)))
+    sklearn = FactorAnalysis(16, tol=1e-8, max_iter=20_000, svd_method="lapack")
+    truth = sklearn.fit(xs).score_samples(in_model_space(images, noise_keys))
+    chosen = trained.with_config(
+        "evaluation", proposal="posterior", importance_samples=10, test_images=20
+    )
+    found = evaluate(chosen, images).per_image
+    np.testing.assert_allclose(found["log_prob"].mean(), truth.mean(), atol=1e-4)
+    np.testing.assert_allclose(found["elbo"], truth, atol=2e-3)
 
 
 def test_a_model_is_made_as_the_fitted_one_of_its_training_images():

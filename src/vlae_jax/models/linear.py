@@ -1,0 +1,98 @@
+"""Linear decoders of maximum likelihood: probabilistic PCA and factor analysis.
+
+Their posteriors are Gaussian and their log p(x) is known, which makes them the floor that a system
+must beat, and the oracle that its measures are held to.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.decomposition import FactorAnalysis
+
+from vlae_jax.errors import UserError
+
+
+class LinearModel(NamedTuple):
+    """The model p(x | z) = N(kernelᵀ z + bias, diag(variance)), p(z) = N(0, I), and its posterior.
+
+    z is rotated so that the posterior's covariance is diagonal.
+    """
+
+    kernel: np.ndarray
+    """Weights of the decoder, (latent, dim)."""
+    bias: np.ndarray
+    """Bias of the decoder, (dim,)."""
+    variance: np.ndarray
+    """Of the noise, (dim,): equal for all pixels in probabilistic PCA."""
+    posterior_kernel: np.ndarray
+    """Weights of the posterior mean, (x - bias) @ posterior_kernel for every x, (dim, latent)."""
+    posterior_std: np.ndarray
+    """Standard deviations of the posterior, equal for every x, (latent,)."""
+
+
+def fit_ppca(xs: np.ndarray, latent: int, *, min_variance: float = 0.0) -> LinearModel:
+    """Fit the model by the eigenvectors of the covariance, in float64.
+
+    Args:
+        xs: Examples, (n, dim).
+        latent: Dimensions of z, below dim.
+        min_variance: Floor of the noise variance.
+
+    Raises:
+        UserError: If `latent` is not below dim.
+
+    References:
+        Tipping and Bishop (1999), Probabilistic principal component analysis, equations 7, 8.
+    """
+    n, dim = xs.shape
+    _require_fewer(latent, dim, "ppca")
+    bias = xs.mean(axis=0, dtype=np.float64)
+    centered = xs - bias
+    values, vectors = np.linalg.eigh(centered.T @ centered / n)
+    noise = max(float(values[: dim - latent].mean()), min_variance)
+    values, vectors = values[: -latent - 1 : -1], vectors[:, : -latent - 1 : -1]
+    scales = np.sqrt(np.maximum(values - noise, 0.0))
+    return _with_posterior(scales[:, None] * vectors.T, bias, np.full(dim, noise))
+
+
+def fit_factor_analysis(xs: np.ndarray, latent: int, *, min_variance: float = 0.0) -> LinearModel:
+    """Fit the model with one noise variance a pixel, by scikit-learn's expectation maximization.
+
+    Args:
+        xs: Examples, (n, dim).
+        latent: Dimensions of z, below dim.
+        min_variance: Floor of the noise variances, applied after the fit.
+
+    Raises:
+        UserError: If `latent` is not below dim.
+
+    References:
+        Barber (2012), Bayesian reasoning and machine learning, algorithm 21.1.
+    """
+    _require_fewer(latent, xs.shape[1], "fa")
+    fitted = FactorAnalysis(latent, tol=1e-8, max_iter=20_000, svd_method="lapack")
+    fitted.fit(np.asarray(xs, np.float64))
+    variance = np.maximum(fitted.noise_variance_, min_variance)
+    return _with_posterior(fitted.components_, fitted.mean_, variance)
+
+
+def _with_posterior(kernel: np.ndarray, bias: np.ndarray, variance: np.ndarray) -> LinearModel:
+    """Rotate z so that the posterior's precision, I + kernel Ψ⁻¹ kernelᵀ, is diagonal."""
+    gram = (kernel / variance) @ kernel.T
+    values, rotation = np.linalg.eigh(gram)
+    values, kernel = values[::-1], rotation.T[::-1] @ kernel
+    total = 1.0 + np.maximum(values, 0.0)
+    return LinearModel(
+        kernel=kernel,
+        bias=bias,
+        variance=variance,
+        posterior_kernel=(kernel / variance).T / total,
+        posterior_std=total**-0.5,
+    )
+
+
+def _require_fewer(latent: int, dim: int, method: str) -> None:
+    if not 1 <= latent < dim:
+        raise UserError(
+            f"{method} needs fewer latent dimensions than pixels, got {latent} of {dim}"
+        )
