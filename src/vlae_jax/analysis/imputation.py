@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from vlae_jax.analysis.uses import Arrays, map_with_progress
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
-from vlae_jax.models.systems import find_system
+from vlae_jax.models.systems import find_system, flags_of
 from vlae_jax.models.trained import Pixels, Trained
 from vlae_jax.posterior import DiagonalPosterior, Posterior
 from vlae_jax.variational import variational_refine
@@ -130,11 +130,7 @@ def _impute_image(
     posterior, info = infer_posterior(
         expand, start, num_steps=num_steps, gradient="stop", repair=repair
     )
-    flags = {
-        "converged": info.converged,
-        "is_pd": info.is_pd,
-        "newton_decrement": info.newton_decrement,
-    }
+    flags = flags_of(info)
     if refine:
         config = trained.config.inference
         posterior, refined = variational_refine(
@@ -145,11 +141,7 @@ def _impute_image(
             num_samples=config.refine_samples,
             repair=repair,
         )
-        flags = {
-            "converged": refined.converged,
-            "is_pd": refined.is_pd,
-            "newton_decrement": refined.smoothed_decrement,
-        }
+        flags = flags_of(refined)
     predicted = _predict(trained, at.model, posterior, keys.use, num_samples)
     beside = _predict(trained, at.model, amortized, keys.use, num_samples)
     filled = {

@@ -40,7 +40,7 @@ def save(trained: Trained, folder: str | os.PathLike[str], *, overwrite: bool = 
     checkpoints = Checkpoints(run.checkpoints)
     step = trained.provenance.step
     made = trained.provenance
-    info = CheckpointInfo(made.seconds, made.epoch, step, float("-inf"), describe(trained))
+    info = CheckpointInfo(made.seconds, made.epoch, step, float("-inf"), facts_of(trained))
     checkpoints.save(step, {"model": arrays_of(trained)}, info)
     checkpoints.close()
 
@@ -84,7 +84,7 @@ def load(folder: str | os.PathLike[str], placement: Placement | None = None) -> 
     return _from_checkpoint(config, restored)
 
 
-def describe(trained: Trained) -> dict[str, Any]:
+def facts_of(trained: Trained) -> dict[str, Any]:
     """The description of a model that a checkpoint stores beside its arrays, as JSON values."""
     made_from = dataclasses.asdict(trained.provenance)
     return {name: value for name, value in made_from.items() if name not in _PROGRESS}

@@ -26,10 +26,10 @@ from vlae_jax.models.flows import (
     PlanarFlow,
 )
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior
-from vlae_jax.refinement import gradient_refine
+from vlae_jax.refinement import RefinementInfo, gradient_refine
 from vlae_jax.runs.config import Config, InferenceConfig
 from vlae_jax.runs.methods import find_method
-from vlae_jax.variational import variational_refine
+from vlae_jax.variational import VariationalInfo, variational_refine
 
 
 class Inference(NamedTuple):
@@ -202,13 +202,17 @@ def vlae(
     else:
         mode, chol = jax.lax.stop_gradient(posterior)
         amortization_loss = 0.5 * jnp.sum((chol.T @ (z_init - mode)) ** 2)
-    flags = {
-        "converged": info.converged,
-        "is_pd": info.is_pd,
-        "newton_decrement": info.newton_decrement,
-    }
     iterates = info.iterates if iterates is None else iterates
-    return Inference(posterior, amortization_loss, iterates, flags)
+    return Inference(posterior, amortization_loss, iterates, flags_of(info))
+
+
+def flags_of(info: RefinementInfo | VariationalInfo) -> dict[str, Array]:
+    """The diagnostics of a search, or of a refinement, whose decrement is the smoothed one."""
+    if isinstance(info, RefinementInfo):
+        decrement = info.newton_decrement
+    else:
+        decrement = info.smoothed_decrement
+    return {"converged": info.converged, "is_pd": info.is_pd, "newton_decrement": decrement}
 
 
 def linear_gaussian(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
@@ -286,12 +290,7 @@ def refine(
             log_det = jnp.sum(jnp.log(jnp.diagonal(chol)) + at.log_std)
             loss += 0.5 * (jnp.sum(scaled**2) - at.mean.size) - log_det
     iterates = jnp.concatenate([inference.iterates, posterior.mean[None]])
-    flags = {
-        "converged": info.converged,
-        "is_pd": info.is_pd,
-        "newton_decrement": info.smoothed_decrement,
-    }
-    return Inference(posterior, loss, iterates, flags)
+    return Inference(posterior, loss, iterates, flags_of(info))
 
 
 def full_covariance_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from vlae_jax.data.sets import Dataset
 from vlae_jax.data.supplied import as_dataset
 from vlae_jax.errors import RunFailure, Stopped, UserError
-from vlae_jax.models.saved import arrays_of, describe, load
+from vlae_jax.models.saved import arrays_of, facts_of, load
 from vlae_jax.models.trained import Trained, initialize
 from vlae_jax.parallel import processes
 from vlae_jax.parallel.placement import Placement
@@ -115,7 +115,7 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
     """Train in an existing run folder."""
     checkpoints = Checkpoints(run.checkpoints)
     state = trainer.init()
-    info = CheckpointInfo(0.0, 0.0, None, float("-inf"), describe(trainer.trained))
+    info = CheckpointInfo(0.0, 0.0, None, float("-inf"), facts_of(trainer.trained))
     damaged: list[str] = []
     if resume:
         if restored := checkpoints.restore_last(lambda info: _trees(trainer, state)):
