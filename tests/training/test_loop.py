@@ -211,6 +211,46 @@ def tiny(tmp_path_factory, make_trainer):
     return finish(make_trainer, tiny_config(), tiny_mapping(), folder)
 
 
+@pytest.mark.slow
+def test_a_run_begins_as_a_vae_and_goes_on_as_the_system(make_trainer, tmp_path):
+    """The first epochs are those of a VAE, to the bit; broken off in either phase, the run is the
+    unbroken one, also from the checkpoint between the two.
+    """
+    config = tiny_config("vlae", epochs=3, pretrain=2)
+    whole = finish(make_trainer, config, tiny_mapping(), tmp_path / "whole")
+    plain = finish(make_trainer, tiny_config(epochs=2), tiny_mapping(), tmp_path / "plain")
+    logged, beside = (records(found.run, "validation") for found in (whole, plain))
+    assert ["converged" in record for record in logged] == [False, False, True]
+    for name in ("step", "elbo", "kl"):
+        assert [r[name] for r in logged[:2]] == [r[name] for r in beside]
+    assert (
+        Checkpoints(whole.run.checkpoints)
+        .restore_best(lambda _: {"model": like(whole.trainer)["model"]})
+        .step
+        == logged[-1]["step"]
+    )
+
+    def resumed(run):
+        again = finish(make_trainer, config, tiny_mapping(), run, resume=True)
+        chex.assert_trees_all_equal(again.state, whole.state)
+
+    stopped = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, minutes=1e-9)
+    )
+    fit(stopped, tiny_mapping(), run_dir=tmp_path / "first")
+    assert len(records(RunFolder(tmp_path / "first"), "validation")) == 1
+    resumed(tmp_path / "first")
+    change = logged[1]["step"]
+    for name, last in (("between", change), ("second", logged[-1]["step"])):
+        run = RunFolder(shutil.copytree(whole.run.path, tmp_path / name))
+        kept = Checkpoints(run.checkpoints, read_only=True).steps()
+        assert last in kept
+        for step in kept:
+            if step > last:
+                shutil.rmtree(run.checkpoints / str(step))
+        resumed(run.path)
+
+
 def test_fit_takes_arrays_a_mapping_and_a_data_set_and_needs_no_folder(tiny, tmp_path, monkeypatch):
     """The test images, which arrays alone do not have, change nothing; and no folder is left."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -201,6 +201,9 @@ class TrainingConfig:
 
     epochs: int = 20
     """Passes over the training images."""
+    pretrain: int = 0
+    """Train the network as a plain VAE in so many of the first epochs, and then go on as --method.
+    The optimizer goes on as it is; the best checkpoint is chosen among the later epochs."""
     patience: int | None = None
     """Stop after this many epochs without a better validation bound; by default never."""
     minutes: float | None = None
@@ -231,7 +234,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
-        require_counts(self, "epochs", "warmup_steps", least=0)
+        require_counts(self, "epochs", "pretrain", "warmup_steps", least=0)
+        require(
+            self.pretrain == 0 or self.pretrain < self.epochs,
+            f"pretrain {self.pretrain} leaves no epoch of {self.epochs} to the method itself",
+        )
         require_counts(self, "batch_size", "microbatches", "train_samples", "patience")
         require_positive(self, "minutes", "learning_rate", "clip_norm")
         require(
@@ -352,6 +359,7 @@ class Config:
         parts += [] if self.model.precision == "float32" else [self.model.precision]
         parts.append(self.inference.method)
         parts += [] if steps is None else [f"T{steps}"]
+        parts += [f"pretrain{self.training.pretrain}"] if self.training.pretrain else []
         objective = self.training.objective
         if objective != "elbo":
             count = "" if objective == "evidence" else str(self.training.train_samples)

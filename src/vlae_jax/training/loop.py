@@ -114,11 +114,12 @@ def fit(
 def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) -> None:
     """Train in an existing run folder."""
     checkpoints = Checkpoints(run.checkpoints)
-    state = trainer.init()
+    phases = _Phases(trainer)
+    state = phases.of(0).init()
     info = CheckpointInfo(0.0, 0.0, None, float("-inf"), facts_of(trainer.trained))
     damaged: list[str] = []
     if resume:
-        if restored := checkpoints.restore_last(lambda info: _trees(trainer, state)):
+        if restored := checkpoints.restore_last(lambda info: phases.trees_like(info.epoch)):
             state = TrainState(
                 params=restored.trees["model"]["params"], **restored.trees["training"]
             )
@@ -126,7 +127,7 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
             require_same_images(info.model["fingerprint"], trainer.dataset)
         processes.on_first(lambda: run.drop_metrics_after(restored.step if restored else -1))
     start = int(state.step)
-    loop = _Loop(trainer, run, checkpoints, options, info)
+    loop = _Loop(phases, run, checkpoints, options, info)
     what = f"{trainer.dataset.name} {trainer.trained.config.inference.method}"
     quiet = not processes.is_first()
     with (
@@ -144,6 +145,26 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
     checkpoints.close()
 
 
+class _Phases:
+    """What trains when: first the network as a plain VAE, if that is wanted, then the system."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.last = trainer
+        epochs = trainer.trained.config.training.pretrain
+        self.change = epochs * trainer.steps_per_epoch
+        """Number of steps of the first phase."""
+        self._first = trainer.pretrainer() if epochs else trainer
+
+    def of(self, step: int) -> Trainer:
+        """The trainer that does the step after so many."""
+        return self._first if step < self.change else self.last
+
+    def trees_like(self, epoch: float) -> dict[str, Any]:
+        """Trees of the shape that a checkpoint after so many epochs has."""
+        trainer = self.of(max(0, round(epoch * self.last.steps_per_epoch) - 1))
+        return _trees(trainer, trainer.init())
+
+
 def _trees(trainer: Trainer, state: TrainState) -> dict[str, Any]:
     """The trees of a checkpoint: the model, which can be read alone, and the training state."""
     model = arrays_of(trainer.trained.with_params(state.params))
@@ -157,13 +178,14 @@ class _Loop:
 
     def __init__(
         self,
-        trainer: Trainer,
+        phases: _Phases,
         run: RunFolder,
         checkpoints: Checkpoints,
         options: FitOptions,
         info: CheckpointInfo,
     ) -> None:
-        self.trainer, self.metrics, self.checkpoints = trainer, run.metrics_log(), checkpoints
+        self.phases, self.metrics, self.checkpoints = phases, run.metrics_log(), checkpoints
+        self.trainer = phases.last
         self.options = options
         self.info = info
         self.began = time.monotonic()
@@ -171,13 +193,17 @@ class _Loop:
         self.saved = -1
 
     def run(self, state: TrainState, progress: ProgressLine, received: list[int]) -> None:
-        trainer, options = self.trainer, self.options
+        options = self.options
         step = int(state.step)
+        trainer = self.trainer = self.phases.of(step)
         in_flight: list[Array] = []
         arguments, enough = trainer.feed.arguments(step), None
         self.logged = (time.monotonic(), step)
         self.saved = step if step else -1
         while step < trainer.total_steps and not (enough := self._enough(step)):
+            if step and step == self.phases.change:
+                trainer = self.trainer = self.phases.last
+                state = self._change(trainer, state, progress)
             state, loss = trainer.step(state, *next(arguments))
             step += 1
             # A short queue of steps keeps the device busy, and limits how late signals and failures
@@ -202,13 +228,23 @@ class _Loop:
         if enough:
             progress.say(f"stopped: {enough}")
 
+    def _change(self, trainer: Trainer, state: TrainState, progress: ProgressLine) -> TrainState:
+        """Go on from the first phase as the system; its own bound chooses the best checkpoint."""
+        config = trainer.trained.config
+        progress.say(
+            f"pretrained for {config.training.pretrain} epochs; now {config.inference.method}"
+        )
+        self.info = self.info._replace(best_step=None, best_bound=float("-inf"))
+        return trainer.without_sums(state)
+
     def _enough(self, step: int) -> str | None:
         """Return the reason to stop before the last epoch, or None."""
         config, each = self.trainer.trained.config.training, self.trainer.steps_per_epoch
         patience, best = config.patience, self.info.best_step
         if step == 0 or step % each:
             return None
-        if patience is not None and best is not None and step - best >= patience * each:
+        is_last = step > self.phases.change
+        if patience and is_last and best is not None and step - best >= patience * each:
             return f"no better validation bound in {patience} epochs"
         if config.minutes is None:
             return None

@@ -14,7 +14,7 @@ from vlae_jax.models.trained import Trained
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.runs.config import TrainingConfig
-from vlae_jax.training.batches import binarized_once, make_feed
+from vlae_jax.training.batches import Feed, binarized_once, make_feed
 from vlae_jax.training.objective import loss_fn, objective
 
 _VALIDATION_BATCH = 256
@@ -80,13 +80,18 @@ class Trainer:
         trained: The model with its initial parameters.
         dataset: The images.
         placement: The devices; by default all.
+        feed: Another trainer's, of the same images, to hold them once.
 
     Raises:
         UserError: If a batch cannot be split evenly over the devices.
     """
 
     def __init__(
-        self, trained: Trained, dataset: Dataset, placement: Placement | None = None
+        self,
+        trained: Trained,
+        dataset: Dataset,
+        placement: Placement | None = None,
+        feed: Feed | None = None,
     ) -> None:
         config = trained.config.training
         self.trained, self.dataset = trained, dataset
@@ -97,9 +102,15 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         self._optimizer = make_optimizer(config, self.total_steps)
         self._root = jax.random.key(config.seed)
-        images = binarized_once(trained.preprocessor, dataset.train)
-        self.feed = make_feed(images, config, placement)
-        shardings = placement.of_parameters(_first_state(trained, self.total_steps))
+        if feed is None:
+            images = binarized_once(trained.preprocessor, dataset.train)
+            feed = make_feed(images, config, placement)
+        self.feed = feed
+        first = _first_state(trained, self.total_steps)
+        self._sums = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), first.sums
+        )
+        shardings = placement.of_parameters(first)
         self.step = jax.jit(
             self._step, donate_argnums=0, out_shardings=(shardings, placement.replicated)
         )
@@ -115,9 +126,17 @@ class Trainer:
         """Make the state before the first step."""
         return initial_state(self.trained, self.total_steps, self.placement)
 
+    def pretrainer(self) -> "Trainer":
+        """Return the trainer of the same network as a plain VAE, with the same images."""
+        training = self.trained.config.training
+        objective = "elbo" if training.objective == "evidence" else training.objective
+        plain = self.trained.with_config("training", objective=objective)
+        plain = plain.with_inference(method="vae", refine="none")
+        return Trainer(plain, self.dataset, self.placement, self.feed)
+
     def without_sums(self, state: TrainState) -> TrainState:
         """Return the state with the sums of its metrics reset to zero."""
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.sums)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._sums)
         sums, summed = self.placement.put((zeros, np.zeros((), np.int32)))
         return state._replace(sums=sums, summed=summed)
 
