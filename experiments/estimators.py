@@ -90,6 +90,7 @@ def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: st
     found: dict[str, dict[str, np.ndarray]] = {}
     covered: dict[str, float | None] = {}
     spent: dict[str, float] = {}
+    inferred_in: dict[str, float] = {}
     for name, estimator in ESTIMATORS.items():
         chosen = trained.with_config("evaluation", **estimator.evaluation)
         if estimator.inference:
@@ -99,7 +100,7 @@ def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: st
             len(test),
         )
         if name != REFERENCE:
-            covered[name] = coverage(chosen)
+            covered[name], inferred_in[name] = timed(functools.partial(coverage, chosen), SIMULATED)
         else:
             keep(chosen, found[name], RunFolder(run), seconds=1e-3 * spent[name] * len(test))
     chains, spent["ais"] = timed(lambda: anneal(trained, test[:annealed]), annealed)
@@ -123,6 +124,7 @@ def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: st
             for name, values in found.items()
         },
         "coverage": covered,
+        "inference_milliseconds": inferred_in,
         "ais": {
             "images": annealed,
             "less_reference": average(chains["log_prob"] - reference[:annealed]),
@@ -205,6 +207,10 @@ def runs_in(folders: Iterable[Path]) -> list[Path]:
     return found
 
 
+def _record() -> list[dict[str, Any]]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else []
+
+
 def _write(record: list[dict[str, Any]]) -> None:
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(RECORD, lambda file: file.write(text.encode()))
@@ -224,9 +230,8 @@ def main() -> None:
     if not runs:
         parser.error(f"no run folder in {', '.join(map(str, given.runs))}")
     for run in runs:
-        record = json.loads(RECORD.read_text()) if RECORD.exists() else []
         dataset = load(run).provenance.dataset
-        if any((row["dataset"], row["run"]) == (dataset, run.name) for row in record):
+        if any((row["dataset"], row["run"]) == (dataset, run.name) for row in _record()):
             continue
         row = examine(
             run,
@@ -235,7 +240,7 @@ def main() -> None:
             samples=given.samples,
             data_dir=given.data_dir,
         )
-        _write([*record, row])
+        _write([*_record(), row])
         auto, own = row["estimators"]["auto"], row["estimators"]["own"]
         print(
             f"{dataset} {run.name}: log p(x) {row['reference'][0]:.2f}, own posterior "

@@ -15,13 +15,16 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.study import RESULTS
+from experiments.studies import STUDIES
+from experiments.study import RESULTS, file_name
 from vlae_jax.report.groups import over_seeds
 from vlae_jax.report.style import BLUE, DPI, FAINT, INK, ORANGE, STYLE, minus
 from vlae_jax.runs.metrics import QUANTITIES, UNRELIABLE_K
 
 README = Path(__file__).parent / "README.md"
 ESTIMATES = Path(__file__).parent / "estimators.json"
+FRONT_PAGE = Path(__file__).parent.parent / "README.md"
+BASELINE = "VAE-seed0"
 ESTIMATORS_PAGE = Path(__file__).parent.parent / "docs" / "estimators.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 COLUMNS = (
@@ -55,6 +58,10 @@ def main() -> None:
         page = put(page, f"estimators: {dataset}", estimators_table(of_set))
         print(f"estimators on {dataset}: {len(of_set)} runs")
     ESTIMATORS_PAGE.write_text(page)
+    if rows:
+        FRONT_PAGE.write_text(
+            put(FRONT_PAGE.read_text(), "table: inference", inference_table(rows))
+        )
 
 
 def estimators_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -64,6 +71,7 @@ def estimators_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     head = ["trained as", "log p(x), auto"]
     head += [f"{name} − auto" for name in ("own posterior", "Laplace", "variational", "AIS")]
+    labels = {file_name(name): name for study in STUDIES.values() for name in study.variants}
     lines = []
     for row in rows:
         found = row["estimators"]
@@ -72,8 +80,14 @@ def estimators_table(rows: Sequence[Mapping[str, Any]]) -> str:
             for name in ("own", "laplace", "refined")
         ]
         believable = f"{words(*row['reference'])} ({_share(found['auto'])})"
-        label = row["run"].rsplit("-seed", 1)[0].replace("-T=", " T=").replace("-K=", " K=")
-        lines.append([label, believable, *cells, words(*row["ais"]["less_reference"])])
+        lines.append(
+            [
+                labels[row["run"].rsplit("-seed", 1)[0]],
+                believable,
+                *cells,
+                words(*row["ais"]["less_reference"]),
+            ]
+        )
     first = rows[0]
     milliseconds = {
         name: mean(row["estimators"][name]["milliseconds"] for row in rows)
@@ -89,6 +103,22 @@ def estimators_table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"an image without compilation, mean over the rows: {costs} "
         f"({first['hardware']}, one core, jax {first['jax']})."
     )
+
+
+def inference_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What other inference makes of decoders that were trained as a VAE, one row a data set."""
+    head = ["decoder of a VAE", "log p(x)", "ELBO of its encoder", "Laplace", "variational"]
+    head += ["90 % regions that hold the true z", "ms an image"]
+    lines = []
+    for row in rows:
+        if row["run"] != BASELINE:
+            continue
+        found, covered = row["estimators"], row["coverage"]
+        bounds = [minus(f"{found[name]['elbo'][0]:.1f}") for name in ("own", "laplace", "refined")]
+        regions = " / ".join(f"{100 * covered[name]:.0f} %" for name in covered)
+        times = " / ".join(f"{row['inference_milliseconds'][name]:.1f}" for name in covered)
+        lines.append([row["dataset"], minus(f"{row['reference'][0]:.1f}"), *bounds, regions, times])
+    return markdown(head, lines)
 
 
 def _share(found: Mapping[str, Any]) -> str:

@@ -107,13 +107,13 @@ def _runs(study: Study, folder: Path) -> Iterator[dict[str, Any]]:
     """The records of the finished runs in a folder."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     for label, options in study.variants.items():
-        for path in sorted(folder.glob(f"{_file_name(label)}-seed*")):
+        for path in sorted(folder.glob(f"{file_name(label)}-seed*")):
             if not (path / "results.json").exists():
                 continue
             run = read_run(path)
             results = run.results or {}
             other = study.baselines.get(label, next(iter(study.variants)))
-            baseline = folder / f"{_file_name(other)}-seed{run.seed}"
+            baseline = folder / f"{file_name(other)}-seed{run.seed}"
             yield {
                 "label": label,
                 "seed": run.seed,
@@ -151,7 +151,7 @@ def _paired(run: Run, baseline: Path) -> dict[str, list[float]]:
 def _train(
     study: Study, folder: Path, label: str, seed: int, place: Sequence[str], core: int | None
 ) -> None:
-    run = folder / f"{_file_name(label)}-seed{seed}"
+    run = folder / f"{file_name(label)}-seed{seed}"
     if (run / "results.json").exists():
         return
     resume = ["--resume"] if (run / "checkpoints").exists() else ["--overwrite"]
@@ -176,5 +176,6 @@ def _core(index: int) -> int:
     return cores[index % len(cores)]
 
 
-def _file_name(label: str) -> str:
+def file_name(label: str) -> str:
+    """The name of a variant as that of its run folders."""
     return label.replace(" ", "-").replace("/", "-")
