@@ -1,11 +1,13 @@
 """The command line: arguments become a command, the command runs, errors become exit codes."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Protocol, cast
+from typing import Annotated, Any, Protocol, TextIO, cast
 
 import tyro
 
@@ -13,6 +15,7 @@ from vlae_jax.commands.arguments import Folder
 from vlae_jax.commands.train import Evaluate, Train
 from vlae_jax.commands.uses import Encode, Gap, Impute, Reconstruct, Sample, Score
 from vlae_jax.errors import RunFailure, Stopped, Unreadable, UserError
+from vlae_jax.parallel.options import keep_threads_awake
 from vlae_jax.runs.presets import default_config
 from vlae_jax.runs.storage import resolved
 
@@ -82,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: The words after the program's name; by default those of this process.
     """
+    keep_threads_awake()
+    _secure_streams()
     try:
         parse(sys.argv[1:] if argv is None else argv).run()
         sys.stdout.flush()
@@ -96,8 +101,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Output:
+    """A text stream whose reader may leave: what is written after that is lost without an error.
+
+    So `vlae_jax train | head` trains to its end, and keeps everything in its run folder.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, also to nobody."""
+        with self._without_reader():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, also to nobody."""
+        with self._without_reader():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _without_reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def _secure_streams() -> None:
+    """Let no closed or narrow stream end a command: its work counts, not what it prints."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            stream = _Output(stream)
+        setattr(sys, name, stream)
 
 
 def parse(argv: Sequence[str]) -> Command:

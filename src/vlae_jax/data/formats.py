@@ -27,6 +27,10 @@ class Source(NamedTuple):
     description: str
 
 
+_CHANNELS = (1, 3)
+"""Gray and color, which the pictures of a report can show."""
+
+
 def installed(module: str) -> bool:
     """Whether a module can be imported, without importing it."""
     return importlib.util.find_spec(module) is not None
@@ -108,7 +112,18 @@ def one_part(key: str, images: np.ndarray, path: Path | str) -> np.ndarray:
         raise UserError(
             f"{path}: {key} is empty, its shape is {images.shape}; at least one image is needed"
         )
-    return images if images.ndim == 4 else images[..., None]
+    images = images if images.ndim == 4 else images[..., None]
+    channels = images.shape[3]
+    if channels not in _CHANNELS and images.shape[1] in _CHANNELS:
+        raise UserError(
+            f"{path}: {key} of shape {images.shape} has its channels first; they must come last: "
+            "transpose it by np.moveaxis(x, 1, 3)"
+        )
+    if channels not in _CHANNELS:
+        raise UserError(
+            f"{path}: {key} must have 1 channel or 3, got {channels} in shape {images.shape}"
+        )
+    return images
 
 
 def require_one_shape(one: tuple[int, ...], other: tuple[int, ...], path: Path | str) -> None:

@@ -16,6 +16,7 @@ PICTURES = frozenset(
 )
 """Endings of the picture files that are read, by Pillow."""
 _MODES = {1: "L", 3: "RGB"}
+_HALF_WHITE = 128
 # Errors that numpy has been seen to raise for a damaged or foreign file.
 _DAMAGED = (OSError, ValueError, EOFError, TypeError, KeyError, BadZipFile, zlib.error)
 
@@ -127,7 +128,10 @@ def read_images(path: Path, shape: Shape, levels: int) -> Images:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         files = [file for file in files if file.suffix.lower() in PICTURES]
         if not files:
-            raise UserError(f"{path} holds no pictures: none of {', '.join(sorted(PICTURES))}")
+            inside = "; its subfolders are not searched" if path.is_dir() else ""
+            raise UserError(
+                f"{path} holds no pictures: none of {', '.join(sorted(PICTURES))}{inside}"
+            )
         pictures = np.stack([_as_images(_picture(file, shape), shape, file)[0] for file in files])
         names = tuple(file.name for file in files)
         return Images(checked(pictures, shape, levels, path), names)
@@ -135,7 +139,7 @@ def read_images(path: Path, shape: Shape, levels: int) -> Images:
 
 
 def read_missing(path: Path, shape: Shape, count: int) -> np.ndarray:
-    """Read which pixels are missing: those that are not 0.
+    """Read which pixels are missing: those that are not 0, or in a picture those nearer to white.
 
     Args:
         path: An .npz (key missing, or the only one) or .npy file, or a black and white picture:
@@ -153,6 +157,9 @@ def read_missing(path: Path, shape: Shape, count: int) -> np.ndarray:
         raise UserError(f"{path} does not exist; give an .npz, .npy or picture file of the mask")
     is_picture = path.suffix.lower() in PICTURES
     mask = _picture(path, (*shape[:2], 1)) if is_picture else read_array(path, ("missing",))
+    values = f"{mask.min()} to {mask.max()}" if mask.size else "none"
+    if is_picture:  # compression and soft edges leave other values than black and white
+        mask = mask >= _HALF_WHITE
     if mask.dtype.kind not in "biu":
         raise UserError(f"{path}: a mask holds booleans or integers, got {mask.dtype}")
     given = mask.shape
@@ -170,7 +177,10 @@ def read_missing(path: Path, shape: Shape, count: int) -> np.ndarray:
         raise UserError(f"{path}: a mask must have shape {_by(shape[:2])}, got {_by(given)}")
     missing = np.broadcast_to(mask != 0, wanted)
     if not missing.any():
-        raise UserError(f"{path}: nothing is missing; pixels that are not 0 are filled in")
+        which = f"from {_HALF_WHITE} to 255" if is_picture else "that are not 0"
+        raise UserError(
+            f"{path}: nothing is missing; pixels {which} are filled in, and its values are {values}"
+        )
     return missing
 
 
@@ -242,7 +252,7 @@ def _as_images(array: np.ndarray, shape: Shape, where: Path) -> np.ndarray:
 def _picture(path: Path, shape: Shape) -> np.ndarray:
     """The pixels of a picture file, (height, width) or (height, width, 3)."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise UserError(f"reading {path} needs Pillow: pip install 'vlae-jax[train]'") from None
     mode = _MODES.get(shape[2])
@@ -252,6 +262,11 @@ def _picture(path: Path, shape: Shape) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
                 raise UserError(f"{path} has not 8 bits a channel but mode {image.mode}")
+            if ";16" in str(image.tile):  # Pillow would keep the upper half of each
+                raise UserError(f"{path} has not 8 bits a channel but 16")
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise UserError(f"{path} holds {frames} pictures; save each as a file of its own")
+            ImageOps.exif_transpose(image, in_place=True)
             if image.has_transparency_data:
                 alpha = np.asarray(image.convert("RGBA"))[..., 3]
                 if alpha.min() < 255:

@@ -2,8 +2,35 @@
 
 import dataclasses
 import math
+import os
 
 from vlae_jax.errors import LARGEST_COUNT, require
+
+_FEWEST_THREADS = 4
+
+
+def keep_threads_awake(devices: int = 1) -> None:
+    """Let XLA start enough threads; call it before JAX starts.
+
+    It starts one a core. On one or two cores all of them have been seen to sleep for good while the
+    main thread waited for their result. Each virtual device may block one more, while it waits for
+    the others.
+
+    Args:
+        devices: Number of virtual devices.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    wanted = _FEWEST_THREADS * devices
+    if (devices > 1 or cores < wanted) and _threads() < wanted:
+        os.environ["NPROC"] = str(wanted)
+
+
+def _threads() -> int:
+    given = os.environ.get("NPROC", "")
+    return int(given) if given.isdigit() else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vlae_jax.errors import UserError
-from vlae_jax.parallel.options import DistributedConfig
+from vlae_jax.parallel.options import DistributedConfig, keep_threads_awake
 from vlae_jax.parallel.placement import Placement
 
 Result = TypeVar("Result")
@@ -39,9 +39,7 @@ def start(options: DistributedConfig) -> Placement:
             their number, or a device is missing.
     """
     if options.devices is not None:
-        # XLA starts NPROC threads. Each virtual device may block one while it waits for the other
-        # devices, so there must be more threads than devices, or all of them wait forever.
-        os.environ.setdefault("NPROC", str(4 * options.devices))
+        keep_threads_awake(options.devices)
         with contextlib.suppress(RuntimeError):  # JAX has started: its devices are checked below
             jax.config.update("jax_num_cpu_devices", options.devices)
     if options.processes != 1:

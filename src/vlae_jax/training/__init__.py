@@ -7,3 +7,7 @@
 | `step` | state, optimizer and the compiled step |
 | `loop` | `fit`: epochs, log, checkpoints, resumption |
 """
+
+from vlae_jax.parallel.options import keep_threads_awake
+
+keep_threads_awake()
