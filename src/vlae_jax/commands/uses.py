@@ -346,19 +346,20 @@ class Gap:
         from vlae_jax.report import write_report
 
         run, began = RunFolder(self.run_dir), time.monotonic()
-        trained = load(run.path)
-        dataset = images_of_run(trained, self.data_dir, _INSTEAD_OF_GAP)
-        metrics, _ = measure_gaps(trained, dataset.test, self.effort)
-        run.write_gaps(
-            describe(
-                trained,
-                metrics,
-                seconds={"gaps": time.monotonic() - began},
-                settings=dataclasses.asdict(self.effort),
+        with run.owned():
+            trained = load(run.path)
+            dataset = images_of_run(trained, self.data_dir, _INSTEAD_OF_GAP)
+            metrics, _ = measure_gaps(trained, dataset.test, self.effort)
+            run.write_gaps(
+                describe(
+                    trained,
+                    metrics,
+                    seconds={"gaps": time.monotonic() - began},
+                    settings=dataclasses.asdict(self.effort),
+                )
             )
-        )
-        print_metrics(metrics)
-        write_report([run.path])
+            print_metrics(metrics)
+            write_report([run.path])
 
 
 def images_of_run(trained: "Trained", data_dir: str | None, instead: str) -> "Dataset":

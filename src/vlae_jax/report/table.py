@@ -220,7 +220,8 @@ def metric_words(metric: Mapping[str, Any] | None) -> str:
         return ABSENT
     value, error = number(metric.get("value")), number(metric.get("standard_error"))
     if not math.isfinite(value):
-        return "not finite"
+        known = QUANTITIES.get(str(metric.get("name")))
+        return known.undefined if known else "not finite"
     # A file of a newer version may have units that are not known here.
     decimals, factor, suffix = UNITS.get(str(metric.get("unit")), UNITS["number"])
     if not math.isfinite(error):

@@ -1,15 +1,17 @@
 """The folder of one run: the file for each of its contents, and their reading and writing."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from vlae_jax.errors import UserError
@@ -24,6 +26,7 @@ from vlae_jax.runs.storage import (
     writing,
 )
 
+_LOCK = ".lock"
 _UNKNOWN_OPTION = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's names for a field that a dataclass does not have."""
 
@@ -81,6 +84,37 @@ class RunFolder:
         """Whether a run has been started here."""
         return self._config.is_file()
 
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keep other processes out of a local run folder, as long as this one lives.
+
+        The folder is made if need be, and taken away again if nothing came of it. A process that
+        has died holds nothing. Buckets have no locks.
+
+        Raises:
+            UserError: If another process works there, or the folder cannot be written.
+        """
+        if in_bucket(self.path) or (self.path.exists() and not self.path.is_dir()):
+            yield
+            return
+        is_new = not self.path.exists()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / _LOCK, blocking=False, is_singleton=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise UserError(
+                    f"another process works in {self.path}; wait until it has ended, or choose "
+                    "another run folder"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            if is_new and {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
+                shutil.rmtree(self.path, ignore_errors=True)
+
     def create(self, config: Config, *, overwrite: bool) -> None:
         """Make the folder and write its config.json.
 
@@ -96,7 +130,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, not a folder; choose another --run-dir")
         if self.path.exists() and any(
-            not is_partial(entry, of=self._config) for entry in self.path.iterdir()
+            entry.name != _LOCK and not is_partial(entry, of=self._config)
+            for entry in self.path.iterdir()
         ):
             if not self._config.exists():
                 raise UserError(
@@ -112,9 +147,12 @@ class RunFolder:
                 if self.path.exists():
                     self.path.rmtree()  # type: ignore[attr-defined]
             else:
-                if self.path.exists():
-                    shutil.rmtree(self.path)
-                self.path.mkdir(parents=True)
+                self.path.mkdir(parents=True, exist_ok=True)
+                for entry in self.path.iterdir():
+                    if entry.is_dir() and not entry.is_symlink():
+                        shutil.rmtree(entry)
+                    elif entry.name != _LOCK:
+                        entry.unlink()
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:

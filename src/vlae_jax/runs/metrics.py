@@ -37,6 +37,8 @@ class Quantity(NamedTuple):
     """For scores of images: 1 where high values are outlying, -1 where low ones are."""
     threshold: float | None = None
     """Values above it are a warning; None where there is no such limit."""
+    undefined: str = "not finite"
+    """Stands in tables where there is no finite value."""
 
 
 FINITE_VARIANCE_K = 0.5
@@ -55,7 +57,7 @@ QUANTITIES: dict[str, Quantity] = {
     "ess": Quantity("effective samples", "samples"),
     "log_prob_sampling_error": Quantity("sampling error of log p(x)"),
     "pareto_k": Quantity("Pareto k", "number", outlying=1, threshold=UNRELIABLE_K),
-    "unreliable": Quantity(f"k̂ > {UNRELIABLE_K}", "share"),
+    "unreliable": Quantity(f"k̂ > {UNRELIABLE_K}", "share", undefined="too few samples"),
     "annealed": Quantity("annealed", "share"),
     "own_log_prob": Quantity("log p(x), own proposal", outlying=-1),
     "own_ess": Quantity("effective samples, own proposal", "samples"),

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -76,8 +76,8 @@ def fit(
             `fit` with the same shared folder; only the first process writes.
 
     Raises:
-        UserError: If configuration, data and folder do not fit each other, or nothing can be
-            written.
+        UserError: If configuration, data and folder do not fit each other, nothing can be written,
+            or another process works in the folder.
         RunFailure: If the loss is not finite; the message names the step, and the checkpoints stay.
         Stopped: After SIGINT or SIGTERM, with everything saved.
         Unreadable: If the last checkpoint is undamaged but cannot be read.
@@ -90,6 +90,21 @@ def fit(
                 config, data, run_dir=Path(folder) / "run", options=options, placement=placement
             )
     run = RunFolder.at(run_dir)
+    with ExitStack() as held:
+        processes.on_first(lambda: held.enter_context(run.owned()))
+        return _fit(config, data, run, resume, overwrite, options or FitOptions(), placement)
+
+
+def _fit(
+    config: Config,
+    data: Dataset | np.ndarray | Mapping[str, np.ndarray] | str | None,
+    run: RunFolder,
+    resume: bool,
+    overwrite: bool,
+    options: FitOptions,
+    placement: Placement | None,
+) -> Trained:
+    """Train in a run folder that no other process works in."""
     dataset = processes.together(lambda: as_dataset(data, config.data))
     if config.data.dataset != dataset.name:
         named = dataclasses.replace(config.data, dataset=dataset.name)
@@ -107,7 +122,7 @@ def fit(
     processes.on_first(
         lambda: run.write_config(config) if resume else run.create(config, overwrite=overwrite)
     )
-    _train(Trainer(trained, dataset, placement), run, resume, options or FitOptions())
+    _train(Trainer(trained, dataset, placement), run, resume, options)
     return load(run.path, placement)
 
 
