@@ -283,6 +283,17 @@ def test_more_devices_than_there_are_are_refused(monkeypatch):
         join(DistributedConfig(devices=99))
 
 
+@pytest.mark.parametrize(
+    ("platforms", "words"),
+    [("cuda,cpu", "names cuda first, but JAX finds only cpu"), ("tpu,cpu", "finds no device for")],
+)
+def test_a_platform_that_is_not_there_is_told_in_one_line(tmp_path, platforms, words):
+    process = launch("--run-dir", str(tmp_path / "run"), JAX_PLATFORMS=platforms)
+    [(code, _, error)] = outcome([process])
+    assert code == 2 and words in error
+    assert not (tmp_path / "run").exists()
+
+
 # Real processes on this machine, by the command line
 
 
@@ -334,9 +345,9 @@ def launch(*arguments, **environment):
         [sys.executable, "-m", "vlae_jax", "train", *ARGUMENTS, *arguments],
         env={
             **os.environ,
-            **environment,
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_PLATFORMS": "cpu",
+            **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

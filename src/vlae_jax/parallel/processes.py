@@ -25,6 +25,7 @@ LOST_PEER = os.EX_TEMPFAIL
 """Exit code after another process died: 75, which means that trying again may succeed."""
 _SPEAKS_OF_PEERS = re.compile("gloo|peer|connection|coordination|heartbeat|unavailable", re.I)
 _HEARTBEAT_SECONDS = 30
+_SAME_PLATFORM = {("cuda", "gpu"), ("rocm", "gpu")}
 _MESSAGE_BYTES = 600
 
 
@@ -44,6 +45,7 @@ def start(options: DistributedConfig) -> Placement:
             jax.config.update("jax_num_cpu_devices", options.devices)
     if options.processes != 1:
         _join(options)
+    _require_platform()
     expected = options.processes
 
     def check() -> None:
@@ -71,6 +73,22 @@ def _devices(options: DistributedConfig) -> list[Any]:
     for device in jax.devices():
         by_process.setdefault(device.process_index, []).append(device)
     return [device for devices in by_process.values() for device in devices[: options.devices]]
+
+
+def _require_platform() -> None:
+    """Check that JAX runs on what JAX_PLATFORMS names first: it may pass over a missing one."""
+    wanted = os.environ.get("JAX_PLATFORMS", "").partition(",")[0].strip().lower()
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {error}"
+        ) from None
+    if wanted not in ("", found) and (wanted, found) not in _SAME_PLATFORM:
+        raise UserError(
+            f"JAX_PLATFORMS names {wanted} first, but JAX finds only {found} devices: install the "
+            f"extra {wanted} of vlae-jax, or choose the platform {found}"
+        )
 
 
 def _join(options: DistributedConfig) -> None:
