@@ -24,7 +24,8 @@ gc.set_threshold(50_000, 20, 100)
 
 
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split("\n"))
-"""Tests, or modules of them, that took over 2.5 s of a core by `pytest --durations=0`."""
+"""Tests that took over 2.5 s of a core by `pytest --durations=0`: by name, whole modules, or all of
+a module with the same parameter, `module.py[parameter]`."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,7 +33,9 @@ def pytest_collection_modifyitems(items):
     """`make test` leaves out what is slow, `make test-all` nothing."""
     for item in items:
         name = item.nodeid.removeprefix("tests/")
-        if name in SLOW or name.partition("::")[0] in SLOW:
+        module, _, test = name.partition("::")
+        _, bracket, parameter = test.partition("[")
+        if {name, module, f"{module}{bracket}{parameter}"} & SLOW:
             item.add_marker(pytest.mark.slow)
 
 
