@@ -168,6 +168,25 @@ def test_the_gradient_is_clipped_before_adam_sees_it():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_weight_decay_takes_its_share_of_the_decoders_matrices_alone():
+    """Without a gradient a step of Adam is 0, and what is left is the decay."""
+    params = untrained(tiny_config()).params
+    optimizer = make_optimizer(TrainingConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    after = optax.apply_updates(params, updates)
+    decayed = set()
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(after), strict=True
+    ):
+        is_equal = np.array_equal(old, new)
+        np.testing.assert_allclose(new, old if is_equal else 0.95 * old, rtol=1e-6)
+        if not is_equal:
+            decayed.add(jax.tree_util.keystr(path))
+    assert decayed and all("features" in name or "['head']" in name for name in decayed)
+    assert all("kernel" in name for name in decayed)
+
+
 def test_the_schedule_of_a_training_spans_all_its_epochs(monkeypatch):
     """With a loss of slope one each step moves a weight by the learning rate."""
 

@@ -221,6 +221,9 @@ class TrainingConfig:
     """The course of the learning rate over the run; cosine ends at 0."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the decoder's weight matrices (AdamW): a step takes off this share of them
+    times the learning rate. A regularization for decoders that overfit."""
     clip_norm: float | None = None
     """Largest global norm of the gradient; by default any."""
     objective: Literal["elbo", "iwae", "dreg", "evidence"] = "elbo"
@@ -241,6 +244,10 @@ class TrainingConfig:
         )
         require_counts(self, "batch_size", "microbatches", "train_samples", "patience")
         require_positive(self, "minutes", "learning_rate", "clip_norm")
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"weight_decay must be at least 0 and finite, got {self.weight_decay}",
+        )
         require(
             self.microbatches is None or self.batch_size % self.microbatches == 0,
             f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}",

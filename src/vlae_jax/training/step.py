@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 def make_optimizer(
     config: TrainingConfig, total_steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Make Adam with the configured schedule, warm-up and clipping."""
+    """Make Adam with the configured schedule, warm-up, clipping and decay of weights."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(total_steps, warmup + 1))
@@ -48,7 +48,20 @@ def make_optimizer(
     else:
         rate = optax.constant_schedule(peak)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.with_extra_args_support(optax.chain(*clip, optax.adam(rate)))
+    adam = optax.adam(rate)
+    if config.weight_decay:
+        adam = optax.adamw(rate, weight_decay=config.weight_decay, mask=_is_decaying)
+    return optax.with_extra_args_support(optax.chain(*clip, adam))
+
+
+def _is_decaying(params: Any) -> Any:
+    """Whether each leaf is a weight matrix of the decoder."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = jax.tree_util.keystr(path)
+        return name.startswith(("['features']", "['head']")) and "['kernel']" in name
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def initial_state(trained: Trained, total_steps: int, placement: Placement) -> TrainState:
