@@ -2,11 +2,13 @@
 
 import zlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlae_jax.data.sets import dataset_from_arrays
+from vlae_jax.data.preprocessing import fit_preprocessor
+from vlae_jax.data.sets import dataset_from_arrays, load_dataset
 from vlae_jax.data.supplied import read_images, read_missing
 from vlae_jax.errors import UserError
 
@@ -96,6 +98,26 @@ def test_a_folder_of_folders_is_refused_and_says_so(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "cats" / "one.png")
     with pytest.raises(UserError, match=r"holds no pictures.*subfolders are not searched"):
         read_images(tmp_path, GRAY, 256)
+
+
+@pytest.mark.parametrize("levels", [2, 16])
+def test_the_scale_of_pixels_is_asked_about_where_it_is_in_doubt(tmp_path, levels):
+    """And what is told is believed: black and white as 0 and 1 are then black and white."""
+    pixels = np.random.default_rng(0).integers(0, levels, (40, 4, 3), np.uint8)
+    assert pixels.max() == levels - 1
+    np.savez(tmp_path / "mine.npz", x_train=pixels, x_test=pixels[:5])
+    with pytest.raises(UserError, match=rf"from 0 to {levels - 1}, .* --levels {levels}, or"):
+        load_dataset("mine", tmp_path)
+    with pytest.raises(UserError, match=rf"unlikely for 256 levels.*levels {levels}"):
+        dataset_from_arrays(pixels)
+    dataset = load_dataset("mine", tmp_path, levels=levels)
+    assert dataset.levels == levels
+    binary = fit_preprocessor(dataset.train, kind="static_binary", levels=levels)
+    x, _ = binary.apply(jax.random.key(0), np.full((4, 3, 1), levels - 1, np.uint8))
+    np.testing.assert_array_equal(x, 1.0)
+    with pytest.raises(UserError, match=rf"below levels={levels - 1}, got {levels - 1}"):
+        load_dataset("mine", tmp_path, levels=levels - 1)
+    assert load_dataset("mine", tmp_path, levels=256).levels == 256
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,14 @@ class Availability(enum.IntEnum):
     NEEDS_DOWNLOAD = 4
 
 
+_UNLIKELY_BELOW = 64
+
+
 def load_dataset(
     name: str,
     data_dir: str | Path | None = None,
     *,
+    levels: int | None = None,
     validation_fraction: float = 0.1,
     stream: bool = False,
 ) -> Dataset:
@@ -115,6 +119,8 @@ def load_dataset(
     Args:
         name: One of `KNOWN_DATASETS`, or a name of your own for what `data_dir` holds.
         data_dir: Where to look, or None for the cache and then a download.
+        levels: How many values a pixel may take, from 0. By default 256, and 17 for digits; images
+            that use only the lowest of them are refused until it is told.
         validation_fraction: Share of the training images set aside for validation, between 0 and 1.
         stream: Leave the training images on disk.
 
@@ -127,20 +133,22 @@ def load_dataset(
     if name == "digits":
         refuse_file_for_digits(data_dir)
         described = "scikit-learn load_digits, split at random"
-        return _split(name, _digits(), 17, described, validation_fraction)
+        return _split(name, _digits(), levels or 17, described, validation_fraction)
     source = find_source(name, data_dir)
     if source is None and data_dir is not None:
         raise UserError(nothing_fits(name, path_of(data_dir)))
     if source is None:
         source = npz_source(prepare_dataset(name))
-    return _split(name, source.read(), 256, source.description, validation_fraction)
+    parts = source.read()
+    levels = _checked_levels(parts, levels, source.description, "--levels")
+    return _split(name, parts, levels, source.description, validation_fraction)
 
 
 def dataset_from_arrays(
     train: np.ndarray,
     test: np.ndarray | None = None,
     *,
-    levels: int = 256,
+    levels: int | None = None,
     validation_fraction: float = 0.1,
 ) -> Dataset:
     """A data set of images in memory, which has no name of its own: `ARRAYS`.
@@ -149,21 +157,38 @@ def dataset_from_arrays(
         train: uint8, (n, height, width) or (n, height, width, channel).
         test: Images of the same type and shape. Without them the validation images stand in for
             test images.
-        levels: How many values a pixel may take, from 0.
+        levels: How many values a pixel may take, from 0; by default 256.
         validation_fraction: Share of the training images set aside for validation, between 0 and 1.
 
     Raises:
-        UserError: If the images are not as described.
+        UserError: If the images are not as described, or use only the lowest of 256 levels.
     """
     where = "data"
     parts = checked_parts((train, train[:1] if test is None else test), where)
+    levels = _checked_levels(parts, levels, where, "levels")
+    dataset = _split(ARRAYS, parts, levels, "arrays in memory", validation_fraction)
+    return dataset if test is not None else dataset._replace(test=dataset.validation)
+
+
+def _checked_levels(parts: Parts, levels: int | None, where: str, option: str) -> int:
+    """The number of levels, 256 if none is given.
+
+    Raises:
+        UserError: If a pixel lies above, or none is given and all are so low that another scale is
+            meant: black and white as 0 and 1, say.
+    """
     for key, part in zip(("x_train", "x_test"), parts, strict=True):
-        if (highest := int(part.max())) >= levels:
+        if (highest := int(part.max())) >= (levels or 256):
             raise UserError(
                 f"{where}: pixels of {key} must lie below levels={levels}, got {highest}"
             )
-    dataset = _split(ARRAYS, parts, levels, "arrays in memory", validation_fraction)
-    return dataset if test is not None else dataset._replace(test=dataset.validation)
+    highest = max(int(part.max()) for part in parts)
+    if levels is None and 0 < highest < _UNLIKELY_BELOW:
+        raise UserError(
+            f"{where}: pixels lie from 0 to {highest}, which is unlikely for 256 levels; say how "
+            f"many values a pixel may take: {option} {highest + 1}, or {option} 256"
+        )
+    return levels or 256
 
 
 def is_available(name: str, data_dir: str | Path | None = None, *, stream: bool = False) -> bool:

@@ -37,6 +37,11 @@ class DataOptions(Protocol):
         ...
 
     @property
+    def levels(self) -> int | None:
+        """How many values a pixel may take; None if that is not told."""
+        ...
+
+    @property
     def validation_fraction(self) -> float:
         """Share of the training images set aside for validation."""
         ...
@@ -88,11 +93,12 @@ def as_dataset(
         return load_dataset(
             data or config.dataset,
             config.data_dir,
+            levels=config.levels,
             validation_fraction=config.validation_fraction,
             stream=config.stream,
         )
     arrays = dict(data) if isinstance(data, Mapping) else {"x_train": data}
-    levels = int(arrays.pop("levels", 256))
+    levels = arrays.pop("levels", config.levels)
     if set(arrays) - {"x_train", "x_test"} or "x_train" not in arrays:
         held = ", ".join(map(repr, arrays)) or "nothing"
         raise UserError(
@@ -101,7 +107,7 @@ def as_dataset(
     return dataset_from_arrays(
         np.asarray(arrays["x_train"]),
         None if "x_test" not in arrays else np.asarray(arrays["x_test"]),
-        levels=levels,
+        levels=None if levels is None else int(levels),
         validation_fraction=config.validation_fraction,
     )
 

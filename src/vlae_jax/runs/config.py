@@ -26,6 +26,9 @@ class DataConfig:
     data_dir: str | None = None
     """Folder with NAME.npz, idx files or a prepared tensorflow-datasets directory;
     or one .npz file."""
+    levels: int | None = None
+    """How many values a pixel may take, from 0: 256 for 8 bits, 2 for black and white. By default
+    256, and 17 for digits; images that use only the lowest of them are asked about."""
     preprocess: Preprocess = "logit"
     """logit: uniform dequantization, then logit.
     raw: centered pixels in [0, 1].
@@ -46,6 +49,14 @@ class DataConfig:
             not (self.stream and self.preprocess == "static_binary"),
             "static_binary draws all training images once and keeps them in memory: leave --stream "
             "out, or choose --preprocess dynamic_binary",
+        )
+        require(
+            self.levels is None or 2 <= self.levels <= 256,
+            f"levels must be from 2 to 256, got {self.levels}",
+        )
+        require(
+            self.levels is None or not self.stream,
+            "levels are those of the streamed data set: leave --levels out, or --stream",
         )
         require(
             0.0 < self.logit_lambda < 0.5,
