@@ -94,7 +94,11 @@ def of_every_kind(pretrain: int, ascent: Options = ASCENT) -> dict[str, Options]
     found = systems((1, 4), ascent=ascent)
     labels = ("VAE", "VAE+full", "VAE+HF T=4", "VAE+IAF T=4", "SA-VAE T=4", "IWAE K=5")
     late = ("--method", "vlae", "--steps", "1", "--pretrain", str(pretrain))
+    linear = ("--hidden", "--epochs", "0", "--method")
     return {
+        "VAE": VAE,
+        "pPCA": (*linear, "ppca"),
+        "FA": (*linear, "fa", "--variance", "per_pixel"),
         **{label: found[label] for label in (*labels, "VLAE T=1", "VLAE T=4")},
         "VAE then VLAE T=1": late,
     }

@@ -98,13 +98,13 @@ def test_fewer_images_than_latent_dimensions_are_refused(xs, fit):
 
 def test_the_likelihood_of_factor_analysis_is_that_of_scikit_learn(xs):
     scaled = xs * np.array([1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
-    for latent in (1, 2):
-        fitted = fit_factor_analysis(scaled, latent)
-        sklearn = FactorAnalysis(latent, tol=1e-8, max_iter=10_000, svd_method="lapack")
-        found = score(scaled, fitted.kernel, fitted.bias, fitted.variance)
-        np.testing.assert_allclose(found, sklearn.fit(scaled).score(scaled), atol=1e-5)
+    fitted = fit_factor_analysis(scaled, 1)
+    sklearn = FactorAnalysis(1, tol=1e-8, max_iter=10_000, svd_method="lapack").fit(scaled)
+    found = score(scaled, fitted.kernel, fitted.bias, fitted.variance)
+    np.testing.assert_allclose(found, sklearn.score(scaled), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_p_of_a_factor_analysis_is_that_of_scikit_learn():
     """As evaluated for test images, by importance samples from the exact posterior."""
     config = default_config(method="fa")
