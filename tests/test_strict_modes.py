@@ -47,14 +47,11 @@ def stacked(dtype: type) -> Any:
 @pytest.mark.parametrize("width", [jnp.float32, jnp.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_nothing_is_promoted(case, width):
-    """In ranks or dtypes, forward or in reverse; both precisions, the other one the default too."""
-    for is_double in (False, True):
-        if width is jnp.float64 and not is_double:
-            continue
-        with jax.enable_x64(is_double):
-            given = jax.eval_shape(lambda: stacked(width))
-            with everything_refused():
-                jax.eval_shape(differentiated(case), given)
+    """In ranks or dtypes, forward or in reverse; float32 where float64 is the default, too."""
+    with jax.enable_x64(True):
+        given = jax.eval_shape(lambda: stacked(width))
+        with everything_refused():
+            jax.eval_shape(differentiated(case), given)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

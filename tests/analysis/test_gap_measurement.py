@@ -107,7 +107,7 @@ def test_the_chains_of_a_bound_take_the_step_sizes_that_others_found(linear, mon
         return step_size, None
 
     module = "vlae_jax.analysis.gap_measurement"
-    monkeypatch.setattr(f"{module}.annealed_importance_sampling", anneal)
+    monkeypatch.setattr("vlae_jax.annealing.annealed_importance_sampling", anneal)
     monkeypatch.setattr(f"{module}.reverse_annealed_importance_sampling", reverse)
     trained, images = linear[0], digits().test
     _, found = measure_gaps(trained, images, dataclasses.replace(QUICK, family_steps=1))

@@ -27,6 +27,11 @@ QUICK = [
 
 
 @pytest.fixture
+def contents(folder):
+    """Everything in a run folder but the lock of its owner."""
+    return sorted(path for path in folder.rglob("*") if path.name != ".lock")
+
+
 def images(tmp_path):
     """A folder of the user's own data, and a function that spoils it."""
     rng = np.random.default_rng(0)
@@ -68,7 +73,7 @@ def test_a_run_is_not_used_on_other_images_of_the_same_name(images, tmp_path, ca
     folder = tmp_path / "run"
     config = parse([*map(str, own(images(), "--batch-size", "8"))]).config
     save(initialize(config, as_dataset(None, config.data)), folder)
-    before = sorted(folder.rglob("*"))
+    before = contents(folder)
     images(x_train=np.random.default_rng(1).integers(0, 256, (40, 6, 6, 1), dtype=np.uint8))
     for command in ("evaluate", "encode", "gap"):
         line = refused(capsys, command, folder)
@@ -77,7 +82,7 @@ def test_a_run_is_not_used_on_other_images_of_the_same_name(images, tmp_path, ca
     for command, way_out in (("evaluate", "in Python, call"), ("encode", "name images as INPUT")):
         line = refused(capsys, command, folder)
         assert f"data_dir {tmp_path / 'data'} does not exist" in line and way_out in line
-    assert sorted(folder.rglob("*")) == before
+    assert contents(folder) == before
 
 
 def test_a_run_leaves_everything_a_reader_needs(finished):
@@ -308,10 +313,10 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path, capsys):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(finished, capsys):
     folder, _ = finished
-    before = sorted(folder.rglob("*"))
+    before = contents(folder)
     line = refused(capsys, "train", *QUICK, "--run-dir", folder)
     assert all(way in line for way in ("--resume", "--overwrite", "--run-dir"))
-    assert sorted(folder.rglob("*")) == before
+    assert contents(folder) == before
 
 
 def test_a_folder_of_other_files_is_never_deleted(tmp_path, capsys):

@@ -49,10 +49,12 @@ def small_config(method, microbatches=None):
             epochs=20, learning_rate=1e-3, batch_size=128, microbatches=microbatches
         ),
         evaluation=EvaluationConfig(
-            importance_samples=40, chunk_size=20, test_images=12, evaluation_batch=4
+            40, "posterior", chunk_size=20, test_images=12, evaluation_batch=4
         ),
     )
 
+
+STEPS_COMPARED = 100
 
 # Eight virtual devices, in a process that is started with them
 
@@ -77,12 +79,12 @@ def same_run():
     dataset = load_dataset("digits")
     for method, microbatches in (("vae", None), ("vlae", 8)):
         trained = initialize(small_config(method, microbatches), dataset)
-        reference, expected = losses(Trainer(trained, dataset, Placement.here()), 200)
+        reference, expected = losses(Trainer(trained, dataset, Placement.here()), STEPS_COMPARED)
         params = jax.device_get(reference.params)
         report["elements"] = sum(leaf.size for leaf in jax.tree.leaves(params))
         for name, shard in (("whole", False), ("sharded", True)):
             trainer = Trainer(trained, dataset, Placement.of(shard_parameters=shard))
-            state, found = losses(trainer, 200)
+            state, found = losses(trainer, STEPS_COMPARED)
             leaves = jax.tree.leaves(state.params)
             apart = jax.tree.map(
                 lambda a, b: float(np.max(np.abs(a - b))),
@@ -98,7 +100,7 @@ def same_run():
         # Saved by eight that hold a part each, read by one.
         checkpoints = Checkpoints(Path(folder))
         trees = {"training": state._asdict()}
-        checkpoints.save(200, trees, CheckpointInfo(0.0, 0.0, None, 0.0, {}))
+        checkpoints.save(STEPS_COMPARED, trees, CheckpointInfo(0.0, 0.0, None, 0.0, {}))
         checkpoints.wait()
         here = initial_state(trained, trainer.total_steps, Placement.here())
         read = checkpoints.restore_last(lambda info: {"training": here._asdict()}).trees

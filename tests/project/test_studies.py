@@ -161,8 +161,13 @@ def test_every_study_names_options_that_there_are(monkeypatch):
 
     for name, entry in WRONG.items():
         monkeypatch.setitem(METHODS, name, entry)
+    seen = set()
     for study in STUDIES.values():
         for label, options in study.variants.items():
+            # The same variants return in study after study.
+            if study.common in seen and tuple(options) in seen:
+                continue
+            seen |= {study.common, tuple(options)}
             train = parse(["train", *study.common, *options, "--seed", "3"])
             assert train.config.training.seed == 3, label
             assert train.config.inference.method in METHODS, label

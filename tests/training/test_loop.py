@@ -241,14 +241,13 @@ def test_a_run_begins_as_a_vae_and_goes_on_as_the_system(make_trainer, tmp_path)
     assert len(records(RunFolder(tmp_path / "first"), "validation")) == 1
     resumed(tmp_path / "first")
     change = logged[1]["step"]
-    for name, last in (("between", change), ("second", logged[-1]["step"])):
-        run = RunFolder(shutil.copytree(whole.run.path, tmp_path / name))
-        kept = Checkpoints(run.checkpoints, read_only=True).steps()
-        assert last in kept
-        for step in kept:
-            if step > last:
-                shutil.rmtree(run.checkpoints / str(step))
-        resumed(run.path)
+    run = RunFolder(shutil.copytree(whole.run.path, tmp_path / "between"))
+    kept = Checkpoints(run.checkpoints, read_only=True).steps()
+    assert change in kept
+    for step in kept:
+        if step > change:
+            shutil.rmtree(run.checkpoints / str(step))
+    resumed(run.path)
 
 
 def test_fit_takes_arrays_a_mapping_and_a_data_set_and_needs_no_folder(tiny, tmp_path, monkeypatch):

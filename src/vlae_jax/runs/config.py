@@ -1,4 +1,8 @@
-"""The configuration of a run: frozen dataclasses that check themselves when built."""
+"""The configuration of a run: frozen dataclasses that check themselves when built.
+
+The sections of a configuration stay together, in more than 400 lines: most of them are what --help
+says of each option.
+"""
 
 import dataclasses
 import math

@@ -97,7 +97,7 @@ class RunFolder:
         if in_bucket(self.path) or (self.path.exists() and not self.path.is_dir()):
             yield
             return
-        is_new = not self.path.exists()
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / _LOCK, blocking=False, is_singleton=True)
@@ -112,8 +112,11 @@ class RunFolder:
             yield
         finally:
             lock.release()
-            if is_new and {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
+            if made and {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
                 shutil.rmtree(self.path, ignore_errors=True)
+                with contextlib.suppress(OSError):  # others may have begun to use them
+                    for path in made[1:]:
+                        path.rmdir()
 
     def create(self, config: Config, *, overwrite: bool) -> None:
         """Make the folder and write its config.json.

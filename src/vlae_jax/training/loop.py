@@ -157,7 +157,8 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
             loop.run(state, progress, received)
         finally:
             loop.metrics.save()
-    checkpoints.close()
+            # Also after a failure nothing may be left half done behind the caller's back.
+            checkpoints.close()
 
 
 class _Phases:
@@ -235,7 +236,6 @@ class _Loop:
                 self._save(state, step)
             if number := processes.stop_signal(step, received):
                 self._save(state, step)
-                self.checkpoints.close()
                 raise Stopped(number, step)
         if step == 0:
             self._validate(state, step, progress)
