@@ -26,12 +26,12 @@ QUICK = [
 ]
 
 
-@pytest.fixture
 def contents(folder):
     """Everything in a run folder but the lock of its owner."""
     return sorted(path for path in folder.rglob("*") if path.name != ".lock")
 
 
+@pytest.fixture
 def images(tmp_path):
     """A folder of the user's own data, and a function that spoils it."""
     rng = np.random.default_rng(0)
