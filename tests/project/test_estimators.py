@@ -107,3 +107,39 @@ def test_a_row_of_the_table():
         "−0.50 ± 0.50 (25 %) | 0.10 ± 0.20 |"
     )
     assert "own posterior 7, Laplace 7, variational 7, auto 7, AIS 30" in table[-1]
+
+
+COLUMNS = {
+    "VAE": "VAE",
+    "VLAE, T = 1": "VLAE-T=1",
+    "VLAE, T = 4": "VLAE-T=4",
+    "VAE then VLAE, T = 1": "VAE-then-VLAE-T=1",
+    "SA-VAE, T = 4": "SA-VAE-T=4",
+    "VAE+IAF, T = 4": "VAE+IAF-T=4",
+}
+ROWS = {"MNIST": "mnist", "OMNIGLOT": "omniglot", "CIFAR10, a fifth": "cifar10_subset"}
+
+
+def test_the_pages_show_what_is_on_record():
+    """The tables that the report sets, and the one of the results page, to the digit shown."""
+    from experiments.report import estimators_table, inference_table
+
+    record = json.loads((ROOT / "experiments" / "estimators.json").read_text())
+    assert inference_table(record) in (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "estimators.md").read_text()
+    for dataset in {row["dataset"] for row in record}:
+        assert estimators_table([row for row in record if row["dataset"] == dataset]) in page
+    found = {(row["dataset"], row["run"]): row for row in record}
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs" / "results.md").read_text().splitlines()
+        if line.startswith(("| log p(x), ELBO |", *(f"| {name} |" for name in ROWS)))
+    ]
+    head, *rows = lines
+    assert head[1:] == list(COLUMNS) and [row[0] for row in rows] == list(ROWS)
+    for name, *cells in rows:
+        for cell, label in zip(cells, COLUMNS.values(), strict=True):
+            row = found[ROWS[name], f"{label}-seed0"]
+            values = [row["reference"][0], row["estimators"]["own"]["elbo"][0]]
+            shown = [float(word.strip("* ").replace("−", "-")) for word in cell.split(",")]
+            assert shown == [round(value, 1) for value in values], (name, label)
