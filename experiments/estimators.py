@@ -22,6 +22,8 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from scipy.stats import chi2
 
+from experiments.report import ESTIMATES
+from experiments.report import ESTIMATORS as LABELS
 from vlae_jax.analysis.estimation import anneal_log_prob, effort_for
 from vlae_jax.analysis.evaluation import describe, measure, metrics_of
 from vlae_jax.commands.uses import images_of_run
@@ -32,16 +34,15 @@ from vlae_jax.parallel.mapping import map_images
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, as_gaussian
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.runs.methods import find_method
-from vlae_jax.runs.metrics import UNRELIABLE_K
+from vlae_jax.runs.metrics import mean_metric
 from vlae_jax.runs.storage import write_atomically
 
-RECORD = Path(__file__).with_suffix(".json")
+RECORD = ESTIMATES
 
 
 class Estimator(NamedTuple):
     """One way to estimate log p(x) of a trained decoder."""
 
-    label: str
     evaluation: Mapping[str, Any]
     """Choices of the evaluation."""
     inference: Mapping[str, Any] = {}
@@ -51,10 +52,10 @@ class Estimator(NamedTuple):
 LAPLACE = {"method": "vlae", "steps": 20, "refine": "none"}
 REFINED = {**LAPLACE, "refine": "variational", "refine_steps": 8, "refine_samples": 16}
 ESTIMATORS = {
-    "own": Estimator("own posterior", {"proposal": "posterior"}),
-    "laplace": Estimator("Laplace", {"proposal": "posterior"}, LAPLACE),
-    "refined": Estimator("variational", {"proposal": "posterior"}, REFINED),
-    "auto": Estimator("auto", {"proposal": "auto", "evaluation_budget": 1.0}),
+    "own": Estimator({"proposal": "posterior"}),
+    "laplace": Estimator({"proposal": "posterior"}, LAPLACE),
+    "refined": Estimator({"proposal": "posterior"}, REFINED),
+    "auto": Estimator({"proposal": "auto", "evaluation_budget": 1.0}),
 }
 REFERENCE = "auto"
 SIMULATED = 400
@@ -83,12 +84,13 @@ def timed(function: Callable[[], Any], images: int) -> tuple[Any, float]:
     return result, 1e3 * spent / images
 
 
-def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: str) -> dict:
+def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: str | None) -> dict:
     """Measure one run by every estimator."""
     trained = load(run).with_config("evaluation", importance_samples=samples)
     test = images_of_run(trained, data_dir, "name the folder of its images").test[:images]
     found: dict[str, dict[str, np.ndarray]] = {}
     covered: dict[str, float | None] = {}
+    shares: dict[str, dict[str, float]] = {}
     spent: dict[str, float] = {}
     inferred_in: dict[str, float] = {}
     for name, estimator in ESTIMATORS.items():
@@ -96,13 +98,18 @@ def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: st
         if estimator.inference:
             chosen = chosen.with_inference(**estimator.inference)
         found[name], spent[name] = timed(
-            functools.partial(measure, chosen, test, what=f"{run.name}, {estimator.label}"),
+            functools.partial(measure, chosen, test, what=f"{run.name}, {LABELS[name]}"),
             len(test),
         )
+        metrics = metrics_of(chosen.config.evaluation, found[name])
+        shares[name] = {metric.name: metric.value for metric in metrics}
         if name != REFERENCE:
             covered[name], inferred_in[name] = timed(functools.partial(coverage, chosen), SIMULATED)
         else:
-            keep(chosen, found[name], RunFolder(run), seconds=1e-3 * spent[name] * len(test))
+            # As `vlae_jax evaluate` would.
+            seconds = {"evaluation": 1e-3 * spent[name] * len(test)}
+            RunFolder(run).write_results(describe(chosen, metrics, seconds=seconds))
+            RunFolder(run).write_per_image(found[name])
     chains, spent["ais"] = timed(lambda: anneal(trained, test[:annealed]), annealed)
     reference = found[REFERENCE]["log_prob"]
     return {
@@ -117,8 +124,8 @@ def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: st
                 "log_prob_less_reference": average(values["log_prob"] - reference),
                 "elbo": average(values["elbo"]),
                 "elbo_less_reference": average(values["elbo"] - reference),
-                "unreliable": _unreliable(values),
-                "annealed": float(np.mean(values.get("annealed", 0.0))),
+                "unreliable": shares[name]["unreliable"],
+                "annealed": shares[name].get("annealed", 0.0),
                 "milliseconds": spent[name],
             }
             for name, values in found.items()
@@ -134,15 +141,6 @@ def examine(run: Path, *, images: int, annealed: int, samples: int, data_dir: st
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "jax": jax.__version__,
     }
-
-
-def keep(
-    trained: Trained, measured: dict[str, np.ndarray], run: RunFolder, *, seconds: float
-) -> None:
-    """Make this the evaluation of the run, as `vlae_jax evaluate` would."""
-    metrics = metrics_of(trained.config.evaluation, measured)
-    run.write_results(describe(trained, metrics, seconds={"evaluation": seconds}))
-    run.write_per_image(measured)
 
 
 def anneal(trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -185,17 +183,10 @@ def coverage(trained: Trained) -> float | None:
     return float(np.mean(run(trained.factored()) <= inside))
 
 
-def average(values: np.ndarray) -> list[float]:
+def average(values: np.ndarray) -> list[float | None]:
     """Mean over the images with a finite value, and its standard error."""
-    values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    return [float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))]
-
-
-def _unreliable(values: Mapping[str, np.ndarray]) -> float:
-    """The share of images with k̂ above the threshold that annealing has not replaced."""
-    is_annealed = values.get("annealed", np.zeros(len(values["pareto_k"]), bool))
-    return float(np.mean((values["pareto_k"] > UNRELIABLE_K) & ~is_annealed))
+    metric = mean_metric("log_prob", values)
+    return [metric.value, metric.standard_error]
 
 
 def runs_in(folders: Iterable[Path]) -> list[Path]:

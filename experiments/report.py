@@ -25,6 +25,14 @@ README = Path(__file__).parent / "README.md"
 ESTIMATES = Path(__file__).parent / "estimators.json"
 FRONT_PAGE = Path(__file__).parent.parent / "README.md"
 BASELINE = "VAE-seed0"
+ESTIMATORS = {
+    "own": "own posterior",
+    "laplace": "Laplace",
+    "refined": "variational",
+    "auto": "auto",
+    "ais": "AIS",
+}
+"""Estimators of log p(x) by their names on record, with their labels."""
 ESTIMATORS_PAGE = Path(__file__).parent.parent / "docs" / "estimators.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 COLUMNS = (
@@ -70,7 +78,7 @@ def estimators_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Beside each stands, in parentheses, the share of images with an unreliable k̂.
     """
     head = ["trained as", "log p(x), auto"]
-    head += [f"{name} − auto" for name in ("own posterior", "Laplace", "variational", "AIS")]
+    head += [f"{label} − auto" for name, label in ESTIMATORS.items() if name != "auto"]
     labels = {file_name(name): name for study in STUDIES.values() for name in study.variants}
     lines = []
     for row in rows:
@@ -89,13 +97,11 @@ def estimators_table(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     first = rows[0]
-    milliseconds = {
-        name: mean(row["estimators"][name]["milliseconds"] for row in rows)
-        for name in first["estimators"]
-    }
-    milliseconds["AIS"] = mean(row["ais"]["milliseconds"] for row in rows)
-    names = {"own": "own posterior", "laplace": "Laplace", "refined": "variational"}
-    costs = ", ".join(f"{names.get(name, name)} {ms:.0f}" for name, ms in milliseconds.items())
+    timed = [{**row["estimators"], "ais": row["ais"]} for row in rows]
+    costs = ", ".join(
+        f"{label} {mean(row[name]['milliseconds'] for row in timed):.0f}"
+        for name, label in ESTIMATORS.items()
+    )
     return (
         f"{markdown(head, lines)}\n\n{first['images']} test images ({first['ais']['images']} for "
         f"AIS), K = {first['samples']}; ± is the standard error over images, of paired "

@@ -175,14 +175,13 @@ def estimate_log_prob(
 
 
 def anneal_log_prob(
-    inferred: Inferred, effort: Effort, annealing: Annealing = ANNEALING
+    inferred: Inferred, effort: Effort
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Estimate log p(x) of one example by chains annealed from the proposal made for it.
 
     Args:
         inferred: From `Trained.infer`.
         effort: That of the proposal.
-        annealing: How much to anneal.
 
     Returns:
         Nats, a lower bound of log p(x) in expectation; and its standard error over chains.
@@ -193,9 +192,9 @@ def anneal_log_prob(
         key,
         inferred.log_joint,
         start,
-        num_temperatures=annealing.temperatures,
-        num_chains=annealing.chains,
-        num_leapfrog=annealing.leapfrog,
+        num_temperatures=ANNEALING.temperatures,
+        num_chains=ANNEALING.chains,
+        num_leapfrog=ANNEALING.leapfrog,
     )
     return log_prob, info.standard_error
 

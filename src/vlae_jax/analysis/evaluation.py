@@ -369,7 +369,7 @@ def metrics_of(config: EvaluationConfig, measured: Mapping[str, np.ndarray]) -> 
     annealed = measured.get("annealed", np.zeros(len(shapes), bool))
     found = {
         **measured,
-        "unreliable": np.where(np.isnan(shapes), np.nan, is_doubtful(shapes) & ~annealed),
+        "unreliable": _unreliable(shapes, annealed),
         "not_finite": ~np.isfinite(measured["log_prob"]),
     }
     if "converged" in measured:
@@ -379,6 +379,12 @@ def metrics_of(config: EvaluationConfig, measured: Mapping[str, np.ndarray]) -> 
         }
     drawn = dict.fromkeys(_SAMPLED, config.importance_samples)
     if "own_pareto_k" in measured:
-        found["own_unreliable"] = is_doubtful(measured["own_pareto_k"])
+        found["own_unreliable"] = _unreliable(measured["own_pareto_k"])
         drawn["own_log_prob"] = _elbo_samples(config)
     return [mean_metric(name, found[name], drawn.get(name)) for name in _REPORTED if name in found]
+
+
+def _unreliable(shapes: np.ndarray, is_replaced: np.ndarray | bool = False) -> np.ndarray:
+    """1 where an estimate is unreliable, else 0; NaN for an unknown k̂, which says neither."""
+    doubtful = is_doubtful(shapes) & np.logical_not(is_replaced)
+    return np.where(np.isnan(shapes), np.nan, doubtful)

@@ -77,8 +77,7 @@ class Train:
         from vlae_jax.parallel import processes
         from vlae_jax.training.loop import FitOptions, fit
 
-        with processes.running(self.distributed) as placement, contextlib.ExitStack() as held:
-            processes.on_first(lambda: held.enter_context(run.owned()))
+        with processes.running(self.distributed) as placement, processes.held_by_first(run.owned()):
             dataset = processes.together(lambda: as_dataset(None, config.data))
             if processes.is_first():
                 print(f"run folder: {run.path}", flush=True)
@@ -152,8 +151,7 @@ class Evaluate:
         from vlae_jax.models.saved import load
         from vlae_jax.parallel import processes
 
-        with processes.running(self.distributed) as placement, contextlib.ExitStack() as held:
-            processes.on_first(lambda: held.enter_context(run.owned()))
+        with processes.running(self.distributed) as placement, processes.held_by_first(run.owned()):
             trained = load(run.path, placement).with_config("evaluation", **self.changes)
             dataset = processes.together(
                 lambda: images_of_run(trained, self.data_dir, _INSTEAD_OF_EVALUATE)

@@ -133,7 +133,9 @@ def load_dataset(
     if name == "digits":
         refuse_file_for_digits(data_dir)
         described = "scikit-learn load_digits, split at random"
-        return _split(name, _digits(), levels or 17, described, validation_fraction)
+        parts = _digits()
+        levels = _checked_levels(parts, levels or 17, described, "--levels")
+        return _split(name, parts, levels, described, validation_fraction)
     source = find_source(name, data_dir)
     if source is None and data_dir is not None:
         raise UserError(nothing_fits(name, path_of(data_dir)))
@@ -177,12 +179,13 @@ def _checked_levels(parts: Parts, levels: int | None, where: str, option: str) -
         UserError: If a pixel lies above, or none is given and all are so low that another scale is
             meant: black and white as 0 and 1, say.
     """
-    for key, part in zip(("x_train", "x_test"), parts, strict=True):
-        if (highest := int(part.max())) >= (levels or 256):
+    found = [int(part.max()) for part in parts]
+    for key, highest in zip(("x_train", "x_test"), found, strict=True):
+        if highest >= (levels or 256):
             raise UserError(
                 f"{where}: pixels of {key} must lie below levels={levels}, got {highest}"
             )
-    highest = max(int(part.max()) for part in parts)
+    highest = max(found)
     if levels is None and 0 < highest < _UNLIKELY_BELOW:
         raise UserError(
             f"{where}: pixels lie from 0 to {highest}, which is unlikely for 256 levels; say how "

@@ -47,11 +47,9 @@ def fit_ppca(xs: np.ndarray, latent: int, *, min_variance: float = 0.0) -> Linea
     References:
         Tipping and Bishop (1999), Probabilistic principal component analysis, equations 7, 8.
     """
-    n, dim = xs.shape
-    _require_fewer(latent, xs, "ppca")
-    bias = xs.mean(axis=0, dtype=np.float64)
-    centered = xs - bias
-    values, vectors = np.linalg.eigh(centered.T @ centered / n)
+    bias, covariance = _moments(xs, latent, "ppca")
+    values, vectors = np.linalg.eigh(covariance)
+    dim = len(bias)
     noise = max(float(values[: dim - latent].mean()), min_variance)
     values, vectors = values[: -latent - 1 : -1], vectors[:, : -latent - 1 : -1]
     scales = np.sqrt(np.maximum(values - noise, 0.0))
@@ -77,12 +75,8 @@ def fit_factor_analysis(xs: np.ndarray, latent: int, *, min_variance: float = 0.
     References:
         Barber (2012), Bayesian reasoning and machine learning, algorithm 21.1.
     """
-    n, dim = xs.shape
-    _require_fewer(latent, xs, "fa")
-    bias = xs.mean(axis=0, dtype=np.float64)
-    centered = xs - bias
-    covariance = centered.T @ centered / n
-    own = np.diag(covariance)
+    bias, covariance = _moments(xs, latent, "fa")
+    own, dim = np.diag(covariance), len(bias)
     variance, before = np.maximum(own, min_variance), -np.inf
     start = np.full(dim, dim**-0.5)
     for _ in range(_MOST_ROUNDS):
@@ -115,7 +109,12 @@ def _with_posterior(kernel: np.ndarray, bias: np.ndarray, variance: np.ndarray) 
     )
 
 
-def _require_fewer(latent: int, xs: np.ndarray, method: str) -> None:
+def _moments(xs: np.ndarray, latent: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the examples, (dim,) and (dim, dim), for so many latent dimensions.
+
+    Raises:
+        UserError: If there are too many of these for the pixels or for the examples.
+    """
     n, dim = xs.shape
     if not 1 <= latent < dim:
         raise UserError(
@@ -123,3 +122,6 @@ def _require_fewer(latent: int, xs: np.ndarray, method: str) -> None:
         )
     if latent >= n:
         raise UserError(f"{method} needs more images than latent dimensions, got {n} for {latent}")
+    mean = xs.mean(axis=0, dtype=np.float64)
+    centered = xs - mean
+    return mean, centered.T @ centered / n

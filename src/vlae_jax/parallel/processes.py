@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -236,6 +237,18 @@ def on_first(action: Callable[[], object]) -> None:
         UserError: On all processes, if `action` raised one.
     """
     together(lambda: action() if is_first() else None)
+
+
+@contextlib.contextmanager
+def held_by_first(context: AbstractContextManager[object]) -> Iterator[None]:
+    """Enter a context on the first process alone, and leave it there in the end.
+
+    Raises:
+        UserError: On all processes, if entering raised one.
+    """
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(context))
+        yield
 
 
 def from_first(value: float) -> float:

@@ -40,7 +40,7 @@ class Tails(NamedTuple):
     annealed: int
     """Images whose log p(x) comes from annealing, to which no k̂ belongs."""
     own: np.ndarray
-    """The values with the system's own posterior as the proposal; empty where it was the only
+    """The known values with the system's own posterior as the proposal; empty where it was the only
     one."""
 
     @property
@@ -80,14 +80,15 @@ def read_tails(runs: Sequence[Run]) -> Tails | None:
     annealed = np.concatenate(
         [values.get("annealed", np.zeros(len(values["pareto_k"]))) for values in found]
     ).astype(bool)
-    own = [values["own_pareto_k"] for values in found if "own_pareto_k" in values]
+    own = np.concatenate([values.get("own_pareto_k", np.empty(0)) for values in found])
+    shapes = shapes[~annealed]
     undefined, perfect = np.isnan(shapes), np.isneginf(shapes)
     return Tails(
-        shapes[~undefined & ~perfect & ~annealed],
-        int((perfect & ~annealed).sum()),
-        int((undefined & ~annealed).sum()),
+        shapes[~undefined & ~perfect],
+        int(perfect.sum()),
+        int(undefined.sum()),
         int(annealed.sum()),
-        np.concatenate(own).astype(np.float64) if own else np.empty(0),
+        own[~np.isnan(own)],
     )
 
 
@@ -98,7 +99,7 @@ def draw_tails(axes: Axes, tails: Tails, color: str) -> None:
     """
 
     def heights(shapes: np.ndarray) -> np.ndarray:
-        inside = np.clip(shapes[~np.isnan(shapes)], K_EDGES[0], K_EDGES[-1])
+        inside = np.clip(shapes, K_EDGES[0], K_EDGES[-1])
         return np.histogram(inside, K_EDGES)[0] * (100.0 / tails.images)
 
     axes.stairs(heights(tails.shapes), K_EDGES, fill=True, color=color, linewidth=0)

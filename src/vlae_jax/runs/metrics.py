@@ -63,7 +63,9 @@ QUANTITIES: dict[str, Quantity] = {
     "own_ess": Quantity("effective samples, own proposal", "samples"),
     "own_log_prob_sampling_error": Quantity("sampling error of log p(x), own proposal"),
     "own_pareto_k": Quantity("Pareto k, own proposal", "number", threshold=UNRELIABLE_K),
-    "own_unreliable": Quantity(f"k̂ > {UNRELIABLE_K}, own proposal", "share"),
+    "own_unreliable": Quantity(
+        f"k̂ > {UNRELIABLE_K}, own proposal", "share", undefined="too few samples"
+    ),
     "not_finite": Quantity("not finite", "share"),
     "unconverged": Quantity("unconverged", "share"),
     "not_positive_definite": Quantity("not PD", "share"),

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -90,40 +90,26 @@ def fit(
                 config, data, run_dir=Path(folder) / "run", options=options, placement=placement
             )
     run = RunFolder.at(run_dir)
-    with ExitStack() as held:
-        processes.on_first(lambda: held.enter_context(run.owned()))
-        return _fit(config, data, run, resume, overwrite, options or FitOptions(), placement)
-
-
-def _fit(
-    config: Config,
-    data: Dataset | np.ndarray | Mapping[str, np.ndarray] | str | None,
-    run: RunFolder,
-    resume: bool,
-    overwrite: bool,
-    options: FitOptions,
-    placement: Placement | None,
-) -> Trained:
-    """Train in a run folder that no other process works in."""
-    dataset = processes.together(lambda: as_dataset(data, config.data))
-    if config.data.dataset != dataset.name:
-        named = dataclasses.replace(config.data, dataset=dataset.name)
-        config = dataclasses.replace(config, data=named)
-    if resume:
-        run.require_continuable(config)
-    # The folder of the images may differ between machines; their fingerprint is compared instead.
-    same = dataclasses.replace(config.data, data_dir=None)
-    chosen = (dataclasses.replace(config, data=same), run.path, resume)
-    processes.require_equal("the configuration", repr(chosen))
-    processes.require_equal("the data", dataset.fingerprint)
-    placement = placement or Placement.of()
-    placement.require_even(config.training.batch_size, config.training.microbatches)
-    trained = processes.together(lambda: initialize(config, dataset))
-    processes.on_first(
-        lambda: run.write_config(config) if resume else run.create(config, overwrite=overwrite)
-    )
-    _train(Trainer(trained, dataset, placement), run, resume, options)
-    return load(run.path, placement)
+    with processes.held_by_first(run.owned()):
+        dataset = processes.together(lambda: as_dataset(data, config.data))
+        if config.data.dataset != dataset.name:
+            named = dataclasses.replace(config.data, dataset=dataset.name)
+            config = dataclasses.replace(config, data=named)
+        if resume:
+            run.require_continuable(config)
+        # The folder of the images may differ between machines; their fingerprint is compared.
+        same = dataclasses.replace(config.data, data_dir=None)
+        chosen = (dataclasses.replace(config, data=same), run.path, resume)
+        processes.require_equal("the configuration", repr(chosen))
+        processes.require_equal("the data", dataset.fingerprint)
+        placement = placement or Placement.of()
+        placement.require_even(config.training.batch_size, config.training.microbatches)
+        trained = processes.together(lambda: initialize(config, dataset))
+        processes.on_first(
+            lambda: run.write_config(config) if resume else run.create(config, overwrite=overwrite)
+        )
+        _train(Trainer(trained, dataset, placement), run, resume, options or FitOptions())
+        return load(run.path, placement)
 
 
 def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) -> None:
@@ -134,7 +120,7 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
     info = CheckpointInfo(0.0, 0.0, None, float("-inf"), facts_of(trainer.trained))
     damaged: list[str] = []
     if resume:
-        if restored := checkpoints.restore_last(lambda info: phases.trees_like(info.epoch)):
+        if restored := checkpoints.restore_last(lambda info: phases.trees_like(state, info.epoch)):
             state = TrainState(
                 params=restored.trees["model"]["params"], **restored.trees["training"]
             )
@@ -175,10 +161,14 @@ class _Phases:
         """The trainer that does the step after so many."""
         return self._first if step < self.change else self.last
 
-    def trees_like(self, epoch: float) -> dict[str, Any]:
-        """Trees of the shape that a checkpoint after so many epochs has."""
-        trainer = self.of(max(0, round(epoch * self.last.steps_per_epoch) - 1))
-        return _trees(trainer, trainer.init())
+    def trees_like(self, state: TrainState, epoch: float) -> dict[str, Any]:
+        """Trees of the shape that a checkpoint after so many epochs has, from any state.
+
+        The phases sum up different metrics, and differ in nothing else.
+        """
+        last_step = max(0, round(epoch * self.last.steps_per_epoch) - 1)
+        trainer = self.of(last_step)
+        return _trees(trainer, trainer.without_sums(state))
 
 
 def _trees(trainer: Trainer, state: TrainState) -> dict[str, Any]:
