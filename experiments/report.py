@@ -169,8 +169,11 @@ def table(record: Mapping[str, Any]) -> str:
     """One row for each variant."""
     shares = record.get("shares", ())
     names = [n for n in (*COLUMNS, *shares) if any(n in r["metrics"] for r in record["runs"])]
-    head = ["system", *(QUANTITIES[name].label for name in names)]
-    head += [f"{QUANTITIES[name].label} − baseline" for name in PAIRED]
+    by_own = is_by_own_proposals(record)
+    owned = {name: f"own_{name}" for name in ("log_prob", "unreliable")} if by_own else {}
+    paired = ("elbo",) if by_own else PAIRED
+    head = ["system", *(QUANTITIES[owned.get(name, name)].label for name in names)]
+    head += [f"{QUANTITIES[name].label} − baseline" for name in paired]
     head += ["epochs", "training s"]
     several = len({run["seed"] for run in record["runs"]}) > 1
     head += ["seeds"] if several else []
@@ -180,10 +183,18 @@ def table(record: Mapping[str, Any]) -> str:
         for name in names:
             share = QUANTITIES[name].unit == "share"
             row.append(words(*average(runs, "metrics", name), share=share))
-        row += [words(*average(runs, "paired", name)) for name in PAIRED]
+        row += [words(*average(runs, "paired", name)) for name in paired]
         row += [f"{mean(run[name] for run in runs):.0f}" for name in ("epoch", "seconds")]
         rows.append(row + ([str(len(runs))] if several else []))
     return markdown(head, rows)
+
+
+def is_by_own_proposals(record: Mapping[str, Any]) -> bool:
+    """Whether log p(x) is by each system's own proposal, and so no measure to compare them by.
+
+    The estimate made alike for every decoder has that by the own one beside it.
+    """
+    return not any("own_log_prob" in run["metrics"] for run in record["runs"])
 
 
 def provenance(record: Mapping[str, Any]) -> str:
@@ -235,6 +246,8 @@ def bounds(runs: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], tupl
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Plot the ELBO and log p(x) of every variant: the distance of the two dots is the gap."""
     groups = by_label(record)
+    by_own = is_by_own_proposals(record)
+    estimate = QUANTITIES["own_log_prob" if by_own else "log_prob"].label
     rows = {"axes.spines.left": False, "axes.grid.axis": "x", "ytick.left": False}
     with matplotlib.rc_context(STYLE | rows):
         figure = Figure(figsize=(7.2, 1.1 + 0.23 * len(groups)), dpi=DPI, layout="constrained")
@@ -246,7 +259,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             # Where the two are equal, the larger dot is seen around the smaller one.
             for (value, error), color, size, label in (
                 (bound, ORANGE, 6.0, "ELBO"),
-                (log_prob, BLUE, 3.8, "log p(x), importance weighted"),
+                (log_prob, BLUE, 3.8, estimate),
             ):
                 axes.errorbar(
                     value,
