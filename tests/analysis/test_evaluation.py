@@ -7,7 +7,7 @@ from arviz_stats.base import array_stats
 from builders import Linear, digits, linear_config, untrained
 from problems import assert_close
 
-from vlae_jax.analysis.evaluation import describe, evaluate, pareto_k
+from vlae_jax.analysis.evaluation import describe, evaluate, metrics_of, pareto_k
 from vlae_jax.bounds import tail_size
 from vlae_jax.runs.config import Config, EvaluationConfig, InferenceConfig, ModelConfig
 
@@ -142,6 +142,15 @@ def test_results_say_what_they_depend_on(linear, linear_metrics):
 @pytest.fixture(scope="module")
 def with_its_posterior(quick_compile):
     return per_image(linear_model(importance_samples=200, chunk_size=50))
+
+
+def test_an_unknown_k_counts_neither_as_reliable_nor_as_unreliable():
+    """Whether of the estimate or of that by the own posterior beside it."""
+    unknown, known = np.full(2, np.nan), np.array([0.9, 0.1])
+    for shapes, share in ((unknown, np.nan), (known, 0.5)):
+        measured = {"log_prob": np.zeros(2), "pareto_k": shapes, "own_pareto_k": shapes}
+        found = {m.name: m.value for m in metrics_of(EvaluationConfig(20), measured)}
+        np.testing.assert_equal([found["unreliable"], found["own_unreliable"]], [share, share])
 
 
 @pytest.mark.parametrize("proposal", ["widened", "student_t"])

@@ -120,6 +120,12 @@ def test_the_scale_of_pixels_is_asked_about_where_it_is_in_doubt(tmp_path, level
     assert load_dataset("mine", tmp_path, levels=256).levels == 256
 
 
+def test_told_levels_are_checked_for_digits_too():
+    assert load_dataset("digits", levels=17).levels == 17
+    with pytest.raises(UserError, match="must lie below levels=16, got 16"):
+        load_dataset("digits", levels=16)
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
