@@ -217,9 +217,8 @@ def one_trainer_a_configuration() -> Iterator[Callable[..., Trainer]]:
 def like(trainer: Trainer) -> dict[str, Any]:
     """What a checkpoint of its training holds: the structure to restore into."""
     state = trainer.init()
-    training = {name: value for name, value in state._asdict().items() if name != "params"}
     model = arrays_of(trainer.trained.with_params(state.params))
-    return {"model": model, "training": training}
+    return {"model": model, "training": state.besides_params()}
 
 
 def last_state(trainer: Trainer, run: RunFolder) -> TrainState:
@@ -233,6 +232,12 @@ def spy(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inferenc
     """A system like the plain VAE's that also tells the mean of the x it is shown."""
     found = vae(at, key, config)
     return found._replace(flags={"seen": jnp.mean(at.x)})
+
+
+def walker(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
+    """A system like the plain VAE's whose search goes one step up from where it starts."""
+    found = vae(at, key, config)
+    return found._replace(iterates=jnp.stack([at.start, at.start + 1]))
 
 
 def tiny_mapping() -> dict[str, Any]:

@@ -46,7 +46,11 @@ def small_config(method, microbatches=None):
         model=ModelConfig(latent=3, hidden=(64,)),
         inference=InferenceConfig(method=method, steps=2),
         training=TrainingConfig(
-            epochs=20, learning_rate=1e-3, batch_size=128, microbatches=microbatches
+            epochs=20,
+            learning_rate=1e-3,
+            batch_size=128,
+            microbatches=microbatches,
+            modes="stored" if method == "vlae" else "encoder",
         ),
         evaluation=EvaluationConfig(
             40, "posterior", chunk_size=20, test_images=12, evaluation_batch=4
@@ -102,7 +106,7 @@ def same_run():
         trees = {"training": state._asdict()}
         checkpoints.save(STEPS_COMPARED, trees, CheckpointInfo(0.0, 0.0, None, 0.0, {}))
         checkpoints.wait()
-        here = initial_state(trained, trainer.total_steps, Placement.here())
+        here = initial_state(trained, trainer.total_steps, Placement.here(), len(dataset.train))
         read = checkpoints.restore_last(lambda info: {"training": here._asdict()}).trees
         same = jax.tree.map(np.array_equal, read["training"]["params"], params)
         report["restored"] = all(jax.tree.leaves(same))

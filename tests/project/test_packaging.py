@@ -200,6 +200,7 @@ def test_every_variable_becomes_its_option(recorded):
         "TRAIN_SAMPLES": "5",
         "EPOCHS": "2",
         "PRETRAIN": "1",
+        "MODES": "stored",
         "PATIENCE": "3",
         "MINUTES": "1.5",
         "BATCH_SIZE": "32",

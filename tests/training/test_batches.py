@@ -247,7 +247,8 @@ def test_a_feed_started_anywhere_gives_the_batches_of_the_order(streamed):
     steps = feed.arguments(first)
     for step in range(first, first + 7):  # an epoch has 5
         order = epoch_order(TRAINING, step // 5, len(train))[step % 5]
-        pixels = feed.pixels(np.int32(step), *next(steps))
+        pixels, rows = feed.batch(np.int32(step), *next(steps))
+        np.testing.assert_array_equal(rows, order)
         np.testing.assert_array_equal(pixels, train[order], err_msg=f"step {step} from {first}")
     steps.close()
 
@@ -269,11 +270,12 @@ def test_a_process_reads_only_its_own_rows():
         source = Numbered(41)
         places = np.random.default_rng(0).permutation(41)
         images = StoredImages(source.read, places, SHAPE, np.zeros((30, 256), np.int64))
-        feed = StreamedImages(images, TRAINING, SimpleNamespace(rows=Shards(*own)))
+        feed = StreamedImages(images, TRAINING, SimpleNamespace(rows=Shards(*own), put=None))
         rows = np.r_[own]
         for step in range(5, 10):
-            batch = feed.read(step)
-            expected = places[epoch_order(TRAINING, 1, 41)[step - 5, rows]]
+            batch, order = feed.read(step)
+            np.testing.assert_array_equal(order, epoch_order(TRAINING, 1, 41)[step - 5])
+            expected = places[order[rows]]
             np.testing.assert_array_equal(batch[:, 0, 0, 0], expected)
         assert len(source.places) == 5 * 4
         seen += source.places
@@ -295,16 +297,17 @@ def read(rows):
     return np.broadcast_to(rows[:, None, None, None], (len(rows), 2, 3, 1)).astype(np.uint8)
 images = StoredImages(read, np.arange(41), (2, 3, 1), np.zeros((6, 256), np.int64))
 feed = StreamedImages(images, config, placement)
-total = jax.jit(lambda step, *given: feed.pixels(step, *given).astype(int).sum())
+total = jax.jit(lambda step, *given: feed.batch(step, *given).pixels.astype(int).sum())
 steps = feed.arguments(3)
 for step in range(3, 8):
     order = epoch_order(config, step // 5, 41)[step % 5]
-    (batch,) = next(steps)
+    batch, rows = next(steps)
+    assert rows.sharding == placement.rows
     assert batch.shape == (8, 2, 3, 1) and batch.sharding == placement.rows
     assert len(batch.addressable_shards) == 2
     for shard in batch.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data)[:, 0, 0, 0], order[shard.index[0]])
-    assert int(total(step, batch)) == 6 * order.sum()
+    assert int(total(step, batch, rows)) == 6 * order.sum()
 steps.close()
 assert len(places) % 4 == 0 and len(places) <= 4 * (5 + 12)
 jax.distributed.shutdown()

@@ -22,6 +22,7 @@ from vlae_jax.data.sets import dataset_from_arrays
 from vlae_jax.runs.config import DataConfig, TrainingConfig
 from vlae_jax.runs.methods import METHODS, Method
 from vlae_jax.training.batches import epoch_order
+from vlae_jax.training.objective import Aside
 from vlae_jax.training.step import Trainer, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -114,6 +115,34 @@ def test_microbatches_add_up_to_the_gradient_of_the_whole_batch():
         chex.assert_trees_all_close(found, moments[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("microbatches", [None, 2])
+def test_stored_modes_are_where_the_last_search_for_each_image_ended(monkeypatch, microbatches):
+    """The first starts at the encoder's mean, the others at the end of the one before.
+
+    What is stored in the row of an image is of that image: its encoder's mean plus the number of
+    searches. The seventh batch also holds images that the first epoch left over.
+    """
+    walker = Method("walker", "builders:walker", "#000000")
+    monkeypatch.setitem(METHODS, "vlae", walker)
+    config = tiny_config("vlae", learning_rate=1e-30, modes="stored", microbatches=microbatches)
+    dataset = dataset_from_arrays(tiny_images(0, 40))
+    config = dataclasses.replace(config, data=DataConfig(preprocess="raw"))
+    trained = untrained(config, dataset)
+    states = steps_of(Trainer(trained, dataset), 7)
+    last = [jax.device_get(state.modes) for state, _ in states][-1]
+
+    def mean(pixels):
+        return trained.observe(jax.random.key(0), pixels)[2].mean
+
+    means = jax.vmap(mean)(dataset.train)
+    orders = [epoch_order(config.training, epoch, 36) for epoch in (0, 1)]
+    seen = np.concatenate([orders[0].ravel(), orders[1][:3].ravel()])
+    searches = np.bincount(seen, minlength=36)
+    assert set(searches) == {0, 1, 2} or set(searches) == {1, 2}
+    expected = np.where(searches[:, None] > 0, means + searches[:, None], np.nan)
+    np.testing.assert_allclose(last, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():
     """Of the epoch, and of the seed."""
     config = TrainingConfig(batch_size=128, seed=3)
@@ -192,7 +221,7 @@ def test_the_schedule_of_a_training_spans_all_its_epochs(monkeypatch):
 
     def slope_of_one(params, *_):
         total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
-        return total, {"elbo": -total}
+        return total, Aside({"elbo": -total}, jnp.zeros((8, 2)))
 
     monkeypatch.setattr("vlae_jax.training.step.loss_fn", slope_of_one)
     dataset = dataset_from_arrays(tiny_images(0, 36))

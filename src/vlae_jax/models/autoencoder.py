@@ -163,9 +163,8 @@ class VariationalAutoencoder(nnx.Module):
         if observed is not None:
             seen = jnp.where(observed, x, jnp.zeros_like(x) if fill is None else fill)
         features = self.encoder(seen)
-        return Observation(
-            self, x, features, self.mean(features), self.log_std(features), observed, head
-        )
+        mean = self.mean(features)
+        return Observation(self, x, features, mean, self.log_std(features), mean, observed, head)
 
     def decode(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
         """The likelihood's natural parameter: the Gaussian's mean, or the Bernoulli's logits."""
@@ -203,9 +202,11 @@ class Observation(NamedTuple):
     features: Float[Array, " features"]
     """The encoder's last hidden layer."""
     mean: Float[Array, " latent"]
-    """The encoder's mean, at which a search starts."""
+    """The encoder's mean."""
     log_std: Float[Array, " latent"]
     """The encoder's log standard deviation."""
+    start: Float[Array, " latent"]
+    """Where a search for the mode starts: the encoder's mean, unless another place is known."""
     observed: Bool[Array, " dim"] | None
     """Mask of the observed pixels; None for all."""
     head: WhitenedHead | None

@@ -167,12 +167,14 @@ def vlae(
 ) -> Inference:
     """Infer the Laplace posterior at a mode, searched from the encoder's mean (Park et al., 2019).
 
+    Training may start the search elsewhere, where the last search for the image ended.
+
     Unless the search is unrolled, the ELBO has no gradient to the encoder. The encoder then learns
     to start near the mode μ from the amortization loss ½ (z₀ - μ)ᵀ P (z₀ - μ) nats, the excess
     energy of its guess z₀ in the quadratic model; or, with encoder_loss "elbo", as the encoder of a
     VAE, whose standard deviations learn as well.
     """
-    z_init = at.mean
+    z_init = at.start
     expand, repair = at.expansions()
     if config.curvature == "gauss_newton" and repair is not None:
         expand, repair = repair, None
@@ -201,7 +203,7 @@ def vlae(
         amortization_loss = _shortfall(at, key, posterior)
     else:
         mode, chol = jax.lax.stop_gradient(posterior)
-        amortization_loss = 0.5 * jnp.sum((chol.T @ (z_init - mode)) ** 2)
+        amortization_loss = 0.5 * jnp.sum((chol.T @ (at.mean - mode)) ** 2)
     iterates = info.iterates if iterates is None else iterates
     return Inference(posterior, amortization_loss, iterates, flags_of(info))
 

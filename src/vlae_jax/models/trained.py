@@ -137,15 +137,26 @@ class Trained:
         """The network with products in the precision of its training."""
         return nnx.merge(self.graphdef, self.params)
 
-    def infer(self, key: PRNGKeyArray, pixels: Pixels, *, training: bool = False) -> Inferred:
+    def infer(
+        self,
+        key: PRNGKeyArray,
+        pixels: Pixels,
+        *,
+        start: Float[Array, " latent"] | None = None,
+        training: bool = False,
+    ) -> Inferred:
         """Infer the posterior of one image; a pure function, for `jax.vmap` over keys and images.
 
         Args:
             key: Random key of this example; see `Keys`.
             pixels: Integers of shape (height, width, channel).
+            start: Where a search for the mode starts, (latent,); by default, and where it is not
+                finite, at the encoder's mean.
             training: Multiply in the precision of the training; otherwise in float32.
         """
         keys, log_det, at = self.observe(key, pixels, training=training)
+        if start is not None:
+            at = at._replace(start=jnp.where(jnp.isfinite(start), start, at.mean))
         return Inferred(keys, log_det, at, self.infer_at(at, keys))
 
     def infer_at(self, at: Observation, keys: Keys) -> Inference:

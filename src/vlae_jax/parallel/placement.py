@@ -157,9 +157,9 @@ class Placement:
         self,
         function: Callable[..., Any],
         whole: Any,
-        *rows: Array | PRNGKeyArray,
+        *rows: Array | PRNGKeyArray | None,
         microbatches: int | None = None,
-    ) -> Any:
+    ) -> tuple[Any, Any]:
         """Inside jit: apply a function to the rows of each device, and average over devices.
 
         Each device's loops end when its own rows are done, and gradients are summed once. XLA's own
@@ -167,27 +167,34 @@ class Placement:
         gradients in parts, inside the loops of reverse mode too.
 
         Args:
-            function: (whole, *rows) → a tree of means over its rows.
+            function: (whole, *rows) → a tree of means over its rows, and a tree of arrays with a
+                row for each.
             whole: A tree that every device has whole.
-            rows: Arrays split along `data`.
+            rows: Arrays split along `data`, or None.
             microbatches: Split the rows of all devices into this many parts, a multiple of the
                 number of devices. Each device takes its parts one after the other, and all are
                 added up in order: the sum is equal bit for bit on any number of devices.
+
+        Returns:
+            The means of all rows, whole, and the arrays of all rows, split along `data`.
         """
 
-        def here(whole: Any, *rows: Array) -> Any:
+        def here(whole: Any, *rows: Array) -> tuple[Any, Any]:
             if microbatches is None:
-                return jax.lax.pmean(function(whole, *rows), DATA)
+                means, each = function(whole, *rows)
+                return jax.lax.pmean(means, DATA), each
             count = microbatches // self.mesh.shape[DATA]
             parts = jax.tree.map(lambda array: array.reshape(count, -1, *array.shape[1:]), rows)
-            found = _one_by_one(lambda part: function(whole, *part), parts, count)
+            found, each = _one_by_one(lambda part: function(whole, *part), parts, count)
             every = jax.lax.all_gather(found, DATA, tiled=True)
-            return _by_itself(lambda tree: jax.tree.map(lambda a: jnp.mean(a, 0), tree), every)
+            means = _by_itself(lambda tree: jax.tree.map(lambda a: jnp.mean(a, 0), tree), every)
+            return means, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each)
 
         split = (PartitionSpec(), *(PartitionSpec(DATA) for _ in rows))
         # Checked, JAX would sum the gradients of `whole` over the devices by itself.
+        found = PartitionSpec(), PartitionSpec(DATA)
         apart = jax.shard_map(
-            here, mesh=self.mesh, in_specs=split, out_specs=PartitionSpec(), check_vma=False
+            here, mesh=self.mesh, in_specs=split, out_specs=found, check_vma=False
         )
         return apart(whole, *rows)
 

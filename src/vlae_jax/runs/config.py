@@ -219,6 +219,10 @@ class TrainingConfig:
     pretrain: int = 0
     """Train the network as a plain VAE in so many of the first epochs, and then go on as --method.
     The optimizer goes on as it is; the best checkpoint is chosen among the later epochs."""
+    modes: Literal["encoder", "stored"] = "encoder"
+    """vlae: where the search for an image starts in training. encoder: at the encoder's mean.
+    stored: where it ended in the last epoch; one latent vector per training image is then part of
+    the training state."""
     patience: int | None = None
     """Stop after this many epochs without a better validation bound; by default never."""
     minutes: float | None = None
@@ -334,6 +338,12 @@ class Config:
             f"objective dreg needs the density of any point, which {method} has only of its own "
             "samples: choose iwae",
         )
+        require(
+            self.training.modes == "encoder"
+            or (method == "vlae" and self.inference.steps and self.inference.gradient != "unroll"),
+            "modes stored are starts of the search of vlae, whose encoder learns beside it: choose "
+            "--method vlae, at least one step, and --gradient implicit or stop",
+        )
         width, latent = self.inference.flow_width, self.model.latent
         require(
             method != "vae_iaf" or width is None or width >= latent,
@@ -382,6 +392,7 @@ class Config:
         parts.append(self.inference.method)
         parts += [] if steps is None else [f"T{steps}"]
         parts += [f"pretrain{self.training.pretrain}"] if self.training.pretrain else []
+        parts += ["stored"] if self.training.modes == "stored" else []
         objective = self.training.objective
         if objective != "elbo":
             count = "" if objective == "evidence" else str(self.training.train_samples)

@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +39,23 @@ def epoch_order(config: TrainingConfig, epoch: int, num_images: int) -> np.ndarr
     return used.astype(np.int32).reshape(steps, config.batch_size)
 
 
+class Batch(NamedTuple):
+    """The images of one training step, split along the batch."""
+
+    pixels: UInt8[Array, "batch height width channel"]
+    rows: Int[Array, " batch"]
+    """Which of the training images they are."""
+
+
 class Feed(Protocol):
     """Protocol of a source of images for the training step."""
 
     def arguments(self, start: int) -> Iterator[tuple[Array, ...]]:
-        """Yield the arguments of `pixels` for every step from `start` on, without end."""
+        """Yield the arguments of `batch` for every step from `start` on, without end."""
         ...
 
-    def pixels(
-        self, step: Int[Array, ""], *arguments: Array
-    ) -> UInt8[Array, "batch height width channel"]:
-        """Return a step's images, split along the batch; it is traced inside the step."""
+    def batch(self, step: Int[Array, ""], *arguments: Array) -> Batch:
+        """Return a step's images; it is traced inside the step."""
         ...
 
 
@@ -76,13 +82,12 @@ class ResidentImages:
                 yield self._images, placed
             skipped = 0
 
-    def pixels(
-        self, step: Int[Array, ""], *arguments: Array
-    ) -> UInt8[Array, "batch height width channel"]:
+    def batch(self, step: Int[Array, ""], *arguments: Array) -> Batch:
         """Select the rows of a step by the epoch's order."""
         images, order = arguments
-        rows = self._placement.split_rows(images[order[step % self._steps]])
-        return rows[:, : math.prod(self._shape)].reshape(-1, *self._shape)
+        rows = order[step % self._steps]
+        pixels = self._placement.split_rows(images[rows])
+        return Batch(pixels[:, : math.prod(self._shape)].reshape(-1, *self._shape), rows)
 
 
 class StreamedImages:
@@ -93,7 +98,7 @@ class StreamedImages:
     """
 
     def __init__(self, images: StoredImages, config: TrainingConfig, placement: Placement) -> None:
-        self._images, self._sharding = images, placement.rows
+        self._images, self._sharding, self._put = images, placement.rows, placement.put
         self._steps = len(images) // config.batch_size
         self._shape = (config.batch_size, *images.shape[1:])
         shards = placement.rows.addressable_devices_indices_map(self._shape)
@@ -107,8 +112,11 @@ class StreamedImages:
         )
         self._lock = threading.Lock()
 
-    def read(self, step: int) -> np.ndarray:
-        """Read the rows of a step's batch that belong to this process's devices.
+    def read(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read the images of a step's batch that belong to this process's devices.
+
+        Returns:
+            These images, and the rows of all images of the batch.
 
         Raises:
             UserError: If the rows cannot be read.
@@ -116,7 +124,7 @@ class StreamedImages:
         epoch, row = divmod(step, self._steps)
         with self._lock:  # one thread draws an order while the others wait for it
             order = self._orders(epoch)
-        return self._images[order[row, self._rows]]
+        return self._images[order[row, self._rows]], order[row]
 
     def arguments(self, start: int) -> Iterator[tuple[Array, ...]]:
         """Yield each step's images, the rows of each device on that device.
@@ -129,8 +137,8 @@ class StreamedImages:
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
         batches = iter(steps.to_iter_dataset(options))
         try:
-            for batch in batches:
-                yield (self._place(batch),)
+            for images, order in batches:
+                yield self._place(images), self._put(order, self._sharding)
         finally:
             batches.close()
 
@@ -138,11 +146,9 @@ class StreamedImages:
         parts = [jax.device_put(batch[rows], device) for device, rows in self._shards.items()]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
 
-    def pixels(
-        self, step: Int[Array, ""], *arguments: Array
-    ) -> UInt8[Array, "batch height width channel"]:
+    def batch(self, step: Int[Array, ""], *arguments: Array) -> Batch:
         """Return the images, which `arguments` has placed on the devices."""
-        return arguments[0]
+        return Batch(*arguments)
 
 
 def _import_grain() -> Any:

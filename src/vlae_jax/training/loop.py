@@ -164,19 +164,21 @@ class _Phases:
     def trees_like(self, state: TrainState, epoch: float) -> dict[str, Any]:
         """Trees of the shape that a checkpoint after so many epochs has, from any state.
 
-        The phases sum up different metrics, and differ in nothing else.
+        The phases sum up different metrics and may store modes, and differ in nothing else.
         """
         last_step = max(0, round(epoch * self.last.steps_per_epoch) - 1)
         trainer = self.of(last_step)
-        return _trees(trainer, trainer.without_sums(state))
+        return _trees(trainer, trainer.taken_over(state))
 
 
 def _trees(trainer: Trainer, state: TrainState) -> dict[str, Any]:
     """The trees of a checkpoint: the model, which can be read alone, and the training state."""
     model = arrays_of(trainer.trained.with_params(state.params))
     preprocessor = trainer.placement.put(model["preprocessor"])
-    training = {name: value for name, value in state._asdict().items() if name != "params"}
-    return {"model": {**model, "preprocessor": preprocessor}, "training": training}
+    return {
+        "model": {**model, "preprocessor": preprocessor},
+        "training": state.besides_params(),
+    }
 
 
 class _Loop:
@@ -240,7 +242,7 @@ class _Loop:
             f"pretrained for {config.training.pretrain} epochs; now {config.inference.method}"
         )
         self.info = self.info._replace(best_step=None, best_bound=float("-inf"))
-        return trainer.without_sums(state)
+        return trainer.taken_over(state)
 
     def _enough(self, step: int) -> str | None:
         """Return the reason to stop before the last epoch, or None."""

@@ -1,6 +1,6 @@
 """The training objective of one example, and the loss of a batch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,26 +59,41 @@ def objective(
     return value - inference.amortization_loss, metrics
 
 
+class Aside(NamedTuple):
+    """What a batch shows besides its loss."""
+
+    metrics: dict[str, Float[Array, ""]]
+    """Means over the batch; see `objective`."""
+    modes: Float[Array, "batch latent"]
+    """Where the search of each image ended."""
+
+
 def loss_fn(
     params: Any,
     model: Trained,
     pixels: UInt8[Array, "batch height width channel"],
     keys: PRNGKeyArray,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return minus the batch mean of the objective, nats per image, and the mean metrics.
+    starts: Float[Array, "batch latent"] | None = None,
+) -> tuple[Float[Array, ""], Aside]:
+    """Return minus the batch mean of the objective, nats per image, and what else it shows.
 
     Args:
         params: Parameters to differentiate with respect to; they replace those of `model`.
         model: The model that the parameters belong to.
         pixels: The images of a batch.
         keys: Random keys, one per image.
+        starts: Where the search for each image starts, and NaN where that is not known: by default
+            at the encoder's mean.
     """
     training = model.config.training
     current = model.with_params(params)
 
-    def one(key: PRNGKeyArray, image: Array) -> tuple[Array, dict[str, Array]]:
-        inferred = current.infer(key, image, training=True)
-        return objective(inferred, kind=training.objective, num_samples=training.train_samples)
+    def one(key: PRNGKeyArray, image: Array, start: Array | None) -> tuple[Array, Aside]:
+        inferred = current.infer(key, image, start=start, training=True)
+        value, metrics = objective(
+            inferred, kind=training.objective, num_samples=training.train_samples
+        )
+        return value, Aside(metrics, inferred.inference.iterates[-1])
 
-    values, metrics = jax.vmap(one)(keys, pixels)
-    return -jnp.mean(values), jax.tree.map(jnp.mean, metrics)
+    values, (metrics, modes) = jax.vmap(one)(keys, pixels, starts)
+    return -jnp.mean(values), Aside(jax.tree.map(jnp.mean, metrics), modes)

@@ -13,7 +13,7 @@ from vlae_jax.data.sets import Dataset
 from vlae_jax.models.trained import Trained
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.parallel.placement import Placement
-from vlae_jax.runs.config import TrainingConfig
+from vlae_jax.runs.config import Config, TrainingConfig
 from vlae_jax.training.batches import Feed, binarized_once, make_feed
 from vlae_jax.training.objective import loss_fn, objective
 
@@ -34,6 +34,14 @@ class TrainState(NamedTuple):
     bad_step: Int[Array, ""]
     """First step whose loss or gradient was not finite, or -1. From that step on the state does not
     change."""
+    modes: Float[Array, "images latent"] | None = None
+    """With stored modes: where the last search for each training image ended, NaN before the first
+    one."""
+
+    def besides_params(self) -> dict[str, Any]:
+        """All fields but the parameters, by name, and without modes if none are stored."""
+        fields = self._replace(params=None)._asdict()
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 def make_optimizer(
@@ -64,26 +72,35 @@ def _is_decaying(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def initial_state(trained: Trained, total_steps: int, placement: Placement) -> TrainState:
+def initial_state(
+    trained: Trained, total_steps: int, placement: Placement, num_images: int
+) -> TrainState:
     """Make the state before the first step, placed on the devices."""
-    state = _first_state(trained, total_steps)
+    state = _first_state(trained, total_steps, num_images)
     return placement.put(state, placement.of_parameters(state))
 
 
-def _first_state(trained: Trained, total_steps: int) -> TrainState:
+def _first_state(trained: Trained, total_steps: int, num_images: int) -> TrainState:
     config = trained.config.training
     params = trained.params
     batch = jnp.zeros((1, *trained.preprocessor.image_shape), jnp.uint8)
     keys = jax.random.split(jax.random.key(config.seed), 1)
-    shapes = jax.eval_shape(lambda: loss_fn(params, trained, batch, keys)[1])
+    shapes = jax.eval_shape(lambda: loss_fn(params, trained, batch, keys)[1].metrics)
     return TrainState(
         params=jax.tree.map(jnp.copy, params),  # the step donates its arguments
         opt_state=make_optimizer(config, total_steps).init(params),
         step=jnp.zeros((), jnp.int32),
         sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
         summed=jnp.zeros((), jnp.int32),
+        modes=_no_modes(trained.config, num_images),
         bad_step=jnp.full((), -1, jnp.int32),
     )
+
+
+def _no_modes(config: Config, num_images: int) -> np.ndarray | None:
+    if config.training.modes != "stored":
+        return None
+    return np.full((num_images, config.model.latent), np.nan, np.float32)
 
 
 class Trainer:
@@ -119,7 +136,7 @@ class Trainer:
             images = binarized_once(trained.preprocessor, dataset.train)
             feed = make_feed(images, config, placement)
         self.feed = feed
-        first = _first_state(trained, self.total_steps)
+        first = _first_state(trained, self.total_steps, len(dataset.train))
         self._sums = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), first.sums
         )
@@ -137,13 +154,15 @@ class Trainer:
 
     def init(self) -> TrainState:
         """Make the state before the first step."""
-        return initial_state(self.trained, self.total_steps, self.placement)
+        return initial_state(
+            self.trained, self.total_steps, self.placement, len(self.dataset.train)
+        )
 
     def pretrainer(self) -> "Trainer":
         """Return the trainer of the same network as a plain VAE, with the same images."""
         training = self.trained.config.training
         objective = "elbo" if training.objective == "evidence" else training.objective
-        plain = self.trained.with_config("training", objective=objective)
+        plain = self.trained.with_config("training", objective=objective, modes="encoder")
         plain = plain.with_inference(method="vae", refine="none")
         return Trainer(plain, self.dataset, self.placement, self.feed)
 
@@ -153,17 +172,28 @@ class Trainer:
         sums, summed = self.placement.put((zeros, np.zeros((), np.int32)))
         return state._replace(sums=sums, summed=summed)
 
+    def taken_over(self, state: TrainState) -> TrainState:
+        """Return the state of another trainer of the same network as one of this trainer."""
+        modes = _no_modes(self.trained.config, len(self.dataset.train))
+        if modes is not None and state.modes is None:
+            state = state._replace(
+                modes=self.placement.put(modes, self.placement.of_parameters(modes))
+            )
+        return self.without_sums(state._replace(modes=None if modes is None else state.modes))
+
     def _step(self, state: TrainState, *arguments: Array) -> tuple[TrainState, Float[Array, ""]]:
-        pixels = self.feed.pixels(state.step, *arguments)
+        pixels, rows = self.feed.batch(state.step, *arguments)
         keys = jax.random.split(jax.random.fold_in(self._root, state.step), pixels.shape[0])
 
-        def loss_and_grads(params: Any, pixels: Array, keys: PRNGKeyArray) -> Any:
-            return jax.value_and_grad(loss_fn, has_aux=True)(params, self.trained, pixels, keys)
+        def loss_and_grads(params: Any, *arguments: Any) -> tuple[Any, Array | None]:
+            differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, aside), grads = differentiate(params, self.trained, *arguments)
+            return (loss, aside.metrics, grads), None if state.modes is None else aside.modes
 
-        (loss, metrics), grads = self.placement.mean_of_shards(
+        (loss, metrics, grads), ends = self.placement.mean_of_shards(
             loss_and_grads,
             self.placement.gathered(state.params),
-            *(pixels, keys),
+            *(pixels, keys, None if state.modes is None else state.modes[rows]),
             microbatches=self.trained.config.training.microbatches,
         )
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
@@ -175,6 +205,7 @@ class Trainer:
             step=state.step + 1,
             sums=jax.tree.map(jnp.add, state.sums, metrics),
             summed=state.summed + 1,
+            modes=None if state.modes is None else state.modes.at[rows].set(ends),
             bad_step=bad_step,
         )
         new = jax.tree.map(lambda new, old: jnp.where(bad_step < 0, new, old), new, state)
