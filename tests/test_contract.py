@@ -44,6 +44,8 @@ from vlae_jax import (
     gaussian,
     gaussian_heteroscedastic,
     gaussian_heteroscedastic_fisher,
+    gaussian_mixture,
+    gaussian_mixture_precision,
     gradient_refine,
     heavy_tailed,
     importance_weighted_log_prob,
@@ -98,6 +100,9 @@ class Arguments(NamedTuple):
 
     def posterior(self):
         return GaussianPosterior(self.z, self.chol)
+
+    def of_mixture(self):
+        return self.z, self.x[:2], jnp.stack([self.z, -self.z]), jnp.stack([0.3 * self.z] * 2)
 
     def mixture(self, centered):
         components = (self.posterior(), heavy_tailed(self.posterior(), 5.0))
@@ -209,6 +214,12 @@ CASES = [
         "gaussian_heteroscedastic_fisher",
         lambda a: gaussian_heteroscedastic_fisher(jnp.append(a.x, a.x)),
         shape(2 * DIM),
+    ),
+    Case("gaussian_mixture", lambda a: gaussian_mixture(*a.of_mixture()), shape()),
+    Case(
+        "gaussian_mixture_precision",
+        lambda a: gaussian_mixture_precision(*a.of_mixture()),
+        shape(LATENT, LATENT),
     ),
     Case("student_t", lambda a: student_t(a.x, a.decode(a.z), a.log_var, 4.0), shape()),
     Case("student_t_fisher", lambda a: student_t_fisher(a.x, a.log_var, 4.0), shape(DIM)),

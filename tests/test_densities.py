@@ -32,6 +32,8 @@ from vlae_jax import (
     gaussian,
     gaussian_heteroscedastic,
     gaussian_heteroscedastic_fisher,
+    gaussian_mixture,
+    gaussian_mixture_precision,
     infer_posterior,
     multivariate_normal,
     poisson,
@@ -93,6 +95,44 @@ def test_multivariate_normal_is_scipys_and_the_posteriors(dtype, size):
     # Nothing is subtracted: far out the square remains, to its relative precision.
     far = jnp.asarray(np.full(size, 1e4), dtype)
     assert_close(multivariate_normal(far, mean, chol), truth.logpdf(np.float64(far)))
+
+
+def mixture(dtype, components=4):
+    """Logits, means and log standard deviations of a mixture whose components overlap."""
+    random = np.random.default_rng(5)
+    shapes = (components,), (components, LATENT), (components, LATENT)
+    return [jnp.asarray(random.normal(size=shape) * 0.7, dtype) for shape in shapes]
+
+
+def test_gaussian_mixture_is_scipys(dtype):
+    z, given = random_vector(4, LATENT, dtype), mixture(dtype)
+    logits, means, log_stds = (np.float64(array) for array in given)
+    parts = scipy.stats.norm(means, np.exp(log_stds)).logpdf(np.float64(z)).sum(axis=1)
+    expected = scipy.special.logsumexp(scipy.special.log_softmax(logits) + parts)
+    assert_close(gaussian_mixture(z, *given), expected)
+    far = gaussian_mixture(1e4 * z, *given)
+    assert np.isfinite(far) and np.isfinite(jax.grad(gaussian_mixture)(1e4 * z, *given)).all()
+
+
+def test_the_curvature_of_a_mixture_bounds_its_density_from_below(x64):
+    """log p(z') ≥ log p(z) + ∇ᵀ(z' - z) - ½ (z' - z)ᵀ M (z' - z) for all z', as in EM."""
+    given = mixture(jnp.float64)
+    random = np.random.default_rng(6)
+    starts, steps = random.normal(size=(2, 300, LATENT)) * np.array([2.0, 3.0])[:, None, None]
+
+    @jax.jit
+    @jax.vmap
+    def slack(z, step):
+        value, slope = jax.value_and_grad(gaussian_mixture)(z, *given)
+        precision = gaussian_mixture_precision(z, *given)
+        quadratic = value + slope @ step - 0.5 * step @ precision @ step
+        return gaussian_mixture(z + step, *given) - quadratic
+
+    found = slack(starts, steps)
+    assert found.min() > -1e-12 and found.max() > 1
+    one = [array[:1] for array in given]
+    hessian = jax.hessian(gaussian_mixture)(starts[0], *one)
+    assert_close(gaussian_mixture_precision(starts[0], *one), -np.asarray(hessian))
 
 
 @pytest.mark.parametrize("per_pixel", [False, True])

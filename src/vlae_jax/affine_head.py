@@ -19,6 +19,8 @@ def affine_head_expansion(
     x: Float[Array, " dim"],
     *,
     log_prior: LogDensity = standard_normal,
+    prior_precision: Callable[[Float[Array, " latent"]], Float[Array, "latent latent"]]
+    | None = None,
     exact: bool = False,
     form: Literal["auto", "gram", "explicit"] = "auto",
 ) -> MatrixFreeExpansion:
@@ -36,6 +38,7 @@ def affine_head_expansion(
         log_var: Log noise variance; a scalar or shape (dim,).
         x: The example, (dim,).
         log_prior: z → log p(z), nats.
+        prior_precision: As in `gauss_newton_expansion`; not used with `exact`.
         exact: Take the Hessian of the log joint. The default linearizes the features, which is
             the same almost everywhere if they are piecewise linear.
         form: "gram"; "explicit", by the Jacobian of the whole decoder; or "auto", the one of the
@@ -57,7 +60,9 @@ def affine_head_expansion(
     def build(decode: Callable[[Array], Array], log_likelihood: LogDensity) -> MatrixFreeExpansion:
         if exact:
             return exact_expansion(lambda z: log_likelihood(decode(z)) + log_prior(z))
-        return gauss_newton_expansion(decode, log_likelihood, log_prior)
+        return gauss_newton_expansion(
+            decode, log_likelihood, log_prior, prior_precision=prior_precision
+        )
 
     gram = build(features, compress_affine_gaussian(kernel, bias, log_var, x))
     explicit = build(lambda z: features(z) @ kernel + bias, lambda eta: gaussian(x, eta, log_var))

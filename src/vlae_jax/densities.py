@@ -40,6 +40,54 @@ def multivariate_normal(
     return half_log_det - 0.5 * (whitened @ whitened + z.size * math.log(2 * math.pi))
 
 
+def gaussian_mixture(
+    z: Float[Array, " latent"],
+    logits: Float[Array, " component"],
+    means: Float[Array, "component latent"],
+    log_stds: Float[Array, "component latent"],
+) -> Float[Array, ""]:
+    """Log density of a mixture of Gaussians with diagonal covariances at `z`, in nats.
+
+    It is not concave between components that lie apart. `gaussian_mixture_precision` gives a
+    curvature that is positive definite everywhere.
+
+    Args:
+        z: Where to evaluate, shape (latent,).
+        logits: Unnormalized log weights of the components, (component,).
+        means: Means of the components, (component, latent).
+        log_stds: Log standard deviations of the components, (component, latent).
+    """
+    log_joint = jax.vmap(lambda mean, log_std: gaussian(z, mean, 2 * log_std))(means, log_stds)
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits) + log_joint)
+
+
+def gaussian_mixture_precision(
+    z: Float[Array, " latent"],
+    logits: Float[Array, " component"],
+    means: Float[Array, "component latent"],
+    log_stds: Float[Array, "component latent"],
+) -> Float[Array, "latent latent"]:
+    """Mean precision of a mixture's components, weighted by how likely `z` belongs to each.
+
+    The quadratic with this curvature and the slope of the log density at z is nowhere above the log
+    density: a step that maximizes it never loses. It is minus the Hessian without the covariance of
+    the components' slopes, as in the EM algorithm.
+
+    Args:
+        z: Where to evaluate, shape (latent,).
+        logits: Unnormalized log weights of the components, (component,).
+        means: Means of the components, (component, latent).
+        log_stds: Log standard deviations of the components, (component, latent).
+
+    References:
+        Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM
+        algorithm.
+    """
+    log_joint = jax.vmap(lambda mean, log_std: gaussian(z, mean, 2 * log_std))(means, log_stds)
+    responsibility = jax.nn.softmax(logits + log_joint)
+    return jnp.diag(responsibility @ jnp.exp(-2 * log_stds))
+
+
 def gaussian(
     x: Float[Array, " dim"], mean: Float[Array, " dim"], log_var: Float[Array, "..."]
 ) -> Float[Array, ""]:

@@ -106,6 +106,8 @@ def gauss_newton_expansion(
     log_prior: LogDensity = standard_normal,
     *,
     fisher: Callable[[Float[Array, " out"]], Float[Array, " out"]] | None = None,
+    prior_precision: Callable[[Float[Array, " latent"]], Float[Array, "latent latent"]]
+    | None = None,
     chunk_size: int | None = None,
 ) -> MatrixFreeExpansion:
     """Expand log p(x | decode(z)) + log p(z) with the decoder linearized: JᵀWJ + prior precision.
@@ -123,6 +125,8 @@ def gauss_newton_expansion(
         log_prior: z → log p(z), a scalar in nats.
         fisher: η → the diagonal of the likelihood's Fisher information at η, (out,), used as W.
             See `densities` for the likelihoods that need one.
+        prior_precision: z → a positive definite curvature of the prior, (latent, latent), used in
+            place of minus the Hessian of a log prior that is not concave.
         chunk_size: Columns of the precision computed at once, each by one forward and one backward
             pass; the Jacobian is then never stored, for reverse mode neither. By default the whole
             Jacobian is formed, in one pass.
@@ -147,6 +151,9 @@ def gauss_newton_expansion(
     def log_joint(z: Float[Array, " latent"]) -> Float[Array, ""]:
         return log_likelihood(decode(z)) + log_prior(z)
 
+    def prior_curvature(z: Array) -> Array:
+        return -jax.hessian(log_prior)(z) if prior_precision is None else prior_precision(z)
+
     def linearized(z: Array) -> tuple[Array, Array, Callable[[Array], Array], Partial]:
         """Return the value, the gradient, the decoder's tangent map and the product with W."""
         value, grad = jax.value_and_grad(log_joint)(z)
@@ -168,15 +175,18 @@ def gauss_newton_expansion(
             _require_memory(z, jax.eval_shape(push, z).size)
             basis = _basis(z)
             fit = _sandwich(jax.vmap(push)(basis), weigh)
-            return Quadratic(value, grad, fit - jax.hessian(log_prior)(z))
+            return Quadratic(value, grad, fit + prior_curvature(z))
 
     def products(z: Float[Array, " latent"]) -> Products:
         z = depend_on_data(log_joint, z)
         with jax.default_matmul_precision("highest"):
             value, grad, push, weigh = linearized(z)
             pull = jax.linear_transpose(push, z)
-            prior_push = jax.linearize(jax.grad(log_prior), z)[1]
-            return Products(value, grad, lambda v: pull(weigh(push(v)))[0] - prior_push(v))
+            if prior_precision is None:
+                prior_push = jax.linearize(lambda z: -jax.grad(log_prior)(z), z)[1]
+            else:
+                prior_push = Partial(jnp.matmul, prior_precision(z))
+            return Products(value, grad, lambda v: pull(weigh(push(v)))[0] + prior_push(v))
 
     return MatrixFreeExpansion(quadratic, products)
 

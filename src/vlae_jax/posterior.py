@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlae_jax.densities import standard_normal
+from vlae_jax.densities import LogDensity, standard_normal
 from vlae_jax.expansions import Expansion
 from vlae_jax.factor import Factor, factorize
 
@@ -73,20 +73,25 @@ def require_symmetric(posterior: Posterior, purpose: str) -> SymmetricPosterior:
     return posterior
 
 
-def kl_to_standard_normal(
-    key: PRNGKeyArray, posterior: Posterior, *, num_samples: int
+def kl_to_prior(
+    key: PRNGKeyArray,
+    posterior: Posterior,
+    log_prior: LogDensity | None = None,
+    *,
+    num_samples: int,
 ) -> Float[Array, ""]:
-    """KL(q ‖ N(0, I)), nats: in closed form where there is one, otherwise a mean over samples.
+    """KL(q ‖ p(z)), nats: in closed form where there is one, otherwise a mean over samples.
 
     Args:
         key: Random key; unused where there is a closed form.
         posterior: q.
+        log_prior: z → log p(z), nats; by default that of N(0, I).
         num_samples: Samples averaged.
     """
-    if isinstance(posterior, ClosedFormPosterior):
+    if log_prior is None and isinstance(posterior, ClosedFormPosterior):
         return posterior.kl_to_standard_normal()
     zs, log_q = jax.vmap(posterior.sample_and_log_prob)(jax.random.split(key, num_samples))
-    return jnp.mean(log_q - jax.vmap(standard_normal)(zs))
+    return jnp.mean(log_q - jax.vmap(log_prior or standard_normal)(zs))
 
 
 def mean_and_covariance(

@@ -32,7 +32,6 @@ from vlae_jax.posterior import (
     DiagonalPosterior,
     GaussianPosterior,
     Posterior,
-    kl_to_standard_normal,
 )
 from vlae_jax.progress import counting
 from vlae_jax.proposals import heavy_tailed, widened
@@ -156,7 +155,7 @@ def _first_pass(
             bound = info.elbo
             if proposal is not posterior:
                 bound = weigh(keys.bound, log_joint, posterior, num_samples=samples)[1].elbo
-        kl = kl_to_standard_normal(keys.divergence, posterior, num_samples=config.chunk_size)
+        kl = inferred.at.kl_to_prior(keys.divergence, posterior, num_samples=config.chunk_size)
         return {
             "log_det": inferred.log_det,
             "elbo": bound,

@@ -162,7 +162,7 @@ def _bound_on_simulated(
     """Bound log p(x) from below and above, for one image that the model draws."""
     model = trained.model
     prior_key, x_key, forward_key, reverse_key = jax.random.split(key, 4)
-    z_exact = jax.random.normal(prior_key, (trained.config.model.latent,))
+    z_exact = model.prior.draw(prior_key)
     at = model.at(model.draw(x_key, z_exact), head=trained.head)
     start = _start(_converged(at, at.mean, options), options)
     lower, forward = _lower_bound(forward_key, at.log_joint, start, options)

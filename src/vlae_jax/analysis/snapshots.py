@@ -70,7 +70,8 @@ def take_snapshots(trained: Trained, images: np.ndarray) -> dict[str, np.ndarray
         return jax.vmap(lambda z: to_pixels(model.reconstruct(z)))(zs)
 
     key = jax.random.key(trained.config.training.seed)
-    prior = jax.random.normal(key, (_PRIOR_SAMPLES, means.shape[1]))
+    keys = jax.random.split(key, _PRIOR_SAMPLES)
+    prior = jax.vmap(trained.model.prior.draw)(keys)
     pairs = len(means) // 2
     weights = np.linspace(0, 1, _INTERPOLATION_STEPS)[:, None]
     lines = (1 - weights) * means[:pairs, None] + weights * means[pairs : 2 * pairs, None]

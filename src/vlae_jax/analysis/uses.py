@@ -97,8 +97,8 @@ def sample(
         trained: The model.
         count: Number of samples; the i-th does not depend on it.
         seed: Seed of the samples.
-        temperature: The standard deviation of z: 1 for the prior itself, less for more typical
-            images.
+        temperature: Factor on the standard deviation of z, or of the components of its prior: 1
+            for the prior itself, less for more typical images.
         draws: Also draw from p(x | z), with the output's noise.
 
     Returns:
@@ -110,7 +110,7 @@ def sample(
     def one(trained: Trained, index: Array) -> dict[str, Array]:
         prior_key, noise_key = jax.random.split(jax.random.fold_in(root, index))
         model, to_pixels = trained.model, trained.preprocessor.to_pixels
-        z = temperature * jax.random.normal(prior_key, (trained.config.model.latent,))
+        z = model.prior.draw(prior_key, temperature)
         found = {"z": z, "expected": to_pixels(model.reconstruct(z))}
         if draws:
             found["draws"] = to_pixels(model.draw(noise_key, z))

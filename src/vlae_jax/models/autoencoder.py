@@ -5,6 +5,7 @@ through `jax.jit` and `jax.grad` as an argument (`nnx.split` / `nnx.merge`), nev
 it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,11 +22,12 @@ from vlae_jax.affine_head import (
     whiten_affine_head,
     whitened_affine_gaussian,
 )
-from vlae_jax.densities import LogDensity, bernoulli, gaussian, standard_normal
+from vlae_jax.densities import LogDensity, bernoulli, gaussian
 from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.models.arithmetic import Precision, arithmetic, in_full
 from vlae_jax.models.networks import MLP, ConvDecoder, ConvEncoder, Doubling
-from vlae_jax.posterior import DiagonalPosterior
+from vlae_jax.models.priors import MixturePrior, Prior, StandardNormal
+from vlae_jax.posterior import DiagonalPosterior, Posterior, kl_to_prior
 
 # Adam moves every parameter by about the learning rate per step. The log variance changes more
 # during training than a weight, and delays convergence, so it is stored in a larger unit.
@@ -33,11 +35,13 @@ _LOG_VAR_RATE = 10.0
 
 
 class VariationalAutoencoder(nnx.Module):
-    """An encoder, the prior N(0, I), and p(x | z) by a decoder that ends in an affine layer.
+    """An encoder, a prior p(z), and p(x | z) by a decoder that ends in an affine layer.
 
     Args:
         dim: Pixels times channels, the length of x.
         latent: Dimensions of z.
+        prior_components: Gaussians in the prior, a mixture that is learned; by default the prior is
+            N(0, I).
         hidden: Widths of the encoder's hidden layers; the decoder takes them reversed.
         activation: A key of `ACTIVATIONS`.
         likelihood: "gaussian" with a learned variance, or "bernoulli" by logits.
@@ -69,6 +73,7 @@ class VariationalAutoencoder(nnx.Module):
         dim: int,
         *,
         latent: int,
+        prior_components: int | None = None,
         hidden: Sequence[int],
         activation: str,
         likelihood: Literal["gaussian", "bernoulli"],
@@ -125,6 +130,9 @@ class VariationalAutoencoder(nnx.Module):
             self.scaled_log_var = nnx.Param(jnp.asarray(start / _LOG_VAR_RATE, jnp.float32))
         # Made last, so that the other weights start from equal values in all systems.
         self.posterior_head: Any = posterior_head and posterior_head(self.encoder.out_size, rngs)
+        self.prior: Prior = StandardNormal(latent)
+        if prior_components is not None:
+            self.prior = MixturePrior(latent, prior_components, rngs)
 
     @property
     def log_var(self) -> Float[Array, "..."]:
@@ -245,32 +253,45 @@ class Observation(NamedTuple):
                 model.log_var,
                 self.x,
             )
-        return lambda z: log_likelihood(decode(z)) + standard_normal(z)
+        return lambda z: log_likelihood(decode(z)) + model.prior.log_prob(z)
+
+    def kl_to_prior(
+        self, key: PRNGKeyArray, posterior: Posterior, *, num_samples: int
+    ) -> Float[Array, ""]:
+        """KL(q ‖ p(z)), nats: in closed form where there is one, otherwise a mean over samples."""
+        prior = self.model.prior
+        log_prior = None if prior.is_standard else prior.log_prob
+        return kl_to_prior(key, posterior, log_prior, num_samples=num_samples)
 
     def expansions(self) -> tuple[Expansion, Expansion | None]:
         """Return the exact expansion of the log joint, and its Gauss-Newton repair or None.
 
-        For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is used
-        and needs no repair. With a fully connected output layer and a Gaussian likelihood the data
-        dimension is compressed away where that costs less. That is not done for a part of the
-        pixels, as the projection would differ for every example. Rounded products would spoil some
-        terms in the Hessian of a smooth network, so that Hessian is computed in float32, whatever
-        the precision.
+        For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is used;
+        with a log-concave prior it needs no repair. With a fully connected output layer and a
+        Gaussian likelihood the data dimension is compressed away where that costs less. That is not
+        done for a part of the pixels, as the projection would differ for every example. Rounded
+        products would spoil some terms in the Hessian of a smooth network, so that Hessian is
+        computed in float32, whatever the precision.
         """
-        model = self.model
+        model, head, prior = self.model, self.model.head, self.model.prior
         smooth = not model.features.piecewise_linear
         full = in_full(model) if smooth else model
-        head = model.head
+        repairs: dict[str, Any] = {} if prior.is_standard else {"prior_precision": prior.precision}
+        needs_repair = smooth or bool(repairs)
         if (
             model.likelihood == "gaussian"
             and self.observed is None
             and isinstance(head, nnx.Linear)
         ):
-            affine = (head.kernel[...], head.bias[...], model.log_var)  # type: ignore[index]
-            exact = affine_head_expansion(full.features, *affine, self.x, exact=smooth)
-            repair = affine_head_expansion(model.features, *affine, self.x) if smooth else None
-            return exact, repair
-        gauss_newton = gauss_newton_expansion(model.decode, self.log_likelihood)
-        if not smooth:
-            return gauss_newton, None
-        return exact_expansion(self._replace(model=full, head=None).log_joint), gauss_newton
+            affine = (head.kernel[...], head.bias[...], model.log_var, self.x)  # type: ignore[index]
+            expand = functools.partial(affine_head_expansion, log_prior=prior.log_prob)
+            exact = expand(full.features, *affine, exact=smooth)
+            return exact, expand(model.features, *affine, **repairs) if needs_repair else None
+        gauss_newton = functools.partial(
+            gauss_newton_expansion, model.decode, self.log_likelihood, prior.log_prob
+        )
+        if smooth:
+            exact = exact_expansion(self._replace(model=full, head=None).log_joint)
+        else:
+            exact = gauss_newton()
+        return exact, gauss_newton(**repairs) if needs_repair else None

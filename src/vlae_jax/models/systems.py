@@ -124,13 +124,18 @@ def semi_amortized_vae(
 def one_sample_bound(
     at: Observation,
 ) -> Callable[[DiagonalPosterior | GaussianPosterior, PRNGKeyArray], Float[Array, ""]]:
-    """Return the ELBO of a Gaussian, nats: from one sample, the KL divergence in closed form."""
+    """Return the ELBO of a Gaussian, nats, from one sample; KL(q ‖ N(0, I)) is in closed form."""
+    prior = at.model.prior
 
     def bound(
         posterior: DiagonalPosterior | GaussianPosterior, key: PRNGKeyArray
     ) -> Float[Array, ""]:
-        z, _ = posterior.sample_and_log_prob(key)
-        return at.log_likelihood(at.model.decode(z)) - posterior.kl_to_standard_normal()
+        z, log_q = posterior.sample_and_log_prob(key)
+        if prior.is_standard:
+            divergence = posterior.kl_to_standard_normal()
+        else:
+            divergence = log_q - prior.log_prob(z)
+        return at.log_likelihood(at.model.decode(z)) - divergence
 
     return bound
 

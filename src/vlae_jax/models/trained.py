@@ -283,6 +283,7 @@ def build_network(
     return VariationalAutoencoder(
         math.prod(image_shape),
         latent=config.model.latent,
+        prior_components=config.model.prior_components if config.model.prior == "mixture" else None,
         hidden=config.model.hidden,
         activation=config.model.activation,
         likelihood=config.likelihood,

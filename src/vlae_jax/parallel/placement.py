@@ -179,7 +179,7 @@ class Placement:
             The means of all rows, whole, and the arrays of all rows, split along `data`.
         """
 
-        def here(whole: Any, *rows: Array) -> tuple[Any, Any]:
+        def here(whole: Any, *rows: Any) -> tuple[Any, Any]:
             if microbatches is None:
                 means, each = function(whole, *rows)
                 return jax.lax.pmean(means, DATA), each

@@ -80,6 +80,10 @@ class ModelConfig:
 
     latent: int = 50
     """Dimensions of the latent space."""
+    prior: Literal["normal", "mixture"] = "normal"
+    """normal: N(0, I). mixture: a mixture of Gaussians with diagonal covariances, which learns."""
+    prior_components: int = 10
+    """mixture: the number of Gaussians."""
     network: Literal["mlp", "conv"] = "mlp"
     """mlp: fully connected. conv: convolutions between the image and the hidden layers, for any
     size of image, gray or in color."""
@@ -104,7 +108,7 @@ class ModelConfig:
     the inference stay float32. Measurements, validation included, are in float32 throughout."""
 
     def __post_init__(self) -> None:
-        require_counts(self, "latent")
+        require_counts(self, "latent", "prior_components")
         require(
             all(width >= 1 for width in self.hidden),
             f"hidden widths must be at least 1, got {self.hidden}",
@@ -340,7 +344,7 @@ class Config:
         )
         require(
             self.training.modes == "encoder"
-            or (method == "vlae" and self.inference.steps and self.inference.gradient != "unroll"),
+            or (method == "vlae" and self.inference.steps > 0 and self.inference.gradient != "unroll"),
             "modes stored are starts of the search of vlae, whose encoder learns beside it: choose "
             "--method vlae, at least one step, and --gradient implicit or stop",
         )
@@ -358,9 +362,11 @@ class Config:
             )
             one = "variance" if entry.variance == "shared" else "variance a pixel"
             require(
-                self.likelihood == "gaussian" and self.model.variance == entry.variance,
-                f"{method} has a gaussian output of one {one}: choose --preprocess logit or raw "
-                f"and --variance {entry.variance}",
+                self.likelihood == "gaussian"
+                and self.model.variance == entry.variance
+                and self.model.prior == "normal",
+                f"{method} has a normal prior and a gaussian output of one {one}: choose "
+                f"--preprocess logit or raw, --variance {entry.variance} and --prior normal",
             )
             require(
                 self.model.network == "mlp"
@@ -388,6 +394,7 @@ class Config:
         steps = self.inference.num_steps
         parts = [self.data.dataset]
         parts += [] if self.model.network == "mlp" else [self.model.network]
+        parts += [] if self.model.prior == "normal" else [f"mixture{self.model.prior_components}"]
         parts += [] if self.model.precision == "float32" else [self.model.precision]
         parts.append(self.inference.method)
         parts += [] if steps is None else [f"T{steps}"]

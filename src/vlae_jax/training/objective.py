@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from vlae_jax.bounds import elbo, iwae_bound
 from vlae_jax.models.trained import Inferred, Trained
-from vlae_jax.posterior import kl_to_standard_normal
 
 
 def objective(
@@ -47,7 +46,7 @@ def objective(
         bound = jax.lax.stop_gradient(
             elbo(keys.bound, log_joint, constant, num_samples=num_samples)
         )
-    kl = kl_to_standard_normal(keys.divergence, constant, num_samples=num_samples)
+    kl = inferred.at.kl_to_prior(keys.divergence, constant, num_samples=num_samples)
     metrics = {
         "elbo": bound,
         "kl": kl,

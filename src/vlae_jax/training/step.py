@@ -92,7 +92,7 @@ def _first_state(trained: Trained, total_steps: int, num_images: int) -> TrainSt
         step=jnp.zeros((), jnp.int32),
         sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
         summed=jnp.zeros((), jnp.int32),
-        modes=_no_modes(trained.config, num_images),
+        modes=_no_modes(trained.config, num_images),  # type: ignore[arg-type]
         bad_step=jnp.full((), -1, jnp.int32),
     )
 
