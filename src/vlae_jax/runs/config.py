@@ -342,9 +342,9 @@ class Config:
             f"objective dreg needs the density of any point, which {method} has only of its own "
             "samples: choose iwae",
         )
+        searches = method == "vlae" and self.inference.steps > 0
         require(
-            self.training.modes == "encoder"
-            or (method == "vlae" and self.inference.steps > 0 and self.inference.gradient != "unroll"),
+            self.training.modes == "encoder" or (searches and self.inference.gradient != "unroll"),
             "modes stored are starts of the search of vlae, whose encoder learns beside it: choose "
             "--method vlae, at least one step, and --gradient implicit or stop",
         )
