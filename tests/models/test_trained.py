@@ -23,8 +23,8 @@ from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.data.sets import dataset_from_arrays
 from vlae_jax.errors import UserError
 from vlae_jax.models.saved import load, save
-from vlae_jax.models.trained import Keys, initialize
-from vlae_jax.runs.config import DataConfig
+from vlae_jax.models.trained import Keys, begun_from, initialize
+from vlae_jax.runs.config import DataConfig, ModelConfig
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.training.loop import fit
 
@@ -215,3 +215,31 @@ def test_what_does_not_fit_is_refused():
     evaluation = dataclasses.replace(tiny_config().evaluation, test_images=5)
     with pytest.raises(UserError, match="test_images is 5, but arrays has only 4"):
         initialize(dataclasses.replace(tiny_config(), evaluation=evaluation), DATASET)
+
+
+# ---------------------------------------------------------------- beginning with another model
+
+
+def test_a_model_begins_with_what_another_one_shares():
+    """The flow that the other has not begins as usual; everything else is the other's."""
+    source = untrained(tiny_config("vae", seed=5), DATASET)
+    fresh = untrained(tiny_config("vae_hf"), DATASET)
+    begun = begun_from(fresh, source)
+    own, theirs, found = (dict(trained.params) for trained in (fresh, source, begun))
+    chex.assert_trees_all_equal(found.pop("posterior_head"), own.pop("posterior_head"))
+    chex.assert_trees_all_equal(found, theirs)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(own, theirs)
+
+
+def test_a_model_of_other_sizes_or_other_images_is_refused():
+    fresh = untrained(tiny_config(), DATASET)
+    wider = dataclasses.replace(tiny_config(), model=ModelConfig(latent=2, hidden=(9,)))
+    with pytest.raises(UserError, match=r"encoder.* has shape \(9,\) in that run, and \(8,\) here"):
+        begun_from(fresh, untrained(wider, DATASET))
+    deeper = dataclasses.replace(tiny_config(), model=ModelConfig(latent=2, hidden=(8, 8)))
+    with pytest.raises(UserError, match="model options"):
+        begun_from(untrained(deeper, DATASET), fresh)
+    others = dataset_from_arrays(tiny_images(9, 40))
+    with pytest.raises(UserError, match="the same images"):
+        begun_from(fresh, untrained(tiny_config(), others))

@@ -252,6 +252,28 @@ def test_a_run_begins_as_a_vae_and_goes_on_as_the_system(make_trainer, tmp_path,
     resumed(run.path)
 
 
+@pytest.mark.slow
+def test_a_run_begins_with_the_parameters_of_another_and_is_resumed_without_it(
+    make_trainer, tiny, tmp_path
+):
+    source = shutil.copytree(tiny.run.path, tmp_path / "source")
+    config = tiny_config("vlae", epochs=2, init_from=str(source))
+    begun = fit(
+        dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=0)),
+        tiny_mapping(),
+    )
+    chex.assert_trees_all_equal(begun.params, tiny.trained.params)
+    whole = finish(make_trainer, config, tiny_mapping(), tmp_path / "whole")
+    half = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=1))
+    fit(half, tiny_mapping(), run_dir=tmp_path / "half")
+    shutil.rmtree(source)
+    again = finish(make_trainer, config, tiny_mapping(), tmp_path / "half", resume=True)
+    chex.assert_trees_all_equal(again.state, whole.state)
+    with pytest.raises(UserError, match="source"):
+        fit(config, tiny_mapping(), run_dir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_fit_takes_arrays_a_mapping_and_a_data_set_and_needs_no_folder(tiny, tmp_path, monkeypatch):
     """The test images, which arrays alone do not have, change nothing; and no folder is left."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

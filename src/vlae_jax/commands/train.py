@@ -15,7 +15,7 @@ from vlae_jax.errors import UserError, require_counts
 from vlae_jax.parallel.options import DistributedConfig
 from vlae_jax.runs.config import Config, EvaluationConfig, Proposal
 from vlae_jax.runs.folder import RunFolder
-from vlae_jax.runs.storage import in_bucket
+from vlae_jax.runs.storage import absolute, in_bucket
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +64,7 @@ class Train:
         """Train, evaluate and report."""
         if self.tensorboard:
             _require_tensorboard()
-        config = _with_absolute_data_dir(self.config)
+        config = _with_absolute_folders(self.config)
         run = RunFolder(self.run_dir or self.runs_dir / config.run_name)
         if self.tensorboard and in_bucket(run.path):
             raise UserError(
@@ -161,12 +161,16 @@ class Evaluate:
             _evaluate_and_report(chosen, images, run, placement, self.inference.name)
 
 
-def _with_absolute_data_dir(config: Config) -> Config:
-    """The configuration with a data_dir that does not depend on the working directory."""
-    if config.data.data_dir is None:
-        return config
-    path = str(Path(config.data.data_dir).expanduser().absolute())
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=path))
+def _with_absolute_folders(config: Config) -> Config:
+    """The configuration with folders that do not depend on the working directory."""
+    data, training = config.data, config.training
+    if data.data_dir is not None:
+        path = str(Path(data.data_dir).expanduser().absolute())
+        data = dataclasses.replace(data, data_dir=path)
+    if training.init_from is not None:
+        path = str(absolute(RunFolder.at(training.init_from).path))
+        training = dataclasses.replace(training, init_from=path)
+    return dataclasses.replace(config, data=data, training=training)
 
 
 def _evaluate_and_report(

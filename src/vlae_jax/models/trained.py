@@ -269,6 +269,35 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
     return Trained(config, preprocessor, params, graphdef, provenance)
 
 
+def begun_from(trained: Trained, source: Trained) -> Trained:
+    """Return an untrained model with the parameters of another one, where both have them.
+
+    Raises:
+        UserError: If the other was trained on other images, or its networks have other sizes.
+    """
+    if source.provenance.fingerprint != trained.provenance.fingerprint or (
+        source.preprocessor.kind != trained.preprocessor.kind
+    ):
+        raise UserError(
+            f"init_from: that run was trained on {source.provenance.source}, preprocessed as "
+            f"{source.preprocessor.kind}; it must be the same images, preprocessed alike"
+        )
+    paths, structure = jax.tree_util.tree_flatten_with_path(trained.params)
+    found = dict(jax.tree_util.tree_leaves_with_path(source.params))
+    for path, leaf in paths:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if path in found and found[path].shape != leaf.shape:
+            raise UserError(
+                f"init_from: {name} has shape {found[path].shape} in that run, and {leaf.shape} "
+                "here; choose the model options of that run"
+            )
+        if path not in found and not name.startswith(("posterior_head", "prior")):
+            raise UserError(f"init_from: that run has no {name}; choose its model options")
+    return trained.with_params(
+        jax.tree.unflatten(structure, [found.get(path, leaf) for path, leaf in paths])
+    )
+
+
 def build_network(
     config: Config, image_shape: tuple[int, ...], variance: np.ndarray
 ) -> VariationalAutoencoder:

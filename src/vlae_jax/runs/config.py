@@ -223,6 +223,9 @@ class TrainingConfig:
     pretrain: int = 0
     """Train the network as a plain VAE in so many of the first epochs, and then go on as --method.
     The optimizer goes on as it is; the best checkpoint is chosen among the later epochs."""
+    init_from: str | None = None
+    """Folder of a run on the same images, whose parameters training begins with. What the network
+    of --method has besides begins as usual."""
     modes: Literal["encoder", "stored"] = "encoder"
     """vlae: where the search for an image starts in training. encoder: at the encoder's mean.
     stored: where it ended in the last epoch; one latent vector per training image is then part of

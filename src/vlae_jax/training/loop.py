@@ -20,7 +20,7 @@ from vlae_jax.data.sets import Dataset
 from vlae_jax.data.supplied import as_dataset
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.models.saved import arrays_of, facts_of, load
-from vlae_jax.models.trained import Trained, initialize
+from vlae_jax.models.trained import Trained, begun_from, initialize
 from vlae_jax.parallel import processes
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.progress import ProgressLine
@@ -105,6 +105,9 @@ def fit(
         placement = placement or Placement.of()
         placement.require_even(config.training.batch_size, config.training.microbatches)
         trained = processes.together(lambda: initialize(config, dataset))
+        source = config.training.init_from
+        if source and not (resume and Checkpoints(run.checkpoints).steps()):
+            trained = processes.together(lambda: begun_from(trained, load(source)))
         processes.on_first(
             lambda: run.write_config(config) if resume else run.create(config, overwrite=overwrite)
         )
