@@ -85,7 +85,7 @@ def test_every_system_gives_samples_with_their_density_and_trains_what_it_has(na
 
     def value(params, x, key):
         at = nnx.merge(graphdef, params).at(x)
-        return objective(inferred_by(system, at, key))[0]
+        return objective(inferred_by(system, at, key).in_training())[0]
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0, 0))

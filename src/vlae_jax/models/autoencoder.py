@@ -172,7 +172,8 @@ class VariationalAutoencoder(nnx.Module):
             seen = jnp.where(observed, x, jnp.zeros_like(x) if fill is None else fill)
         features = self.encoder(seen)
         mean = self.mean(features)
-        return Observation(self, x, features, mean, self.log_std(features), mean, observed, head)
+        log_std = self.log_std(features)
+        return Observation(self, x, seen, features, mean, log_std, mean, observed, head)
 
     def decode(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
         """The likelihood's natural parameter: the Gaussian's mean, or the Bernoulli's logits."""
@@ -207,6 +208,8 @@ class Observation(NamedTuple):
 
     model: VariationalAutoencoder
     x: Float[Array, " dim"]
+    seen: Float[Array, " dim"]
+    """The example as the encoder sees it, with values in place of what is not observed."""
     features: Float[Array, " features"]
     """The encoder's last hidden layer."""
     mean: Float[Array, " latent"]

@@ -44,6 +44,8 @@ class Inference(NamedTuple):
     """Center of the posterior at each step, from the encoder's guess on."""
     flags: dict[str, Array]
     """Diagnostics by name, averaged over images: `converged`, `is_pd`, ..."""
+    for_training: Posterior | None = None
+    """The posterior as training samples it, where that costs less than the exact one."""
 
 
 System = Callable[[Observation, PRNGKeyArray, InferenceConfig], Inference]

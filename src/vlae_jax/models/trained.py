@@ -66,6 +66,13 @@ class Inferred(NamedTuple):
     """The model at the example."""
     inference: Inference
 
+    def in_training(self) -> "Inferred":
+        """The same with the posterior as training samples it, and without exact diagnostics."""
+        posterior = self.inference.for_training
+        if posterior is None:
+            return self
+        return self._replace(inference=self.inference._replace(posterior=posterior, flags={}))
+
     @property
     def x(self) -> Float[Array, " dim"]:
         """The example in model space, after preprocessing."""

@@ -134,6 +134,7 @@ class InferenceConfig:
     """vlae: mode search and Laplace posterior. vae: amortized diagonal Gaussian.
     vae_full: amortized Gaussian with full covariance. vae_hf, vae_iaf, vae_planar: Householder,
     inverse autoregressive, planar flows. sa_vae: diagonal Gaussian, refined by gradient ascent.
+    vae_fif: Gaussian with full covariance, by products with the networks' Jacobians.
     vae_iter: diagonal Gaussian, refined by a network that reads the ELBO's gradient.
     ppca: probabilistic PCA in closed form. fa: factor analysis."""
     steps: int = 4
@@ -339,6 +340,10 @@ class Config:
         require(
             objective != "evidence" or method == "vlae",
             f"objective evidence is Laplace's, which vlae has and {method} has not",
+        )
+        require(
+            objective == "elbo" or find_method(method).has_density_in_training,
+            f"{method} trains on the ELBO: the density of its samples is not known then",
         )
         require(
             objective != "dreg" or not find_method(method).is_flow,

@@ -27,6 +27,8 @@ class Method(NamedTuple):
     """Whether the system takes steps T."""
     is_flow: bool = False
     """Whether the posterior's density is known only at its own samples."""
+    has_density_in_training: bool = True
+    """Whether the samples of training come with their log density, and not its gradient alone."""
     head: str | None = None
     """Place of the function that makes the part of the network that only this system has:
     (configuration, number of the encoder's features, random streams) → module."""
@@ -66,6 +68,13 @@ METHODS: dict[str, Method] = {
         "#D55E00",
         is_flow=True,
         head=f"{_SYSTEMS}:planar_head",
+    ),
+    "vae_fif": Method(
+        "VAE+FIF",
+        "vlae_jax.models.free_form:free_form_vae",
+        "#882255",
+        has_steps=False,
+        has_density_in_training=False,
     ),
     "sa_vae": Method("SA-VAE", f"{_SYSTEMS}:semi_amortized_vae", "#E69F00"),
     "vae_iter": Method(

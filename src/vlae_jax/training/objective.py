@@ -88,7 +88,7 @@ def loss_fn(
     current = model.with_params(params)
 
     def one(key: PRNGKeyArray, image: Array, start: Array | None) -> tuple[Array, Aside]:
-        inferred = current.infer(key, image, start=start, training=True)
+        inferred = current.infer(key, image, start=start, training=True).in_training()
         value, metrics = objective(
             inferred, kind=training.objective, num_samples=training.train_samples
         )
