@@ -19,6 +19,14 @@ from vlae_jax.bounds import (
     iwae_bound,
     laplace_evidence,
 )
+from vlae_jax.counts import (
+    negative_binomial,
+    poisson,
+    zero_inflated_negative_binomial,
+    zero_inflated_negative_binomial_fisher,
+    zero_inflated_poisson,
+    zero_inflated_poisson_fisher,
+)
 from vlae_jax.densities import (
     LogDensity,
     bernoulli,
@@ -30,7 +38,6 @@ from vlae_jax.densities import (
     gaussian_mixture,
     gaussian_mixture_precision,
     multivariate_normal,
-    poisson,
     standard_normal,
     student_t,
     student_t_fisher,
@@ -115,6 +122,7 @@ __all__ = [
     "laplace_evidence",
     "laplace_posterior",
     "multivariate_normal",
+    "negative_binomial",
     "newton_refine",
     "poisson",
     "shifted_expansion",
@@ -123,6 +131,10 @@ __all__ = [
     "student_t_fisher",
     "variational_refine",
     "widened",
+    "zero_inflated_negative_binomial",
+    "zero_inflated_negative_binomial_fisher",
+    "zero_inflated_poisson",
+    "zero_inflated_poisson_fisher",
 ]
 
 
