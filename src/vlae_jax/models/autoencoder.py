@@ -51,6 +51,8 @@ class VariationalAutoencoder(nnx.Module):
         channels: With "conv", the encoder's channels after each convolution, which halves the
             image; the decoder takes them reversed.
         image_shape: With "conv", (height, width, channel), the order of x.
+        mask_input: Whether the encoder also sees which entries are observed, as ones and zeros: as
+            further inputs, with "conv" as further channels.
         precision: Precision of the products in the networks. With "bfloat16" the hidden layers of
             the encoder multiply in it, and so do the derivatives of the decoder's hidden layers:
             Jacobians, and the gradients of all parameters. The decoder's value, from which the log
@@ -79,6 +81,7 @@ class VariationalAutoencoder(nnx.Module):
         network: Literal["mlp", "conv"] = "mlp",
         channels: Sequence[int] = (),
         image_shape: Sequence[int] = (),
+        mask_input: bool = False,
         precision: Precision = "float32",
         rngs: nnx.Rngs,
     ) -> None:
@@ -94,12 +97,15 @@ class VariationalAutoencoder(nnx.Module):
         self.encoder: MLP | ConvEncoder
         self.features: MLP | ConvDecoder
         self.head: nnx.Linear | Doubling
+        self.mask_shape = tuple(image_shape) or (dim,) if mask_input else None
+        twice = 2 if mask_input else 1
         if network == "conv":
+            seen_shape = (*image_shape[:2], twice * image_shape[2])
             self.encoder = ConvEncoder(
-                image_shape, channels, hidden, activation, arithmetic=encoding, rngs=rngs
+                seen_shape, channels, hidden, activation, arithmetic=encoding, rngs=rngs
             )
         else:
-            self.encoder = MLP(dim, hidden, activation, arithmetic=encoding, rngs=rngs)
+            self.encoder = MLP(twice * dim, hidden, activation, arithmetic=encoding, rngs=rngs)
         self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         widths = tuple(reversed(hidden))
@@ -143,6 +149,7 @@ class VariationalAutoencoder(nnx.Module):
         observed: Bool[Array, " dim"] | None = None,
         fill: Float[Array, " dim"] | None = None,
         head: WhitenedHead | None = None,
+        offset: Float[Array, ""] | None = None,
     ) -> "Observation":
         """Bind the model to one example: the encoder's guess, the log joint and its expansion.
 
@@ -153,6 +160,8 @@ class VariationalAutoencoder(nnx.Module):
             fill: Values for the encoder in place of the others, (dim,); zeros by default.
             head: The result of `whitened_head`; with it the log joint is equal up to rounding and
                 does not touch the data dimension.
+            offset: Nats added to the log likelihood, the log-Jacobian of the map from the data's
+                units to those of x; None for none, so that densities are those of x.
 
         Raises:
             ValueError: If `head`, which is for all pixels, is given together with `observed`.
@@ -162,10 +171,13 @@ class VariationalAutoencoder(nnx.Module):
         seen = x
         if observed is not None:
             seen = jnp.where(observed, x, jnp.zeros_like(x) if fill is None else fill)
+        if self.mask_shape is not None:
+            mask = jnp.ones_like(x) if observed is None else observed.astype(x.dtype)
+            both = seen.reshape(self.mask_shape), mask.reshape(self.mask_shape)
+            seen = jnp.concatenate(both, axis=-1).reshape(-1)
         features = self.encoder(seen)
-        return Observation(
-            self, x, features, self.mean(features), self.log_std(features), observed, head
-        )
+        mean, log_std = self.mean(features), self.log_std(features)
+        return Observation(self, x, features, mean, log_std, observed, head, offset)
 
     def decode(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
         """The likelihood's natural parameter: the Gaussian's mean, or the Bernoulli's logits."""
@@ -209,6 +221,8 @@ class Observation(NamedTuple):
     observed: Bool[Array, " dim"] | None
     """Mask of the observed pixels; None for all."""
     head: WhitenedHead | None
+    offset: Float[Array, ""] | None = None
+    """Nats added to the log likelihood: the log-Jacobian to the data's own units."""
 
     @property
     def guess(self) -> DiagonalPosterior:
@@ -217,6 +231,10 @@ class Observation(NamedTuple):
 
     def log_likelihood(self, eta: Float[Array, " dim"]) -> Float[Array, ""]:
         """Log p(x | decoder's output), nats, summed over the observed pixels."""
+        value = self._log_likelihood(eta)
+        return value if self.offset is None else value + self.offset
+
+    def _log_likelihood(self, eta: Float[Array, " dim"]) -> Float[Array, ""]:
         model, observed = self.model, self.observed
         log_var = None if model.likelihood == "bernoulli" else model.log_var
         if observed is None:
@@ -244,7 +262,14 @@ class Observation(NamedTuple):
                 model.log_var,
                 self.x,
             )
+            if self.offset is not None:
+                return lambda z: log_likelihood(decode(z)) + self._log_prior(z)
         return lambda z: log_likelihood(decode(z)) + standard_normal(z)
+
+    def _log_prior(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
+        """The log prior with the offset, for likelihoods that are computed elsewhere."""
+        prior = standard_normal(z)
+        return prior if self.offset is None else prior + self.offset
 
     def expansions(self) -> tuple[Expansion, Expansion | None]:
         """Return the exact expansion of the log joint, and its Gauss-Newton repair or None.
@@ -265,10 +290,15 @@ class Observation(NamedTuple):
             and self.observed is None
             and isinstance(head, nnx.Linear)
         ):
-            affine = (head.kernel[...], head.bias[...], model.log_var)  # type: ignore[index]
-            exact = affine_head_expansion(full.features, *affine, self.x, exact=smooth)
-            repair = affine_head_expansion(model.features, *affine, self.x) if smooth else None
-            return exact, repair
+            affine = (head.kernel[...], head.bias[...], model.log_var, self.x)  # type: ignore[index]
+
+            def build(features: MLP | ConvDecoder, exact: bool) -> Expansion:
+                return affine_head_expansion(
+                    features, *affine, log_prior=self._log_prior, exact=exact
+                )
+
+            repair = build(model.features, False) if smooth else None
+            return build(full.features, smooth), repair
         gauss_newton = gauss_newton_expansion(model.decode, self.log_likelihood)
         if not smooth:
             return gauss_newton, None

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Int, Num, PRNGKeyArray
 
 from vlae_jax.data.preprocessing import Preprocessor, fixed_keys
 from vlae_jax.data.stored import StoredImages
@@ -46,9 +46,7 @@ class Feed(Protocol):
         """Yield the arguments of `pixels` for every step from `start` on, without end."""
         ...
 
-    def pixels(
-        self, step: Int[Array, ""], *arguments: Array
-    ) -> UInt8[Array, "batch height width channel"]:
+    def pixels(self, step: Int[Array, ""], *arguments: Array) -> Num[Array, "batch ..."]:
         """Return a step's images, split along the batch; it is traced inside the step."""
         ...
 
@@ -76,9 +74,7 @@ class ResidentImages:
                 yield self._images, placed
             skipped = 0
 
-    def pixels(
-        self, step: Int[Array, ""], *arguments: Array
-    ) -> UInt8[Array, "batch height width channel"]:
+    def pixels(self, step: Int[Array, ""], *arguments: Array) -> Num[Array, "batch ..."]:
         """Select the rows of a step by the epoch's order."""
         images, order = arguments
         rows = self._placement.split_rows(images[order[step % self._steps]])
@@ -138,9 +134,7 @@ class StreamedImages:
         parts = [jax.device_put(batch[rows], device) for device, rows in self._shards.items()]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
 
-    def pixels(
-        self, step: Int[Array, ""], *arguments: Array
-    ) -> UInt8[Array, "batch height width channel"]:
+    def pixels(self, step: Int[Array, ""], *arguments: Array) -> Num[Array, "batch ..."]:
         """Return the images, which `arguments` has placed on the devices."""
         return arguments[0]
 

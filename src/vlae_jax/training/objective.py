@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from vlae_jax.bounds import elbo, iwae_bound
 from vlae_jax.models.trained import Inferred, Trained
@@ -62,7 +62,7 @@ def objective(
 def loss_fn(
     params: Any,
     model: Trained,
-    pixels: UInt8[Array, "batch height width channel"],
+    pixels: Num[Array, "batch ..."],
     keys: PRNGKeyArray,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return minus the batch mean of the objective, nats per image, and the mean metrics.

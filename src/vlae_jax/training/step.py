@@ -73,7 +73,8 @@ def initial_state(trained: Trained, total_steps: int, placement: Placement) -> T
 def _first_state(trained: Trained, total_steps: int) -> TrainState:
     config = trained.config.training
     params = trained.params
-    batch = jnp.zeros((1, *trained.preprocessor.image_shape), jnp.uint8)
+    is_pixels = trained.preprocessor.levels and not trained.preprocessor.incomplete
+    batch = jnp.zeros((1, *trained.preprocessor.image_shape), jnp.uint8 if is_pixels else float)
     keys = jax.random.split(jax.random.key(config.seed), 1)
     shapes = jax.eval_shape(lambda: loss_fn(params, trained, batch, keys)[1])
     return TrainState(
