@@ -61,6 +61,30 @@ def assert_close(actual, expected, *, rtol=None, standard_error=None):
         assert np.all(error <= allowed), f"off by {np.max(error)}:\n{one}\nis not\n{other}"
 
 
+def each(density: Callable) -> Callable:
+    """A density of vectors as one of scalars, over arrays of them, compiled."""
+
+    def one(*scalars):
+        return density(*(jnp.reshape(scalar, (1,)) for scalar in scalars))
+
+    return jax.jit(jnp.vectorize(one))
+
+
+def assert_values(actual, expected, terms=1.0):
+    """Every value for itself, relative to it or to the largest of the terms it is a sum of."""
+    assert np.all(np.isfinite(expected))
+    actual = np.asarray(actual)
+    allowed = TOLERANCES[actual.dtype] * np.maximum(np.abs(expected), terms)
+    error = np.abs(actual.astype(np.float64) - expected)
+    assert np.all(error <= allowed), f"off by {np.max(error / allowed)} times the tolerance"
+
+
+def rounded(dtype, *arrays):
+    """Arrays in `dtype`, broadcast together, and the same numbers in float64 for the truth."""
+    arrays = np.broadcast_arrays(*(np.asarray(array, dtype) for array in arrays))
+    return [jnp.asarray(array) for array in arrays], [np.float64(array) for array in arrays]
+
+
 def central_differences(function: Callable, point: Any, step: float = 1e-5) -> np.ndarray:
     """The derivative of `function` with respect to the flattened `point`, on the last axis."""
     assert jax.config.jax_enable_x64, "finite differences need float64"

@@ -52,6 +52,7 @@ from vlae_jax import (
     laplace_evidence,
     laplace_posterior,
     multivariate_normal,
+    negative_binomial,
     newton_refine,
     poisson,
     shifted_expansion,
@@ -60,6 +61,10 @@ from vlae_jax import (
     student_t_fisher,
     variational_refine,
     widened,
+    zero_inflated_negative_binomial,
+    zero_inflated_negative_binomial_fisher,
+    zero_inflated_poisson,
+    zero_inflated_poisson_fisher,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -195,6 +200,33 @@ CASES = [
     Case("multivariate_normal", lambda a: multivariate_normal(a.z, 0.1 * a.z, a.chol), shape()),
     Case("categorical", lambda a: categorical(jnp.arange(DIM), jnp.outer(a.x, a.x)), shape()),
     Case("poisson", lambda a: poisson(jnp.arange(DIM), a.decode(a.z)), shape()),
+    Case(
+        "negative_binomial",
+        lambda a: negative_binomial(jnp.arange(DIM), a.decode(a.z), a.log_var),
+        shape(),
+    ),
+    Case(
+        "zero_inflated_poisson",
+        lambda a: zero_inflated_poisson(jnp.arange(DIM), jnp.append(a.decode(a.z), a.x)),
+        shape(),
+    ),
+    Case(
+        "zero_inflated_poisson_fisher",
+        lambda a: zero_inflated_poisson_fisher(jnp.append(a.decode(a.z), a.x)),
+        shape(2, 2, DIM),
+    ),
+    Case(
+        "zero_inflated_negative_binomial",
+        lambda a: zero_inflated_negative_binomial(
+            jnp.arange(DIM), jnp.append(a.decode(a.z), a.x), a.log_var
+        ),
+        shape(),
+    ),
+    Case(
+        "zero_inflated_negative_binomial_fisher",
+        lambda a: zero_inflated_negative_binomial_fisher(jnp.append(a.decode(a.z), a.x), a.log_var),
+        shape(2, 2, DIM),
+    ),
     Case(
         "discretized_logistic",
         lambda a: discretized_logistic(jnp.arange(DIM), a.x, a.log_var, high=6.0, levels=7),
@@ -596,6 +628,16 @@ WRONG_CALLS = {
             lambda z: z, jnp.eye(LATENT), Z, jnp.zeros(()), Z, form="grams"
         ),
         "explicit.*'grams'",
+    ),
+    "Fisher information of another shape": (
+        lambda: gauss_newton_expansion(
+            lambda z: z, standard_normal, fisher=lambda eta: jnp.ones((2, 2, 3))
+        )(jnp.zeros(4)),
+        r"\(4,\).*\(outputs, outputs, dim\).*\(2, 2, 3\)",
+    ),
+    "eta of a zero-inflated Poisson": (
+        lambda: zero_inflated_poisson(jnp.zeros(3), jnp.zeros(3)),
+        r"zero logit.*\(6,\).*\(3,\)",
     ),
     "empty chunks of columns": (
         lambda: exact_expansion(standard_normal, chunk_size=0)(Z),

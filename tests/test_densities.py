@@ -17,9 +17,12 @@ from problems import (
     LATENT,
     TOLERANCES,
     assert_close,
+    assert_values,
     central_differences,
+    each,
     flatten,
     random_vector,
+    rounded,
 )
 
 from vlae_jax import (
@@ -34,38 +37,17 @@ from vlae_jax import (
     gaussian_heteroscedastic_fisher,
     infer_posterior,
     multivariate_normal,
+    negative_binomial,
     poisson,
     shifted_expansion,
     standard_normal,
     student_t,
     student_t_fisher,
+    zero_inflated_negative_binomial,
+    zero_inflated_poisson,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-def each(density: Callable) -> Callable:
-    """A density of vectors as one of scalars, over arrays of them, compiled."""
-
-    def one(*scalars):
-        return density(*(jnp.reshape(scalar, (1,)) for scalar in scalars))
-
-    return jax.jit(jnp.vectorize(one))
-
-
-def assert_values(actual, expected, terms=1.0):
-    """Every value for itself, relative to it or to the largest of the terms it is a sum of."""
-    assert np.all(np.isfinite(expected))
-    actual = np.asarray(actual)
-    allowed = TOLERANCES[actual.dtype] * np.maximum(np.abs(expected), terms)
-    error = np.abs(actual.astype(np.float64) - expected)
-    assert np.all(error <= allowed), f"off by {np.max(error / allowed)} times the tolerance"
-
-
-def rounded(dtype, *arrays):
-    """Arrays in `dtype`, broadcast together, and the same numbers in float64 for the truth."""
-    arrays = np.broadcast_arrays(*(np.asarray(array, dtype) for array in arrays))
-    return [jnp.asarray(array) for array in arrays], [np.float64(array) for array in arrays]
 
 
 # ---------------------------------------------------------------- Gaussians
@@ -197,40 +179,6 @@ def test_a_class_that_is_not_there_gives_nan(wrong):
     assert jnp.isfinite(categorical(jnp.array([0, 2]), logits))
     # Nor does an index of few bits wrap around to one that is there.
     assert jnp.isnan(categorical(jnp.array([0, -1], jnp.int8), jnp.zeros((2, 256))))
-
-
-# ---------------------------------------------------------------- counts
-
-
-def test_poisson_is_scipys(dtype):
-    counts = [0, 1, 2, 7, 100, 10_000]
-    log_rates = [-1e4, -30, -1, 0, 0.7, 4, 9, 20]
-    arrays, (x, log_rate) = rounded(dtype, *np.meshgrid(counts, log_rates))
-    expected = scipy.special.xlogy(0, 1) + x * log_rate - np.exp(log_rate)
-    expected -= scipy.special.gammaln(x + 1)
-    sane = log_rate > -100  # scipy's own exp(log_rate) is 0 below
-    assert_close(expected[sane], scipy.stats.poisson.logpmf(x, np.exp(log_rate))[sane], rtol=1e-10)
-    terms = np.abs(x * log_rate) + np.exp(log_rate) + scipy.special.gammaln(x + 1)
-    assert_values(each(poisson)(*arrays), expected, np.maximum(terms, 1))
-
-
-def test_poisson_takes_integers_and_sums_over_pixels(dtype):
-    x, log_rate = np.array([0, 3, 1, 12]), random_vector(3, 4, dtype)
-    expected = np.sum(scipy.stats.poisson.logpmf(x, np.exp(np.float64(log_rate))))
-    assert_close(poisson(jnp.asarray(x, jnp.uint8), log_rate), expected)
-    assert_close(poisson(jnp.asarray(x, dtype), log_rate), expected)
-
-
-def test_poisson_sums_to_one(dtype):
-    log_rates = jnp.asarray([-3, 0, 1.5, 3.5], dtype)[:, None]
-    log_probs = each(poisson)(jnp.arange(120, dtype=dtype), log_rates)
-    assert_close(jnp.sum(jnp.exp(log_probs), axis=1), np.ones(4))
-
-
-def test_an_overflowing_rate_has_probability_zero():
-    """exp(1000) is no number of either precision: the value says so, and is not NaN."""
-    value = poisson(jnp.array([3.0, 1]), jnp.array([1000.0, 0]))
-    assert value == -jnp.inf
 
 
 # ---------------------------------------------------------------- discretized logistic
@@ -452,6 +400,33 @@ DENSITIES = {
         (FIVE,),
         [(FAR.clip(max=80),), (80 * ONES,)],
     ),
+    "negative_binomial": Case(
+        lambda log_mean, log_dispersion: negative_binomial(COUNTS, log_mean, log_dispersion),
+        (FIVE, np.array([-30, -3, -1, 0, 1])),
+        [
+            (log_mean.clip(max=80), log_dispersion * ONES)
+            for log_mean in (FAR, FAR[::-1], FIVE, np.log(COUNTS.clip(1)))
+            for log_dispersion in (-1e4, -80, -10, -2.3, 10, 80, 1e4, 0)
+        ],
+    ),
+    "zero_inflated_poisson": Case(
+        lambda eta: zero_inflated_poisson(COUNTS, eta),
+        (np.append(FIVE, FIVE[::-1]),),
+        [
+            (np.append(log_rate.clip(max=80), zero_logit),)
+            for log_rate in (FAR, FAR[::-1], 80 * ONES)
+            for zero_logit in (FAR, FAR[::-1], 0 * ONES)
+        ],
+    ),
+    "zero_inflated_negative_binomial": Case(
+        lambda eta: zero_inflated_negative_binomial(COUNTS, eta, np.array([-1e4, -30, -1, 2, 80])),
+        (np.append(FIVE, FIVE[::-1]),),
+        [
+            (np.append(log_mean.clip(max=80), zero_logit),)
+            for log_mean in (FAR, FAR[::-1], 80 * ONES)
+            for zero_logit in (FAR, FAR[::-1], 0 * ONES)
+        ],
+    ),
     "discretized_logistic": Case(
         lambda mean, log_scale: discretized_logistic(PIXELS, mean, log_scale),
         (FIVE, FIVE - 3),
@@ -479,6 +454,7 @@ CONCAVE = {
     "bernoulli": 0,
     "categorical": 0,
     "poisson": 0,
+    "negative_binomial": 0,
     "discretized_logistic": 0,
 }
 """The argument that is the decoder's output, or the latent."""

@@ -19,6 +19,14 @@ from vlae_jax.bounds import (
     iwae_bound,
     laplace_evidence,
 )
+from vlae_jax.counts import (
+    negative_binomial,
+    poisson,
+    zero_inflated_negative_binomial,
+    zero_inflated_negative_binomial_fisher,
+    zero_inflated_poisson,
+    zero_inflated_poisson_fisher,
+)
 from vlae_jax.densities import (
     LogDensity,
     bernoulli,
@@ -28,7 +36,6 @@ from vlae_jax.densities import (
     gaussian_heteroscedastic,
     gaussian_heteroscedastic_fisher,
     multivariate_normal,
-    poisson,
     standard_normal,
     student_t,
     student_t_fisher,
@@ -111,6 +118,7 @@ __all__ = [
     "laplace_evidence",
     "laplace_posterior",
     "multivariate_normal",
+    "negative_binomial",
     "newton_refine",
     "poisson",
     "shifted_expansion",
@@ -119,6 +127,10 @@ __all__ = [
     "student_t_fisher",
     "variational_refine",
     "widened",
+    "zero_inflated_negative_binomial",
+    "zero_inflated_negative_binomial_fisher",
+    "zero_inflated_poisson",
+    "zero_inflated_poisson_fisher",
 ]
 
 

@@ -1,8 +1,9 @@
 """Scalar log densities of one example, in nats and summed over dimensions.
 
-All but two are concave in the decoder's output, so their Gauss-Newton precision is always positive
-definite. For the two that are not, a function with the suffix `_fisher` gives the diagonal of the
-Fisher information, to be passed to `gauss_newton_expansion(..., fisher=...)`.
+Those of counts are in `counts`. All here but two are concave in the decoder's output, so their
+Gauss-Newton precision is always positive definite. For the two that are not, a function with the
+suffix `_fisher` gives the diagonal of the Fisher information, to be passed to
+`gauss_newton_expansion(..., fisher=...)`.
 """
 
 import math
@@ -96,18 +97,6 @@ def categorical(x: Int[Array, "..."], logits: Float[Array, "..."]) -> Float[Arra
     # A negative index would count from the end; one too large is filled with NaN.
     index = jnp.where(index < 0, classes, index)
     return jnp.sum(jnp.take_along_axis(log_probs, index[..., None], axis=-1, mode="fill"))
-
-
-def poisson(x: Num[Array, " dim"], log_rate: Float[Array, " dim"]) -> Float[Array, ""]:
-    """Log probability of the counts `x` under independent Poissons, in nats, -log x! included.
-
-    Args:
-        x: Counts 0, 1, 2, ..., shape (dim,), integers or floats.
-        log_rate: Log expected counts, shape (dim,). Where exp(log_rate) overflows (above 88 in
-            float32) the value is -inf, and its derivatives are not finite.
-    """
-    x = jnp.asarray(x, log_rate.dtype)
-    return jnp.sum(x * log_rate - jnp.exp(log_rate) - gammaln(x + 1))
 
 
 def discretized_logistic(

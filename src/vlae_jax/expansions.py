@@ -105,7 +105,7 @@ def gauss_newton_expansion(
     log_likelihood: LogDensity,
     log_prior: LogDensity = standard_normal,
     *,
-    fisher: Callable[[Float[Array, " out"]], Float[Array, " out"]] | None = None,
+    fisher: Callable[[Float[Array, " out"]], Float[Array, "..."]] | None = None,
     chunk_size: int | None = None,
 ) -> MatrixFreeExpansion:
     """Expand log p(x | decode(z)) + log p(z) with the decoder linearized: JᵀWJ + prior precision.
@@ -121,8 +121,10 @@ def gauss_newton_expansion(
             (a Gaussian's mean, a Bernoulli's logits).
         log_likelihood: η → log p(x | η), a scalar in nats. Closes over x.
         log_prior: z → log p(z), a scalar in nats.
-        fisher: η → the diagonal of the likelihood's Fisher information at η, (out,), used as W.
-            See `densities` for the likelihoods that need one.
+        fisher: η → the likelihood's Fisher information at η, used as W: its diagonal, (out,); or,
+            where η holds several outputs a dimension, all of the first, then all of the second, its
+            blocks, (outputs, outputs, dim). See `densities` and `counts` for the likelihoods that
+            need one.
         chunk_size: Columns of the precision computed at once, each by one forward and one backward
             pass; the Jacobian is then never stored, for reverse mode neither. By default the whole
             Jacobian is formed, in one pass.
@@ -132,9 +134,9 @@ def gauss_newton_expansion(
         Gauss-Newton precision (latent, latent).
 
     Raises:
-        ValueError: While tracing, if z or η is not one-dimensional, a density not scalar or
-            `chunk_size` below 1; or, with its size, if the Jacobian of one example exceeds the
-            device's memory.
+        ValueError: While tracing, if z or η is not one-dimensional, a density not scalar, the
+            Fisher information of another shape or `chunk_size` below 1; or, with its size, if the
+            Jacobian of one example exceeds the device's memory.
 
     Gradients:
         Flow through z and through everything the three functions close over.
@@ -154,7 +156,7 @@ def gauss_newton_expansion(
         if eta.ndim != 1:
             raise ValueError(f"decode must return shape (out,), got {eta.shape}")
         if fisher is not None:
-            return value, grad, push, Partial(jnp.multiply, fisher(eta))
+            return value, grad, push, Partial(_weigh, _checked_fisher(fisher(eta), eta.size))
         slope_push = jax.linearize(jax.grad(log_likelihood), eta)[1]
         return value, grad, push, Partial(_minus, slope_push)
 
@@ -297,6 +299,22 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _checked_fisher(information: Array, out: int) -> Array:
+    heads = len(information) if information.ndim == 3 else 1
+    if information.shape not in ((out,), (heads, heads, out // heads)):
+        raise ValueError(
+            f"fisher must return its diagonal, {(out,)}, or blocks (outputs, outputs, dim) with "
+            f"outputs × dim = {out}, got {information.shape}"
+        )
+    return information
+
+
+def _weigh(information: Array, tangent: Float[Array, " out"]) -> Float[Array, " out"]:
+    if information.ndim == 1:
+        return information * tangent
+    return jnp.sum(information * tangent.reshape(len(information), -1), axis=1).ravel()
 
 
 def _minus(push: Callable[[Array], Array], tangent: Array) -> Array:
