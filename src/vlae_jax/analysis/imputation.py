@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vlae_jax.analysis.uses import Arrays, map_with_progress, name_of_examples
-from vlae_jax.data.sets import has_missing
+from vlae_jax.data.dataset import has_missing
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
 from vlae_jax.models.systems import find_system, flags_of

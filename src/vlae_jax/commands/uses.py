@@ -18,7 +18,7 @@ from vlae_jax.commands.tables import (
     shape,
     shares,
 )
-from vlae_jax.data.sets import has_missing
+from vlae_jax.data.dataset import has_missing
 from vlae_jax.data.supplied import (
     Images,
     checked,

@@ -2,6 +2,7 @@
 
 | module | what is in it |
 |---|---|
+| `dataset` | a data set as a value |
 | `sets` | data sets by name or from arrays, in three parts |
 | `search` | where a named set is looked for, and the line when it is not found |
 | `formats` | .npz and .npy archives, idx files, and the check of what they hold |

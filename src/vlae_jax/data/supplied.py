@@ -10,7 +10,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from vlae_jax.data.sets import Dataset, dataset_from_arrays, load_dataset
+from vlae_jax.data.dataset import Dataset
+from vlae_jax.data.sets import dataset_from_arrays, load_dataset
 from vlae_jax.data.tables import TABLE_FILES, Table, as_table, numbers_of, read_table
 from vlae_jax.errors import UserError
 

@@ -21,8 +21,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from vlae_jax.affine_head import WhitenedHead
+from vlae_jax.data.dataset import Dataset, has_missing
 from vlae_jax.data.preprocessing import Preprocessor, fit_preprocessor, fixed_keys
-from vlae_jax.data.sets import Dataset, has_missing
 from vlae_jax.data.tables import check_continuous
 from vlae_jax.densities import LogDensity
 from vlae_jax.errors import UserError

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from vlae_jax.data.sets import Dataset
+from vlae_jax.data.dataset import Dataset
 from vlae_jax.data.supplied import as_dataset
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.models.saved import arrays_of, facts_of, load

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vlae_jax.data.dataset import Dataset
 from vlae_jax.data.preprocessing import fixed_keys
-from vlae_jax.data.sets import Dataset
 from vlae_jax.models.trained import Trained
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.parallel.placement import Placement
