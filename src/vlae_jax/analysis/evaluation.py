@@ -82,7 +82,8 @@ def evaluate(
 
     Args:
         trained: The model; the evaluation section of its configuration sets the amount of work.
-        images: uint8 (n, height, width, channel), of the shape and levels it was trained on.
+        images: uint8 (n, height, width, channel), of the shape and levels it was trained on, or
+            measurements (n, ...).
         placement: See `measure`.
 
     Returns:
@@ -103,20 +104,22 @@ def measure(
 
     Args:
         trained: The model; the evaluation section of its configuration sets the amount of work.
-        images: uint8 (n, height, width, channel), of the shape and levels it was trained on. The
-            noise of each depends only on its index.
+        images: uint8 (n, height, width, channel), of the shape and levels it was trained on, or
+            measurements (n, ...). The noise of each depends only on its index.
         what: Label of the progress line.
         placement: Devices to spread the work over, images first, then the samples of each chunk;
             every process must then call, with all of the model's arrays. By default one device.
 
     Returns:
-        Arrays of shape (n,), in nats unless stated otherwise: log_prob, elbo, inference_gap, kl,
+        Arrays of shape (n,), in nats unless stated otherwise (densities of pixels in model space,
+        those of measurements in their own units): log_prob, elbo, inference_gap, kl,
         reconstruction, log_det (of the preprocessing), ess (samples), log_prob_sampling_error,
         pareto_k; bits_per_dim if the preprocessing defines it; the system's flags. With proposal
         auto also annealed, whether log_prob comes from annealing; and own_log_prob, own_ess,
         own_log_prob_sampling_error and own_pareto_k, from a fifth as many samples of the system's
         own posterior.
     """
+    trained = trained.for_examples(images)
     config = trained.config.evaluation
     spread = placement and placement.for_batch(min(config.evaluation_batch, len(images)))
     measured = _first_pass(trained, images, what, spread)

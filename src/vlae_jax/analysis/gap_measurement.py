@@ -76,7 +76,7 @@ def measure_gaps(
     on_test = map_images(real, images, fixed_keys(len(images)), batch_size=options.batch)
     blank = np.zeros((options.simulated_images, 1, 1, 1), np.uint8)
     on_drawn = map_images(simulated, blank, fixed_keys(len(blank)), batch_size=options.batch)
-    trained = trained.factored()
+    trained = trained.for_examples(images).factored()
     with counting("gaps on test images", len(images)) as show:
         measured = on_test(trained, show)
     with counting("bounds on simulated images", len(blank)) as show:
@@ -163,7 +163,8 @@ def _bound_on_simulated(
     model = trained.model
     prior_key, x_key, forward_key, reverse_key = jax.random.split(key, 4)
     z_exact = model.prior.draw(prior_key)
-    at = model.at(model.draw(x_key, z_exact), head=trained.head)
+    offset = trained.preprocessor.log_units()
+    at = model.at(model.draw(x_key, z_exact), head=trained.head, offset=offset)
     start = _start(_converged(at, at.mean, options), options)
     lower, forward = _lower_bound(forward_key, at.log_joint, start, options)
     upper, _info = reverse_annealed_importance_sampling(

@@ -1,5 +1,6 @@
-"""Imputation of missing pixels by the posterior given the observed ones."""
+"""Imputation of missing pixels, or entries, by the posterior given the observed ones."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from vlae_jax.analysis.uses import Arrays, map_with_progress
+from vlae_jax.analysis.uses import Arrays, map_with_progress, name_of_examples
+from vlae_jax.data.dataset import has_missing
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
 from vlae_jax.models.systems import find_system, flags_of
@@ -15,17 +17,19 @@ from vlae_jax.models.trained import Pixels, Trained
 from vlae_jax.posterior import DiagonalPosterior, Posterior
 from vlae_jax.variational import variational_refine
 
-Missing = Bool[Array, "height width channel"]
+Missing = Bool[Array, "..."]
 
 COVERAGES = (0.5, 0.9)
 """Probabilities of the predictive intervals whose coverage `impute` measures."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Levels of the quantiles that `impute` gives for measurements."""
 
 
 def missing_at_random(shape: tuple[int, ...], share: float, *, seed: int) -> np.ndarray:
     """Choose pixels to hide at random, equally many in each image, with all channels of a pixel.
 
     Args:
-        shape: (n, height, width, channel).
+        shape: (n, height, width, channel), or (n, dim) for the entries of a table.
         share: Share of the pixels of an image, above 0 and below 1; rounded so that at least one
             pixel is hidden and at least one is left.
         seed: Seed of the choice, which differs between images.
@@ -33,11 +37,12 @@ def missing_at_random(shape: tuple[int, ...], share: float, *, seed: int) -> np.
     Returns:
         Booleans of the given shape, true for hidden pixels.
     """
-    n, height, width, _ = shape
-    size = height * width
+    n, *places = shape[:3]
+    size = math.prod(places)
     hidden = min(max(round(share * size), 1), size - 1)
     order = np.random.default_rng(seed).random((n, size)).argsort(axis=1)
-    return np.broadcast_to((order < hidden).reshape(n, height, width, 1), shape)
+    each = (order < hidden).reshape(n, *places, *(1,) * (len(shape) - 3))
+    return np.broadcast_to(each, shape)
 
 
 def missing_box(shape: tuple[int, ...], box: tuple[int, int, int, int]) -> np.ndarray:
@@ -63,7 +68,9 @@ class Imputation(NamedTuple):
     """images (n, height, width, channel), in [0, 1]: expected values of missing pixels, and the
     model's input elsewhere; std, of the same shape, the predictive standard deviation, 0 for
     observed pixels; the moments of the posterior given the observed pixels, mean (n, latent) and
-    covariance (n, latent, latent); converged, is_pd, newton_decrement (n,)."""
+    covariance (n, latent, latent); converged, is_pd, newton_decrement (n,). For a table rows in
+    place of images. For measurements, in their own units, also quantiles (n, 5, ...), at the levels
+    `QUANTILES`, and draws (n, `draws`, ...), both equal to the input where it is observed."""
     errors: Arrays
     """Errors relative to the true values of missing pixels, meaningful where these are known, (n,)
     each, by NAME for the posterior and encoder_NAME for the encoder alone: squared_error and
@@ -75,11 +82,12 @@ class Imputation(NamedTuple):
 def impute(
     trained: Trained,
     images: np.ndarray,
-    missing: np.ndarray,
+    missing: np.ndarray | None = None,
     *,
     num_steps: int = 20,
     num_samples: int = 200,
     refine: bool = False,
+    draws: int = 0,
 ) -> Imputation:
     """Fill in missing pixels by the Laplace posterior given the others, for any trained model.
 
@@ -90,28 +98,43 @@ def impute(
 
     Args:
         trained: The model.
-        images: uint8, (n, height, width, channel); the values of missing pixels are used for the
-            errors alone.
-        missing: Booleans of the same shape.
+        images: uint8, (n, height, width, channel), or measurements (n, ...); the values of missing
+            pixels are used for the errors alone.
+        missing: Booleans of the same shape. Entries that are NaN are missing anyway, and by default
+            they alone.
         num_steps: Newton steps of the search.
         num_samples: Samples of the predictive distribution per image, at least 2.
         refine: Refine the Laplace posterior towards the Gaussian of largest ELBO, by the number of
             variational Newton steps in the inference section of the configuration.
+        draws: For measurements, the number of samples to return.
 
     Raises:
         ValueError: If the shape of `missing` is not that of `images`, or there are too few samples.
     """
+    unknown = np.isnan(images) if has_missing(images) else np.zeros(images.shape, bool)
+    missing = unknown if missing is None else missing
     if missing.shape != images.shape:
         raise ValueError(f"missing must have shape {images.shape}, got {missing.shape}")
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    if not 0 <= draws <= num_samples:
+        raise ValueError(f"draws must be from 0 to num_samples={num_samples}, got {draws}")
+    sizes = _Sizes(num_steps, num_samples, draws)
 
     def one(
         trained: Trained, pixels: Pixels, key: PRNGKeyArray, missing: Missing
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        return _impute_image(trained, pixels, missing, key, num_steps, num_samples, refine)
+        return _impute_image(trained, pixels, missing, key, sizes, refine)
 
-    return Imputation(*map_with_progress("imputing", trained, one, images, missing))
+    return Imputation(*map_with_progress("imputing", trained, one, images, missing | unknown))
+
+
+class _Sizes(NamedTuple):
+    """The amounts of work and of output of `impute`."""
+
+    steps: int
+    samples: int
+    draws: int
 
 
 def _impute_image(
@@ -119,8 +142,7 @@ def _impute_image(
     pixels: Pixels,
     missing: Missing,
     key: PRNGKeyArray,
-    num_steps: int,
-    num_samples: int,
+    sizes: _Sizes,
     refine: bool,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Impute one image: return the arrays and the errors of an `Imputation`, without axis n."""
@@ -128,7 +150,7 @@ def _impute_image(
     start, amortized = _encoder_alone(trained, at, keys.inference)
     expand, repair = at.expansions()
     posterior, info = infer_posterior(
-        expand, start, num_steps=num_steps, gradient="stop", repair=repair
+        expand, start, num_steps=sizes.steps, gradient="stop", repair=repair
     )
     flags = flags_of(info)
     if refine:
@@ -142,19 +164,27 @@ def _impute_image(
             repair=repair,
         )
         flags = flags_of(refined)
-    predicted = _predict(trained, at.model, posterior, keys.use, num_samples)
-    beside = _predict(trained, at.model, amortized, keys.use, num_samples)
+    predicted = _predict(trained, at.model, posterior, keys.use, sizes.samples)
+    beside = _predict(trained, at.model, amortized, keys.use, sizes.samples)
+    truth = trained.preprocessor.to_pixels(at.x)
     filled = {
-        "images": jnp.where(missing, predicted.pixels, trained.preprocessor.to_pixels(at.x)),
+        name_of_examples(trained): jnp.where(missing, predicted.pixels, truth),
         "std": jnp.where(missing, predicted.std, 0.0),
         "mean": posterior.mean,
         "covariance": posterior.covariance(),
         **flags,
     }
+    if not trained.preprocessor.levels:
+        drawn = jax.vmap(trained.preprocessor.to_pixels)(predicted.draws)
+        quantiles = jnp.quantile(drawn, jnp.asarray(QUANTILES), axis=0)
+        filled["quantiles"] = jnp.where(missing, quantiles, truth)
+        if sizes.draws:
+            filled["draws"] = jnp.where(missing, drawn[: sizes.draws], truth)
+    known = missing & ~jnp.isnan(truth) if trained.preprocessor.incomplete else missing
     errors = {
-        "num_missing": jnp.sum(missing),
-        **_errors(trained, at, predicted, missing, ""),
-        **_errors(trained, at, beside, missing, "encoder_"),
+        "num_missing": jnp.sum(known),
+        **_errors(trained, at, predicted, known, ""),
+        **_errors(trained, at, beside, known, "encoder_"),
     }
     return filled, errors
 
@@ -175,9 +205,9 @@ def _encoder_alone(
 class _Prediction(NamedTuple):
     """The predictive distribution of an image, given a posterior over z."""
 
-    pixels: Float[Array, "height width channel"]
-    """Expected pixels, in [0, 1]."""
-    std: Float[Array, "height width channel"]
+    pixels: Float[Array, "..."]
+    """Expected pixels, in [0, 1], or measurements in their own units."""
+    std: Float[Array, "..."]
     mean: Float[Array, " dim"]
     """Expected x, in model space."""
     draws: Float[Array, "sample dim"]

@@ -1,8 +1,11 @@
 """Uses of the posterior: codes, reconstructions, samples, outlier scores.
 
-Most functions here take a trained model and images, uint8 (n, height, width, channel), and map a
-pure function of one image over them. The noise of preprocessing (dequantization, Bernoulli draws)
-depends only on an image's index, so that a second call gives the same result.
+Most functions here take a trained model and examples of the kind and shape it was trained on:
+images, uint8 (n, height, width, channel) in [0, levels), or rows of a table (n, dim) and other
+measurements, floats with NaN for missing entries (`rows_for` takes data frames). They map a pure
+function of one example over them, and call an example an image. The noise of preprocessing
+(dequantization, Bernoulli draws) depends only on an image's index, so that a second call gives the
+same result.
 """
 
 from typing import Any
@@ -15,6 +18,8 @@ from sklearn.metrics import roc_auc_score
 
 from vlae_jax.analysis.evaluation import measure
 from vlae_jax.data.preprocessing import fixed_keys
+from vlae_jax.data.supplied import fitting
+from vlae_jax.data.tables import as_table
 from vlae_jax.models.trained import Pixels, Trained
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.posterior import mean_and_covariance
@@ -34,7 +39,7 @@ def encode(trained: Trained, images: np.ndarray) -> Arrays:
 
     Args:
         trained: The model.
-        images: uint8, (n, height, width, channel).
+        images: uint8, (n, height, width, channel), or measurements (n, ...).
 
     Returns:
         mean (n, latent) and covariance (n, latent, latent), exact for Gaussian posteriors and from
@@ -53,17 +58,19 @@ def encode(trained: Trained, images: np.ndarray) -> Arrays:
 
 
 def reconstruct(trained: Trained, images: np.ndarray, *, every_step: bool = False) -> Arrays:
-    """Decode the center of each image's posterior to the expected image, in [0, 1].
+    """Decode the center of each image's posterior to the expected image.
+
+    Pixels are in [0, 1], measurements in their own units.
 
     Args:
         trained: The model.
-        images: uint8, (n, height, width, channel).
+        images: uint8, (n, height, width, channel), or measurements (n, ...).
         every_step: Also decode every point of the search, from the encoder's guess on.
 
     Returns:
-        images, the model's inputs (dequantized for logit, drawn for binary), and reconstructions,
-        both (n, height, width, channel); squared_error (n,), the mean over pixels; with
-        `every_step` also steps (n, T + 1, height, width, channel).
+        images, the model's inputs (dequantized for logit, drawn for binary), or for a table rows;
+        and reconstructions, both of the shape of `images`; squared_error (n,), the mean over the
+        entries that are there; with `every_step` also steps (n, T + 1, ...).
     """
 
     def one(trained: Trained, pixels: Pixels, key: PRNGKeyArray) -> dict[str, Array]:
@@ -73,10 +80,11 @@ def reconstruct(trained: Trained, images: np.ndarray, *, every_step: bool = Fals
         iterates = iterates if every_step else iterates[-1:]
         steps = jax.vmap(lambda z: to_pixels(model.reconstruct(z)))(iterates)
         seen = to_pixels(inferred.x)
+        observed = None if inferred.at.observed is None else ~jnp.isnan(seen)
         found = {
-            "images": seen,
+            name_of_examples(trained): seen,
             "reconstructions": steps[-1],
-            "squared_error": jnp.mean((steps[-1] - seen) ** 2),
+            "squared_error": jnp.mean((steps[-1] - seen) ** 2, where=observed),
         }
         return {**found, "steps": steps} if every_step else found
 
@@ -103,7 +111,8 @@ def sample(
 
     Returns:
         z (count, latent); expected (count, height, width, channel) in [0, 1], the expected x given
-        z, converted to pixels; with `draws` also draws, of the same shape.
+        z, converted to pixels, or for measurements (count, ...) in their own units; with `draws`
+        also draws, of the same shape.
     """
     root = jax.random.key(seed)
 
@@ -125,7 +134,8 @@ def sample(
 def score(trained: Trained, images: np.ndarray, *, what: str = "scoring") -> Arrays:
     """Compute the outlier scores of images, (n,) each.
 
-    The scores are log_prob and elbo (nats, model space), bits_per_dim (of the pixels, if the
+    The scores are log_prob and elbo (nats, in model space for pixels and in the data's own units
+    for measurements), bits_per_dim (of the pixels, if the
     preprocessing defines it), newton_decrement (nats, if the system searches a mode: the remaining
     distance from it) and pareto_k (larger for a worse fit of the posterior). The first three use
     the number of importance samples K in the configuration's evaluation section. `QUANTITIES` has
@@ -167,6 +177,29 @@ def auroc(inliers: Arrays, outliers: Arrays) -> dict[str, float]:
     return found
 
 
+def rows_for(trained: Trained, data: Any) -> np.ndarray:
+    """Examples for a model of measurements, from a data frame or an array.
+
+    Args:
+        trained: The model.
+        data: A data frame of pandas or Polars, whose columns are put in the model's order by name,
+            or an array of numbers (n, ...), or one example.
+
+    Returns:
+        Floats (n, ...), NaN where an entry is missing.
+
+    Raises:
+        UserError: If a column is missing or is not of numbers, or the shape does not fit.
+    """
+    made_from = trained.provenance
+    return fitting(as_table(data, "data"), made_from.image_shape, made_from.columns, "data")
+
+
+def name_of_examples(trained: Trained) -> str:
+    """The name of the array of examples in results: images, or rows of a table."""
+    return "rows" if trained.preprocessor.is_table else "images"
+
+
 def map_with_progress(
     what: str, trained: Trained, function: Any, images: np.ndarray, *arrays: Any
 ) -> Any:
@@ -176,11 +209,11 @@ def map_with_progress(
         what: Label of the progress line.
         trained: The model, passed to every call.
         function: A function of one image; the keys are `fixed_keys`.
-        images: uint8, (n, height, width, channel).
+        images: uint8, (n, height, width, channel), or measurements (n, ...).
         arrays: More arrays with n rows, of which each call gets one.
     """
     batch_size = trained.config.evaluation.evaluation_batch
     keys = fixed_keys(len(images))
     run = map_images(function, images, keys, *arrays, batch_size=batch_size)
     with counting(what, len(images)) as show:
-        return run(trained, show)
+        return run(trained.for_examples(images), show)

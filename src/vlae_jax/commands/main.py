@@ -14,6 +14,7 @@ import tyro
 from vlae_jax.commands.arguments import Folder
 from vlae_jax.commands.train import Evaluate, Train
 from vlae_jax.commands.uses import Encode, Gap, Impute, Reconstruct, Sample, Score
+from vlae_jax.data.formats import ENDINGS
 from vlae_jax.errors import RunFailure, Stopped, Unreadable, UserError
 from vlae_jax.parallel.options import keep_threads_awake
 from vlae_jax.runs.presets import default_config
@@ -154,6 +155,7 @@ def parse(argv: Sequence[str]) -> Command:
         SystemExit: If there is no such command or option, or --help is asked for.
     """
     dataset, method, preset = (_last_value(argv, f"--{name}") for name in _CHOICES)
+    dataset = dataset or name_of_file(_last_value(argv, "--data-dir"))
     train = Train(default_config(dataset, method, preset), preset)
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
@@ -174,6 +176,13 @@ def parse(argv: Sequence[str]) -> Command:
         description="Variational Laplace Autoencoders: train, evaluate, report, and use.",
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+
+
+def name_of_file(data_dir: str | None) -> str | None:
+    """The name of the data set in a file that is given without one: that of the file."""
+    path = Path(data_dir or "").expanduser()
+    is_set = path.suffix.lower() in ENDINGS and path.is_file()
+    return path.stem if is_set else None
 
 
 def _last_value(argv: Sequence[str], option: str) -> str | None:

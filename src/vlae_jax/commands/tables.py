@@ -32,7 +32,7 @@ def print_means(values: Mapping[str, np.ndarray]) -> None:
     print_table(("", "mean", "images"), rows)
 
 
-def print_errors(errors: Mapping[str, np.ndarray]) -> None:
+def print_errors(errors: Mapping[str, np.ndarray], unit: str = "pixels in [0, 1]") -> None:
     """Print the RMSE over missing pixels and the coverage of their predictive intervals.
 
     In one row for the posterior given the other pixels, and in one for the encoder alone.
@@ -47,7 +47,7 @@ def print_errors(errors: Mapping[str, np.ndarray]) -> None:
             covered = errors.get(prefix + name)
             cells += ["–" if covered is None else f"{100 * weights @ covered:.1f} %"]
         rows.append((label, *cells))
-    header = ("", "RMSE, pixels in [0, 1]", "RMSE, model space", "inside 50 %", "inside 90 %")
+    header = ("", f"RMSE, {unit}", "RMSE, model space", "inside 50 %", "inside 90 %")
     print_table(header, rows)
     print(f"Over the missing pixels of {np.count_nonzero(counts)} images.")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -18,7 +18,16 @@ from vlae_jax.commands.tables import (
     shape,
     shares,
 )
-from vlae_jax.data.supplied import Images, checked, read_images, read_missing
+from vlae_jax.data.dataset import has_missing
+from vlae_jax.data.supplied import (
+    Images,
+    checked,
+    read_images,
+    read_mask,
+    read_missing,
+    read_rows,
+    write_rows,
+)
 from vlae_jax.errors import UserError, require_counts, require_seed
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.runs.gap_config import GapConfig
@@ -30,6 +39,10 @@ if TYPE_CHECKING:
 
 
 _WITH_INPUT = "name images as INPUT"
+_ONE_WAY = (
+    "choose the missing pixels by one of --mask FILE, --missing SHARE and "
+    "--missing-box TOP LEFT HEIGHT WIDTH"
+)
 _INSTEAD_OF_GAP = (
     "in Python, call vlae_jax.analysis.gap_measurement.measure_gaps(vlae_jax.load(RUN_DIR), "
     "test_images, options)"
@@ -48,6 +61,7 @@ class _Use:
     """Replace the output file if there is one."""
 
     default_name: ClassVar[str]
+    endings: ClassVar[tuple[str, ...]] = (".npz",)
 
     def target(self) -> Path:
         """The file to write; checked before the command begins its work.
@@ -56,8 +70,8 @@ class _Use:
             UserError: If it exists already, is no .npz file, or has no folder.
         """
         target = self.output or self.run_dir / self.default_name
-        if target.suffix != ".npz":
-            raise UserError(f"output must be an .npz file, got {target}")
+        if target.suffix not in self.endings:
+            raise UserError(f"output must be an {' or '.join(self.endings)} file, got {target}")
         if not in_bucket(target) and not target.parent.is_dir():
             raise UserError(f"output folder {target.parent} does not exist; make it first")
         if target.exists() and not self.overwrite:
@@ -72,8 +86,16 @@ class _Use:
 
         return load(self.run_dir)
 
-    def write(self, target: Path, arrays: Mapping[str, Any]) -> None:
-        """Write the file, and print its name and contents."""
+    def write(
+        self, target: Path, arrays: Mapping[str, Any], columns: Sequence[str] | None = None
+    ) -> None:
+        """Write the file, and print its name and contents. A .csv file holds the rows alone."""
+        if target.suffix == ".csv":
+            if "rows" not in arrays:
+                raise UserError(f"{target} can hold a table alone, not images: give an .npz file")
+            write_atomically(target, lambda file: write_rows(file, arrays["rows"], columns))
+            print(f"{target}: rows {shape(arrays['rows'])}")
+            return
         write_atomically(target, lambda file: np.savez_compressed(file, **arrays))
         shapes = ", ".join(f"{name} {shape(array)}" for name, array in arrays.items())
         print(f"{target}: {shapes}")
@@ -85,9 +107,10 @@ class _UseOnImages(_Use):
 
     input: tyro.conf.Positional[Path | None] = None
     """Images: an .npz (key x or x_test) or .npy file of uint8, a picture, or a folder of pictures;
-    by default the run's test images."""
+    for a run on a table a .csv, .parquet, .npz or .npy file; by default the run's test images, or
+    rows."""
     images: int | None = None
-    """Use only this many images, the first ones; by default all."""
+    """Use only this many images or rows, the first ones; by default all."""
     data_dir: str | None = None
     """Folder or file of the run's images, if they have moved; not needed with INPUT."""
 
@@ -99,8 +122,7 @@ class _UseOnImages(_Use):
         if self.input is None:
             dataset = images_of_run(trained, self.data_dir, _WITH_INPUT)
             return Images(dataset.test).first(self.images)
-        made_from = trained.provenance
-        return read_images(self.input, made_from.image_shape, made_from.levels).first(self.images)
+        return _supplied(trained, self.input).first(self.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +171,8 @@ class Reconstruct(_UseOnImages):
         images = self.read(trained)
         arrays = reconstruct(trained, images.pixels, every_step=self.every_step)
         self.write(target, {**arrays, **_named(images)})
-        print_means({"squared error a pixel, of [0, 1]": arrays["squared_error"]})
+        unit = "pixel, of [0, 1]" if trained.provenance.levels else "entry, in its own unit"
+        print_means({f"squared error a {unit}": arrays["squared_error"]})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +217,8 @@ class Impute(_UseOnImages):
     """Fill in missing pixels by the posterior given the other pixels. Works with any run.
 
     Choose the missing pixels by one of --mask, --missing and --missing-box. Errors are printed
-    where the missing pixels are known: always, except for --mask with images of your own.
+    where the missing pixels are known: always, except for --mask with images of your own. In a
+    table empty entries are missing anyway, and --mask or --missing may be left out.
     """
 
     mask: Path | None = None
@@ -210,23 +234,25 @@ class Impute(_UseOnImages):
     """Move the Laplace posterior on, towards the Gaussian of largest ELBO."""
     samples: int = 200
     """Samples of the predictive distribution per image."""
+    draws: int = 0
+    """Write so many of these samples (measurements alone)."""
     seed: int = 0
     """Seed of the pixels that --missing hides."""
 
     default_name: ClassVar[str] = "imputed.npz"
+    endings: ClassVar[tuple[str, ...]] = (".npz", ".csv")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ways = (self.mask, self.missing, self.missing_box)
-        if sum(way is not None for way in ways) != 1:
-            raise UserError(
-                "choose the missing pixels by one of --mask FILE, --missing SHARE and "
-                "--missing-box TOP LEFT HEIGHT WIDTH"
-            )
+        if sum(way is not None for way in ways) > 1:
+            raise UserError(_ONE_WAY)
         if self.missing is not None and not 0 < self.missing < 1:
             raise UserError(f"missing must lie between 0 and 1, got {self.missing}")
-        require_counts(self, "steps", least=0)
+        require_counts(self, "steps", "draws", least=0)
         require_counts(self, "samples", least=2)
+        if self.draws > self.samples:
+            raise UserError(f"draws must be at most samples {self.samples}, got {self.draws}")
         require_seed(self.seed)
 
     def run(self) -> None:
@@ -236,7 +262,7 @@ class Impute(_UseOnImages):
         target = self.target()
         trained = self.load()
         images = self.read(trained)
-        missing = self._missing(images.pixels.shape)
+        missing = self._missing(images.pixels)
         arrays, errors = impute(
             trained,
             images.pixels,
@@ -244,17 +270,29 @@ class Impute(_UseOnImages):
             num_steps=self.steps,
             num_samples=self.samples,
             refine=self.refine,
+            draws=self.draws,
         )
-        is_known = self.mask is None or self.input is None
+        is_known = (self.mask is None or self.input is None) and errors["num_missing"].sum() > 0
         arrays = {**arrays, "missing": missing, **(errors if is_known else {})}
-        self.write(target, {**arrays, **_named(images)})
+        self.write(target, {**arrays, **_named(images)}, trained.provenance.columns)
         print_means(shares(arrays))
         if is_known:
-            print_errors(errors)
+            print_errors(errors, "pixels in [0, 1]" if trained.provenance.levels else "own units")
 
-    def _missing(self, shape: tuple[int, ...]) -> np.ndarray:
+    def _missing(self, images: np.ndarray) -> np.ndarray:
         from vlae_jax.analysis.imputation import missing_at_random, missing_box
 
+        shape = images.shape
+        ways = (self.mask, self.missing, self.missing_box)
+        unknown = np.isnan(images) if has_missing(images) else np.zeros(shape, bool)
+        if all(way is None for way in ways) and unknown.any():
+            return unknown
+        if all(way is None for way in ways):
+            raise UserError(_ONE_WAY)
+        if len(shape) == 2 and self.missing_box is not None:
+            raise UserError("missing_box hides a rectangle of an image: give --missing or --mask")
+        if len(shape) == 2 and self.mask is not None:
+            return read_mask(self.mask, shape) | unknown
         if self.mask is not None:
             return read_missing(self.mask, shape[1:], shape[0])
         if self.missing is not None:
@@ -315,8 +353,8 @@ class Score(_UseOnImages):
 
         assert self.against is not None
         shape, levels = trained.provenance.image_shape, trained.provenance.levels
-        if self.against not in KNOWN_DATASETS:
-            others = read_images(Path(self.against).expanduser(), shape, levels)
+        if self.against not in KNOWN_DATASETS or not levels:
+            others = _supplied(trained, Path(self.against).expanduser())
         else:
             folder = self.data_dir or trained.config.data.data_dir
             folder = folder if folder and Path(folder).expanduser().is_dir() else None
@@ -388,6 +426,14 @@ def images_of_run(trained: "Trained", data_dir: str | None, instead: str) -> "Da
     except UserError as error:
         raise UserError(f"the images of the run are not available: {error}; or {instead}") from None
     return dataset
+
+
+def _supplied(trained: "Trained", path: Path) -> Images:
+    """Images or rows from a file of the user's, of the kind and shape that a model takes."""
+    made_from = trained.provenance
+    if made_from.levels:
+        return read_images(path, made_from.image_shape, made_from.levels)
+    return Images(read_rows(path, made_from.image_shape, made_from.columns))
 
 
 def _named(images: Images) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Files of images: .npz archives and idx files, read and checked."""
+"""Files of arrays: .npz and .npy, idx files, CSV and Parquet; and the check of what they hold."""
 
 import contextlib
 import gzip
@@ -8,16 +8,24 @@ import textwrap
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
+from vlae_jax.data.tables import TABLE_FILES, Table, numbers_of, read_table
 from vlae_jax.errors import UserError
 from vlae_jax.files import replace_file
 
-Parts = tuple[np.ndarray, np.ndarray]
-"""Training images and test images."""
+
+class Parts(NamedTuple):
+    """Training and test examples: images, or the rows of a table."""
+
+    train: np.ndarray
+    test: np.ndarray | None
+    """None where they come as one, of which a part is to be set aside."""
+    columns: tuple[str, ...] | None = None
+    """Names of a table's columns, where it has any."""
 
 
 class Source(NamedTuple):
@@ -50,21 +58,46 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
 
 
-def npz_source(path: Path) -> Source:
-    """An .npz file as a place to read a data set from."""
-    return Source(lambda: _read_npz(path), str(path))
+def file_source(path: Path) -> Source | None:
+    """A file as a place to read a data set from; None if its ending is unknown."""
+    readers = {".npz": _read_npz, ".npy": _read_npy, **dict.fromkeys(TABLE_FILES, _read_table)}
+    read = readers.get(path.suffix.lower())
+    return read and Source(lambda: read(path), str(path))
+
+
+ENDINGS = (".npz", ".npy", ".csv", ".parquet")
+"""Endings of the files that hold a data set of the user's."""
+# TypeError: a lone array under this name. RuntimeError: encrypted, or an unknown compression.
+_BROKEN = (OSError, ValueError, EOFError, TypeError, RuntimeError, BadZipFile, zlib.error)
 
 
 def _read_npz(path: Path) -> Parts:
-    # TypeError: a lone array under this name. RuntimeError: encrypted, or an unknown compression.
-    broken = (OSError, ValueError, EOFError, TypeError, RuntimeError, BadZipFile, zlib.error)
     unreadable = f"{path} is not a readable .npz file; delete it and make it again"
-    with one_line_error(unreadable, *broken), np.load(path, allow_pickle=False) as archive:
+    with one_line_error(unreadable, *_BROKEN), np.load(path, allow_pickle=False) as archive:
         keys = sorted(archive.files)
-        parts = [archive[key] for key in ("x_train", "x_test") if key in keys]
-    if len(parts) < 2:
-        raise UserError(f"{path} needs the keys x_train and x_test; it has {keys or 'none'}")
-    return checked_parts((parts[0], parts[1]), path)
+        arrays = {key: archive[key] for key in keys if key in ("x", "x_train", "x_test", "columns")}
+    names = arrays.pop("columns", None)
+    columns = None if names is None else tuple(map(str, names))
+    alone = arrays[next(iter(arrays))] if len(arrays) == 1 and "x_test" not in arrays else None
+    if alone is not None and alone.ndim == 2:
+        return checked_parts(Parts(alone, None, columns), path)
+    if not {"x_train", "x_test"} <= set(arrays):
+        raise UserError(
+            f"{path} needs the keys x_train and x_test; it has {keys or 'none'}; one table alone "
+            "may be named x"
+        )
+    return checked_parts(Parts(arrays["x_train"], arrays["x_test"], columns), path)
+
+
+def _read_npy(path: Path) -> Parts:
+    with one_line_error(f"{path} is not a readable .npy file", *_BROKEN):
+        array = np.asarray(np.load(path, allow_pickle=False))
+    return checked_parts(Parts(array, None), path)
+
+
+def _read_table(path: Path) -> Parts:
+    values, columns = read_table(path)
+    return checked_parts(Parts(values, None, columns), path)
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -88,19 +121,36 @@ def _read_idx(path: Path) -> np.ndarray:
 
 def read_idx_pair(train: Path, test: Path) -> Parts:
     """Read the training and the test images of two idx files, checked."""
-    return checked_parts((_read_idx(train), _read_idx(test)), train.parent)
+    return checked_parts(Parts(_read_idx(train), _read_idx(test)), train.parent)
 
 
 def checked_parts(parts: Parts, path: Path | str) -> Parts:
-    """Both parts with a channel axis, or a UserError that says what is wrong with them."""
-    keys = ("x_train", "x_test")
-    train, test = (one_part(key, part, path) for key, part in zip(keys, parts, strict=True))
-    require_one_shape(train.shape[1:], test.shape[1:], path)
-    return train, test
+    """Parts of one kind and shape, images with a channel axis, or a UserError that says why not."""
+    given = {"x_train": parts.train, "x_test": parts.test}
+    keyed = {key: array for key, array in given.items() if array is not None}
+    columns = parts.columns
+    if any(is_image(array) for array in keyed.values()):
+        train, *test = (one_part(key, array, path) for key, array in keyed.items())
+    else:
+        train, *test = (
+            numbers_of(key, Table(array, columns), path) for key, array in keyed.items()
+        )
+    for other in test:
+        require_one_shape(train.shape[1:], other.shape[1:], path)
+    if columns and (train.ndim != 2 or len(columns) != train.shape[1]):
+        raise UserError(
+            f"{path}: {len(columns)} names of columns do not fit x_train of shape {train.shape}"
+        )
+    return Parts(train, test[0] if test else None, columns)
+
+
+def is_image(array: np.ndarray) -> bool:
+    """Whether an array is taken as images of integer pixels: uint8, unless it is a table."""
+    return array.dtype == np.uint8 and array.ndim != 2
 
 
 def one_part(key: str, images: np.ndarray, path: Path | str) -> np.ndarray:
-    """One part of a data set, checked, with a channel axis."""
+    """One part of a set of images, uint8, checked, with a channel axis."""
     if images.dtype != np.uint8:
         raise UserError(f"{path}: {key} must be uint8 (pixels 0 to 255), got {images.dtype}")
     if images.ndim not in (3, 4):
@@ -129,9 +179,11 @@ def one_part(key: str, images: np.ndarray, path: Path | str) -> np.ndarray:
 def require_one_shape(one: tuple[int, ...], other: tuple[int, ...], path: Path | str) -> None:
     """Refuse parts whose images differ in shape."""
     if one != other:
-        raise UserError(f"{path}: images of one shape are needed, got {one} and {other}")
+        what = "images of one shape" if len(one) == 3 else "rows of one length"
+        raise UserError(f"{path}: {what} are needed, got {one} and {other}")
 
 
 def write_npz(target: Path, parts: Parts) -> None:
     """Write both parts, whole or not at all."""
-    replace_file(target, lambda file: np.savez_compressed(file, x_train=parts[0], x_test=parts[1]))
+    arrays: dict[str, Any] = {"x_train": parts[0], "x_test": parts[1]}
+    replace_file(target, lambda file: np.savez_compressed(file, **arrays))

@@ -99,7 +99,7 @@ def read_builder(name: str, builder: Any, folder: Path) -> Parts:
         PreparedPart(name, builder, split, folder).read_all() for split in ("train", "test")
     )
     require_one_shape(train.shape[1:], test.shape[1:], folder)
-    return train, test
+    return Parts(train, test)
 
 
 class PreparedPart:

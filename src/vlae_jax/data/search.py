@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlae_jax.data.formats import Source, installed, npz_source, read_idx_pair
+from vlae_jax.data.formats import ENDINGS, Source, file_source, installed, read_idx_pair
 from vlae_jax.data.prepared import (
     KNOWN_DATASETS,
     TFDS_NAMES,
@@ -29,13 +29,13 @@ def find_source(name: str, data_dir: str | Path | None) -> Source | None:
     """
     if data_dir is None:
         cached = cached_file(name)
-        return npz_source(cached) if name in KNOWN_DATASETS and cached.is_file() else None
+        return file_source(cached) if name in KNOWN_DATASETS and cached.is_file() else None
     root = path_of(data_dir)
     if root.is_file():
-        fits = root.suffix == ".npz" and not _named_for_another(name, root)
-        return npz_source(root) if fits else None
-    if (root / f"{name}.npz").is_file():
-        return npz_source(root / f"{name}.npz")
+        return None if _named_for_another(name, root) else file_source(root)
+    for ending in ENDINGS:
+        if (root / f"{name}{ending}").is_file():
+            return file_source(root / f"{name}{ending}")
     return _find_idx(name, root) or _find_prepared(name, root)
 
 
@@ -59,8 +59,11 @@ def nothing_fits(name: str, root: Path) -> str:
     if not root.exists():
         return f"data_dir {root} does not exist; give a folder or an .npz file that holds {name}"
     if root.is_file():
-        return f"data_dir {root} is not an .npz file of {name}; give a folder or an .npz file"
-    wanted = [f"{name}.npz"]
+        return (
+            f"data_dir {root} is not an .npz file of {name}; give a folder or an .npz file, or for "
+            f"a table {', '.join(ENDINGS[1:])}"
+        )
+    wanted = [f"{name}.npz (.npy, .csv, .parquet)"]
     if may_be_idx(name):
         wanted.append(
             "idx files (train-images-idx3-ubyte and t10k-images-idx3-ubyte, .gz or not, "

@@ -11,15 +11,16 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from vlae_jax.data.dataset import Dataset, without
 from vlae_jax.data.formats import (
     Parts,
     checked_parts,
+    file_source,
     installed,
-    npz_source,
+    is_image,
     one_line_error,
     require_one_shape,
     write_npz,
@@ -54,35 +55,6 @@ ARRAYS = "arrays"
 """Name of a data set that was given as arrays."""
 
 
-class Dataset(NamedTuple):
-    """Images in three parts, each uint8 of shape (n, height, width, channel)."""
-
-    name: str
-    train: np.ndarray | StoredImages
-    """On disk where they were asked to be streamed."""
-    validation: np.ndarray
-    """Set aside from the training images by a permutation that is the same in every run."""
-    test: np.ndarray
-    levels: int
-    """How many values a pixel may take, from 0: 256, or 17 for digits."""
-    source: str
-    """A description of the images' origin, for people."""
-    fingerprint: str
-    """First 16 hex digits of the SHA-256 of shapes and pixels, before validation is set aside."""
-
-    def first_test_images(self, count: int | None) -> np.ndarray:
-        """The first `count` test images, or all where it is None.
-
-        Raises:
-            UserError: If there are fewer.
-        """
-        if count is not None and count > len(self.test):
-            raise UserError(
-                f"test_images is {count}, but {self.name} has only {len(self.test)} test images"
-            )
-        return self.test[:count]
-
-
 class Availability(enum.IntEnum):
     """How available a data set is. The numbers are exit codes of `prepare --check`."""
 
@@ -102,7 +74,7 @@ def load_dataset(
     validation_fraction: float = 0.1,
     stream: bool = False,
 ) -> Dataset:
-    """Load an image set by name.
+    """Load images or a table by name.
 
     digits comes with scikit-learn; it has no official split and is split at random, one fifth to
     test. Any other name is looked for in `data_dir` alone if that is given: in a single .npz file,
@@ -110,6 +82,11 @@ def load_dataset(
     directory that tensorflow-datasets prepared in the array_record format. Without `data_dir` it
     is read from the cache, and downloaded into it when missing. An .npz file holds x_train and
     x_test, uint8, (n, height, width) or (n, height, width, channel).
+
+    Measurements come in the same way, in .npz files as floats or as tables (n, dim) of any numbers
+    (with `columns`, their names, if wanted), and in .npy, .csv and .parquet files; the last two are
+    read by pyarrow, of the extra `tables`. A table that is not split already is split at random,
+    one fifth to test.
 
     With `stream` the training images stay on disk. It takes a directory that tensorflow-datasets
     prepared in the array_record format, in `data_dir` or the cache. All of it is read once, for the
@@ -140,10 +117,13 @@ def load_dataset(
     if source is None and data_dir is not None:
         raise UserError(nothing_fits(name, path_of(data_dir)))
     if source is None:
-        source = npz_source(prepare_dataset(name))
-    parts = source.read()
+        source = file_source(prepare_dataset(name))
+        assert source is not None
+    parts, where = source.read(), source.description
+    if parts.test is None:
+        parts, where = _with_test(parts, where), f"{where}, split at random"
     levels = _checked_levels(parts, levels, source.description, "--levels")
-    return _split(name, parts, levels, source.description, validation_fraction)
+    return _split(name, parts, levels, where, validation_fraction)
 
 
 def dataset_from_arrays(
@@ -152,34 +132,57 @@ def dataset_from_arrays(
     *,
     levels: int | None = None,
     validation_fraction: float = 0.1,
+    columns: tuple[str, ...] | None = None,
+    missing: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> Dataset:
-    """A data set of images in memory, which has no name of its own: `ARRAYS`.
+    """A data set of arrays in memory, which has no name of its own: `ARRAYS`.
 
     Args:
-        train: uint8, (n, height, width) or (n, height, width, channel).
-        test: Images of the same type and shape. Without them the validation images stand in for
-            test images.
+        train: Images of pixels, uint8, (n, height, width) or (n, height, width, channel); a table
+            of numbers (n, dim); or images of measurements, floats. NaN marks a missing entry.
+        test: Examples of the same kind and shape. Without them the validation examples stand in for
+            test examples.
         levels: How many values a pixel may take, from 0; by default 256.
-        validation_fraction: Share of the training images set aside for validation, between 0 and 1.
+        validation_fraction: Share of the training examples set aside for validation, between 0 and
+            1.
+        columns: Names of a table's columns.
+        missing: Masks of the missing entries of `train` and `test`, booleans of their shapes.
 
     Raises:
-        UserError: If the images are not as described, or use only the lowest of 256 levels.
+        UserError: If the arrays are not as described, or use only the lowest of 256 levels.
     """
     where = "data"
-    parts = checked_parts((train, train[:1] if test is None else test), where)
+    parts = checked_parts(Parts(train, train[:1] if test is None else test, columns), where)
     levels = _checked_levels(parts, levels, where, "levels")
+    hidden = (missing[0], missing[1] if test is not None else None)
+    given = zip(("x_train", "x_test"), (parts.train, parts.test), hidden, strict=True)
+    masked_train, masked_test = (without(key, array, mask) for key, array, mask in given)
+    parts = Parts(masked_train, masked_test, parts.columns)
     dataset = _split(ARRAYS, parts, levels, "arrays in memory", validation_fraction)
     return dataset if test is not None else dataset._replace(test=dataset.validation)
 
 
+def _with_test(parts: Parts, where: str) -> Parts:
+    """Set a fifth of the rows aside as test rows."""
+    count = len(parts.train)
+    if count < 5:
+        raise UserError(f"{where}: a table needs at least 5 rows to set some aside, it has {count}")
+    order, num_test = _fixed_permutation(count), count // 5
+    return Parts(parts.train[order[num_test:]], parts.train[order[:num_test]], parts.columns)
+
+
 def _checked_levels(parts: Parts, levels: int | None, where: str, option: str) -> int:
-    """The number of levels, 256 if none is given.
+    """The number of levels, 256 if none is given; 0 for data that are no pixels.
 
     Raises:
         UserError: If a pixel lies above, or none is given and all are so low that another scale is
-            meant: black and white as 0 and 1, say.
+            meant: black and white as 0 and 1, say. Or if levels are given for other data.
     """
-    found = [int(part.max()) for part in parts]
+    if not is_image(parts.train):
+        if levels is not None:
+            raise UserError(f"{where}: {option} {levels} is for pixels, the data are none")
+        return 0
+    found = [int(part.max()) for part in (parts.train, parts.test) if part is not None]
     for key, highest in zip(("x_train", "x_test"), found, strict=True):
         if highest >= (levels or 256):
             raise UserError(
@@ -296,14 +299,14 @@ def _digits() -> Parts:
     images = load_digits().images.astype(np.uint8)[..., None]
     order = _fixed_permutation(len(images))
     num_test = len(images) // 5
-    return images[order[num_test:]], images[order[:num_test]]
+    return Parts(images[order[num_test:]], images[order[:num_test]])
 
 
 def _count_validation(num_train: int, validation_fraction: float) -> int:
     count = round(validation_fraction * num_train)
     if not 0 < count < num_train:
         raise UserError(
-            f"validation_fraction {validation_fraction} of {num_train} training images leaves "
+            f"validation_fraction {validation_fraction} of {num_train} training examples leaves "
             f"{count} for validation and {num_train - count} for training; both need one or more"
         )
     return count
@@ -312,11 +315,12 @@ def _count_validation(num_train: int, validation_fraction: float) -> int:
 def _split(
     name: str, parts: Parts, levels: int, source: str, validation_fraction: float
 ) -> Dataset:
-    train, test = parts
+    train, test, columns = parts
+    assert test is not None
     num_validation = _count_validation(len(train), validation_fraction)
     order = _fixed_permutation(len(train))
     digest = hashlib.sha256()
-    for images in parts:
+    for images in (train, test):
         digest.update(repr(images.shape).encode())
         digest.update(np.ascontiguousarray(images).data)
     return Dataset(
@@ -327,6 +331,7 @@ def _split(
         levels=levels,
         source=source,
         fingerprint=digest.hexdigest()[:16],
+        columns=columns,
     )
 
 

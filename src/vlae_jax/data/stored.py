@@ -48,7 +48,7 @@ class StoredImages:
 
 
 def value_counts(images: np.ndarray | StoredImages) -> np.ndarray:
-    """Count the images with each value at each pixel: int64 (dim, 256).
+    """Count the images with each value at each pixel: int64 (dim, 256). NaN is not counted.
 
     Statistics computed from the counts are exact in any order of the images.
     """
@@ -77,5 +77,7 @@ def add_value_counts(counts: np.ndarray, images: np.ndarray) -> None:
     for start in range(0, flat.shape[1], width):
         block = flat[:, start : start + width]
         codes = block + 256 * np.arange(block.shape[1])
+        if codes.dtype.kind == "f":  # with NaN for missing pixels
+            codes = codes[~np.isnan(codes)].astype(np.int64)
         found = np.bincount(codes.reshape(-1), minlength=256 * block.shape[1])
         counts[start : start + width] += found.reshape(-1, 256)

@@ -1,14 +1,18 @@
-"""Images of the user: arrays for training; arrays, pictures and masks for a trained model."""
+"""Data of the user: arrays for training; tables, arrays, pictures and masks for a trained model."""
 
+import csv
+import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 
-from vlae_jax.data.sets import Dataset, dataset_from_arrays, load_dataset
+from vlae_jax.data.dataset import Dataset
+from vlae_jax.data.sets import dataset_from_arrays, load_dataset
+from vlae_jax.data.tables import TABLE_FILES, Table, as_table, numbers_of, read_table
 from vlae_jax.errors import UserError
 
 PICTURES = frozenset(
@@ -19,6 +23,8 @@ _MODES = {1: "L", 3: "RGB"}
 _HALF_WHITE = 128
 # Errors that numpy has been seen to raise for a damaged or foreign file.
 _DAMAGED = (OSError, ValueError, EOFError, TypeError, KeyError, BadZipFile, zlib.error)
+
+_KEYS = {"x_train", "x_test", "missing_train", "missing_test"}
 
 Shape = tuple[int, ...]
 
@@ -73,15 +79,14 @@ class Images(NamedTuple):
         return Images(self.pixels[:count], self.names and self.names[:count])
 
 
-def as_dataset(
-    data: Dataset | np.ndarray | Mapping[str, np.ndarray] | str | None, config: DataOptions
-) -> Dataset:
-    """Make a data set of any of the forms in which a user may give training images.
+def as_dataset(data: Any, config: DataOptions) -> Dataset:
+    """Make a data set of any of the forms in which a user may give training examples.
 
     Args:
         data: A data set, which is returned; a name, or None for that of the configuration;
-            training images; or a mapping with x_train, x_test (the validation images stand in for
-            missing test images) and, optionally, levels.
+            training examples, an array or a data frame; or a mapping with those as x_train, and
+            optionally x_test (the validation examples stand in for missing test examples),
+            missing_train and missing_test (masks of their missing entries) and levels.
         config: The data section of the configuration.
 
     Raises:
@@ -97,19 +102,82 @@ def as_dataset(
             validation_fraction=config.validation_fraction,
             stream=config.stream,
         )
-    arrays = dict(data) if isinstance(data, Mapping) else {"x_train": data}
+    # A data frame may have the methods of a mapping; its columns are not parts of a data set.
+    is_parts = isinstance(data, Mapping) and not hasattr(data, "to_numpy")
+    arrays = dict(data) if is_parts else {"x_train": data}
     levels = arrays.pop("levels", config.levels)
-    if set(arrays) - {"x_train", "x_test"} or "x_train" not in arrays:
+    if set(arrays) - _KEYS or "x_train" not in arrays:
         held = ", ".join(map(repr, arrays)) or "nothing"
         raise UserError(
-            f"data must hold 'x_train', and may hold 'x_test' and 'levels'; it holds {held}"
+            "data must hold 'x_train', and may hold 'x_test', 'levels', 'missing_train' and "
+            f"'missing_test'; it holds {held}"
+        )
+    train = as_table(arrays["x_train"], "x_train")
+    test = None if "x_test" not in arrays else as_table(arrays["x_test"], "x_test")
+    if test and test.columns != train.columns:
+        raise UserError(
+            f"x_test must have the columns of x_train, {_listed(train.columns)}, got "
+            f"{_listed(test.columns)}"
         )
     return dataset_from_arrays(
-        np.asarray(arrays["x_train"]),
-        None if "x_test" not in arrays else np.asarray(arrays["x_test"]),
+        train.values,
+        test and test.values,
         levels=None if levels is None else int(levels),
         validation_fraction=config.validation_fraction,
+        columns=train.columns,
+        missing=(arrays.get("missing_train"), arrays.get("missing_test")),
     )
+
+
+def _listed(columns: tuple[str, ...] | None) -> str:
+    return ", ".join(columns) if columns else "without names"
+
+
+def read_rows(path: Path, shape: Shape, columns: tuple[str, ...] | None) -> np.ndarray:
+    """Read rows of a table, or images of measurements, for a trained model.
+
+    Args:
+        path: A .csv or .parquet file, whose columns are found by name if the model's have names;
+            or an .npz (key x or x_test, or the only array) or .npy file.
+        shape: Of one example.
+        columns: Names of the model's columns, or None.
+
+    Returns:
+        Floats (n, *shape), NaN where an entry is missing.
+
+    Raises:
+        UserError: If there are no such numbers; the message names file and column.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a .csv, .parquet, .npz or .npy file")
+    is_table = path.suffix.lower() in TABLE_FILES
+    return fitting(read_table(path) if is_table else Table(read_array(path)), shape, columns, path)
+
+
+def fitting(
+    given: Table, shape: Shape, columns: tuple[str, ...] | None, where: object
+) -> np.ndarray:
+    """Numbers in the form of a model's examples: floats (n, *shape), columns put in order by name.
+
+    Raises:
+        UserError: If they do not fit; the message says which column is missing.
+    """
+    values, names = given
+    if columns and names:
+        if lacking := [name for name in columns if name not in names]:
+            raise UserError(
+                f"{where} has no column {lacking[0]!r}, which the model was trained on; it has "
+                f"{', '.join(names)}"
+            )
+        values, names = values[:, [names.index(name) for name in columns]], columns
+    values = values[None] if values.shape == shape else values
+    found = numbers_of("input", Table(values, names), where)
+    if found.shape[1:] != shape:
+        raise UserError(
+            f"{where}: examples must have shape {_by(shape)}, as those of the run, got "
+            f"{_by(found.shape[1:])}"
+        )
+    return found
 
 
 def read_images(path: Path, shape: Shape, levels: int) -> Images:
@@ -142,6 +210,33 @@ def read_images(path: Path, shape: Shape, levels: int) -> Images:
         names = tuple(file.name for file in files)
         return Images(checked(pictures, shape, levels, path), names)
     return Images(checked(_as_images(read_array(path), shape, path), shape, levels, path))
+
+
+def write_rows(file: IO[bytes], rows: np.ndarray, columns: Sequence[str] | None) -> None:
+    """Write rows of a table as CSV, with a line of names where the columns have any."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if columns:
+        writer.writerow(columns)
+    writer.writerows([f"{value:.7g}" for value in row] for row in rows)
+    file.write(text.getvalue().encode())
+
+
+def read_mask(path: Path, shape: Shape) -> np.ndarray:
+    """Read which entries of a table are missing: those that are not 0, booleans (n, dim).
+
+    Raises:
+        UserError: If there is no such mask there.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give an .npz or .npy file of the mask")
+    mask = read_array(path, ("missing",))
+    if mask.dtype.kind not in "biu" or mask.shape not in (shape, shape[1:]):
+        raise UserError(
+            f"{path}: a mask for {shape[0]} rows must hold booleans or integers, {_by(shape[1:])} "
+            f"or {_by(shape)}, got {mask.dtype} {_by(mask.shape)}"
+        )
+    return np.broadcast_to(mask != 0, shape)
 
 
 def read_missing(path: Path, shape: Shape, count: int) -> np.ndarray:

@@ -55,6 +55,8 @@ class VariationalAutoencoder(nnx.Module):
         channels: With "conv", the encoder's channels after each convolution, which halves the
             image; the decoder takes them reversed.
         image_shape: With "conv", (height, width, channel), the order of x.
+        mask_input: Whether the encoder also sees which entries are observed, as ones and zeros: as
+            further inputs, with "conv" as further channels.
         precision: Precision of the products in the networks. With "bfloat16" the hidden layers of
             the encoder multiply in it, and so do the derivatives of the decoder's hidden layers:
             Jacobians, and the gradients of all parameters. The decoder's value, from which the log
@@ -84,6 +86,7 @@ class VariationalAutoencoder(nnx.Module):
         network: Literal["mlp", "conv"] = "mlp",
         channels: Sequence[int] = (),
         image_shape: Sequence[int] = (),
+        mask_input: bool = False,
         precision: Precision = "float32",
         rngs: nnx.Rngs,
     ) -> None:
@@ -99,12 +102,15 @@ class VariationalAutoencoder(nnx.Module):
         self.encoder: MLP | ConvEncoder
         self.features: MLP | ConvDecoder
         self.head: nnx.Linear | Doubling
+        self.mask_shape = tuple(image_shape) or (dim,) if mask_input else None
+        twice = 2 if mask_input else 1
         if network == "conv":
+            seen_shape = (*image_shape[:2], twice * image_shape[2])
             self.encoder = ConvEncoder(
-                image_shape, channels, hidden, activation, arithmetic=encoding, rngs=rngs
+                seen_shape, channels, hidden, activation, arithmetic=encoding, rngs=rngs
             )
         else:
-            self.encoder = MLP(dim, hidden, activation, arithmetic=encoding, rngs=rngs)
+            self.encoder = MLP(twice * dim, hidden, activation, arithmetic=encoding, rngs=rngs)
         self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         widths = tuple(reversed(hidden))
@@ -151,6 +157,7 @@ class VariationalAutoencoder(nnx.Module):
         observed: Bool[Array, " dim"] | None = None,
         fill: Float[Array, " dim"] | None = None,
         head: WhitenedHead | None = None,
+        offset: Float[Array, ""] | None = None,
     ) -> "Observation":
         """Bind the model to one example: the encoder's guess, the log joint and its expansion.
 
@@ -161,6 +168,8 @@ class VariationalAutoencoder(nnx.Module):
             fill: Values for the encoder in place of the others, (dim,); zeros by default.
             head: The result of `whitened_head`; with it the log joint is equal up to rounding and
                 does not touch the data dimension.
+            offset: Nats added to the log likelihood, the log-Jacobian of the map from the data's
+                units to those of x; None for none, so that densities are those of x.
 
         Raises:
             ValueError: If `head`, which is for all pixels, is given together with `observed`.
@@ -170,10 +179,24 @@ class VariationalAutoencoder(nnx.Module):
         seen = x
         if observed is not None:
             seen = jnp.where(observed, x, jnp.zeros_like(x) if fill is None else fill)
-        features = self.encoder(seen)
-        mean = self.mean(features)
-        log_std = self.log_std(features)
-        return Observation(self, x, seen, features, mean, log_std, mean, observed, head)
+        features = self.encode(seen, observed)
+        mean, log_std = self.mean(features), self.log_std(features)
+        return Observation(self, x, seen, features, mean, log_std, mean, observed, head, offset)
+
+    def encode(
+        self, seen: Float[Array, " dim"], observed: Bool[Array, " dim"] | None = None
+    ) -> Float[Array, " features"]:
+        """The encoder's last hidden layer, (features,).
+
+        Args:
+            seen: The example with values in place of what is not observed, (dim,).
+            observed: As in `at`; read by networks that were trained on incomplete data.
+        """
+        if self.mask_shape is not None:
+            mask = jnp.ones_like(seen) if observed is None else observed.astype(seen.dtype)
+            both = seen.reshape(self.mask_shape), mask.reshape(self.mask_shape)
+            seen = jnp.concatenate(both, axis=-1).reshape(-1)
+        return self.encoder(seen)
 
     def decode(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
         """The likelihood's natural parameter: the Gaussian's mean, or the Bernoulli's logits."""
@@ -221,6 +244,8 @@ class Observation(NamedTuple):
     observed: Bool[Array, " dim"] | None
     """Mask of the observed pixels; None for all."""
     head: WhitenedHead | None
+    offset: Float[Array, ""] | None = None
+    """Nats added to the log likelihood: the log-Jacobian to the data's own units."""
 
     @property
     def guess(self) -> DiagonalPosterior:
@@ -229,6 +254,10 @@ class Observation(NamedTuple):
 
     def log_likelihood(self, eta: Float[Array, " dim"]) -> Float[Array, ""]:
         """Log p(x | decoder's output), nats, summed over the observed pixels."""
+        value = self._log_likelihood(eta)
+        return value if self.offset is None else value + self.offset
+
+    def _log_likelihood(self, eta: Float[Array, " dim"]) -> Float[Array, ""]:
         model, observed = self.model, self.observed
         log_var = None if model.likelihood == "bernoulli" else model.log_var
         if observed is None:
@@ -256,6 +285,8 @@ class Observation(NamedTuple):
                 model.log_var,
                 self.x,
             )
+            if self.offset is not None:
+                return lambda z: log_likelihood(decode(z)) + self._log_prior(z)
         return lambda z: log_likelihood(decode(z)) + model.prior.log_prob(z)
 
     def kl_to_prior(
@@ -265,6 +296,11 @@ class Observation(NamedTuple):
         prior = self.model.prior
         log_prior = None if prior.is_standard else prior.log_prob
         return kl_to_prior(key, posterior, log_prior, num_samples=num_samples)
+
+    def _log_prior(self, z: Float[Array, " latent"]) -> Float[Array, ""]:
+        """The log prior with the offset, for likelihoods that are computed elsewhere."""
+        prior = self.model.prior.log_prob(z)
+        return prior if self.offset is None else prior + self.offset
 
     def expansions(self) -> tuple[Expansion, Expansion | None]:
         """Return the exact expansion of the log joint, and its Gauss-Newton repair or None.
@@ -287,7 +323,7 @@ class Observation(NamedTuple):
             and isinstance(head, nnx.Linear)
         ):
             affine = (head.kernel[...], head.bias[...], model.log_var, self.x)  # type: ignore[index]
-            expand = functools.partial(affine_head_expansion, log_prior=prior.log_prob)
+            expand = functools.partial(affine_head_expansion, log_prior=self._log_prior)
             exact = expand(full.features, *affine, exact=smooth)
             return exact, expand(model.features, *affine, **repairs) if needs_repair else None
         gauss_newton = functools.partial(

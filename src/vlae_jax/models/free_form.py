@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.expansions import Quadratic
 from vlae_jax.factor import factorize
-from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
+from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.systems import Inference
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior
 from vlae_jax.runs.config import InferenceConfig
@@ -49,8 +49,8 @@ class FreeFormPosterior(NamedTuple):
         weight, mixed = _curvatures(at, eta)
         root = _safe_sqrt(weight)
         wrong = _divided(root * noise - weight * moved, mixed)
-        shift = prior + jax.jvp(_encode(at.model), (at.seen,), (wrong,))[1]
-        row = jax.lax.stop_gradient(jax.vjp(_encode(at.model), at.seen)[1](prior)[0])
+        shift = prior + jax.jvp(_encode(at), (at.seen,), (wrong,))[1]
+        row = jax.lax.stop_gradient(jax.vjp(_encode(at), at.seen)[1](prior)[0])
         held = jax.lax.stop_gradient(_divided(root, mixed))
         minus_half_log_det = -jnp.sum(row * held * root * moved)
         spread = DiagonalPosterior(jnp.zeros_like(shift), at.log_std)
@@ -70,8 +70,8 @@ def free_form_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -
         injective flows, for the volume term by one product with either Jacobian; Matheron's rule:
         Journel and Huijbregts (1978), Mining geostatistics. The sample is the package's own.
     """
-    encode, decode = _encode(at.model), at.model.decode
-    forward = jax.jacrev(encode)(at.seen)
+    decode = at.model.decode
+    forward = jax.jacrev(_encode(at))(at.seen)
     weight, mixed = _curvatures(at, decode(at.mean))
     forward = _divided(forward, mixed) * _safe_sqrt(weight)
     backward = _safe_sqrt(weight)[:, None] * jax.jacfwd(decode)(at.mean)
@@ -88,10 +88,8 @@ def free_form_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -
     return Inference(posterior, jnp.zeros(()), at.mean[None], flags, FreeFormPosterior(at))
 
 
-def _encode(
-    model: VariationalAutoencoder,
-) -> Callable[[Float[Array, " dim"]], Float[Array, " latent"]]:
-    return lambda x: model.mean(model.encoder(x))
+def _encode(at: Observation) -> Callable[[Float[Array, " dim"]], Float[Array, " latent"]]:
+    return lambda seen: at.model.mean(at.model.encode(seen, at.observed))
 
 
 def _curvatures(

@@ -1,6 +1,7 @@
 """Trained models in folders: written, and read without their data or any state of the training."""
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -114,22 +115,23 @@ def _from_checkpoint(config: Config, restored: Restored) -> Trained:
 
 def _blueprint(config: Config, described: Mapping[str, Any]) -> Trained:
     """The model with shapes in place of arrays, from the description in a checkpoint."""
-    provenance = Provenance(
-        **{**described, "image_shape": tuple(described["image_shape"])}  # JSON has no tuples
-    )
+    lists = {name: tuple(value) for name, value in described.items() if isinstance(value, list)}
+    provenance = Provenance(**{**described, **lists})  # JSON has no tuples
     dim = math.prod(provenance.image_shape)
     vector, scalar = (jax.ShapeDtypeStruct(shape, jnp.dtype(float)) for shape in ((dim,), ()))
     preprocessor = Preprocessor(
         mean=vector,  # type: ignore[arg-type]
-        scale=scalar,  # type: ignore[arg-type]
+        scale=vector if config.data.preprocess == "standardize" else scalar,  # type: ignore[arg-type]
         variance=vector,  # type: ignore[arg-type]
         average=vector,  # type: ignore[arg-type]
-        kind=config.data.preprocess,
+        kind=config.data.preprocess,  # type: ignore[arg-type]  # a run's is never auto
         levels=provenance.levels,
         logit_lambda=config.data.logit_lambda,
         image_shape=provenance.image_shape,
+        incomplete=provenance.incomplete,
     )
-    model = nnx.eval_shape(lambda: build_network(config, provenance.image_shape, np.ones(dim)))
+    build = functools.partial(build_network, mask_input=provenance.incomplete)
+    model = nnx.eval_shape(lambda: build(config, provenance.image_shape, np.ones(dim)))
     graphdef, params = nnx.split(model)
     return Trained(config, preprocessor, params, graphdef, provenance)
 

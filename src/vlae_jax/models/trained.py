@@ -1,5 +1,8 @@
 """The trained model as a value: made from a configuration and data, saved, loaded and used.
 
+An example, an image or the row of a table, is called by its pixels until it is preprocessed: an
+array of the shape `Provenance.image_shape`, of any rank.
+
 A `Trained` holds arrays with a static structure, but no data set and no optimizer. The steps from
 an image to its posterior are defined in `Trained.infer`: noise → x → observation → inference.
 Training, evaluation and all uses call it.
@@ -15,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from vlae_jax.affine_head import WhitenedHead
+from vlae_jax.data.dataset import Dataset, has_missing
 from vlae_jax.data.preprocessing import Preprocessor, fit_preprocessor, fixed_keys
-from vlae_jax.data.sets import Dataset
+from vlae_jax.data.tables import check_continuous
 from vlae_jax.densities import LogDensity
 from vlae_jax.errors import UserError
 from vlae_jax.models.arithmetic import in_full
@@ -31,7 +35,8 @@ from vlae_jax.posterior import Posterior
 from vlae_jax.runs.config import Config
 from vlae_jax.runs.methods import find_method
 
-Pixels = UInt8[Array, "height width channel"]
+Pixels = Num[Array, "..."]
+"""One example before preprocessing: pixels (height, width, channel), or numbers of any shape."""
 
 
 class Keys(NamedTuple):
@@ -100,9 +105,13 @@ class Provenance:
     fingerprint: str
     """Fingerprint of all its images; see `data.sets.Dataset`."""
     levels: int
-    """Number of values that a pixel may take."""
+    """Number of values that a pixel may take; 0 for data that are no pixels."""
     image_shape: tuple[int, ...]
-    """Shape of an image, (height, width, channel)."""
+    """Shape of an example: (height, width, channel), or (dim,) for the row of a table."""
+    columns: tuple[str, ...] | None = None
+    """Names of a table's columns, where it had any."""
+    incomplete: bool = False
+    """Whether the data had missing entries: then the encoder also sees which are missing."""
     # The fields below are not compared, so that models that differ only in the length of their
     # training have equal pytree structures.
     step: int = dataclasses.field(default=0, compare=False)
@@ -156,7 +165,7 @@ class Trained:
 
         Args:
             key: Random key of this example; see `Keys`.
-            pixels: Integers of shape (height, width, channel).
+            pixels: One example, of the shape and kind of those of the training.
             start: Where a search for the mode starts, (latent,); by default, and where it is not
                 finite, at the encoder's mean.
             training: Multiply in the precision of the training; otherwise in float32.
@@ -186,9 +195,10 @@ class Trained:
 
         Args:
             key: Random key of this example; see `Keys`.
-            pixels: Integers of shape (height, width, channel).
-            missing: Booleans of the same shape: pixels to ignore. The encoder gets the training
-                mean in their place.
+            pixels: One example, of the shape and kind of those of the training.
+            missing: Booleans of the same shape: entries to ignore. The encoder gets the training
+                mean in their place. By default those that are NaN, where the preprocessor is told
+                that there may be any (`for_examples`).
             training: Multiply in the precision of the training; otherwise in float32.
 
         Returns:
@@ -197,10 +207,35 @@ class Trained:
         keys = Keys.split(key)
         x, log_det = self.preprocessor.apply(keys.noise, pixels)
         model = self.model_as_trained if training else self.model
-        if missing is None:
-            return keys, log_det, model.at(x, head=None if training else self.head)
-        observed = ~missing.reshape(-1)
-        return keys, log_det, model.at(x, observed=observed, fill=self.preprocessor.average)
+        preprocessor = self.preprocessor
+        if missing is None and not preprocessor.incomplete:
+            head, offset = None if training else self.head, preprocessor.log_units()
+            return keys, log_det, model.at(x, head=head, offset=offset)
+        observed = ~jnp.isnan(x) if missing is None else ~missing.reshape(-1)
+        if missing is not None and preprocessor.incomplete:
+            observed = observed & ~jnp.isnan(x)
+        offset = preprocessor.log_units(observed)
+        at = model.at(x, observed=observed, fill=preprocessor.average, offset=offset)
+        return keys, log_det, at
+
+    def for_examples(self, *parts: np.ndarray) -> "Trained":
+        """Return a copy that takes NaN for missing entries if these examples have any, else self.
+
+        It is slower: what a complete example lets the model skip must be done.
+        """
+        if self.preprocessor.incomplete or not any(has_missing(part) for part in parts):
+            return self
+        changed = dataclasses.replace(self.preprocessor, incomplete=True)
+        return dataclasses.replace(self, preprocessor=changed)
+
+    def describe(self, dataset: Dataset) -> str:
+        """What its data are taken for, in words: kind, size, preprocessing and likelihood."""
+        words = {"standardize": "centered, and divided by one standard deviation"}
+        if self.preprocessor.is_table:
+            words = {"standardize": "standardized per column"}
+        kind = self.preprocessor.kind
+        preprocessing = {"none": "as they are", **words}.get(kind, kind)
+        return f"{dataset.description}, {preprocessing}; likelihood {self.config.likelihood}"
 
     def with_inference(self, **changes: Any) -> "Trained":
         """Return a copy with other inference settings: a method, its steps, a refinement.
@@ -248,20 +283,28 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
     Raises:
         UserError: If data and configuration do not fit each other.
     """
+    config = config.for_data(pixels=dataset.levels > 0)
     if config.training.batch_size > len(dataset.train):
+        what = "rows" if len(dataset.train.shape) == 2 else "images"
         raise UserError(
             f"batch_size {config.training.batch_size} is larger than the training set: "
-            f"{dataset.name} has {len(dataset.train)} images after validation is split off"
+            f"{dataset.name} has {len(dataset.train)} {what} after validation is split off; choose "
+            "a smaller --batch-size"
         )
     dataset.first_test_images(config.evaluation.test_images)
+    incomplete = dataset.incomplete
+    if not dataset.levels and isinstance(dataset.train, np.ndarray):
+        _check_measurements(config, dataset)
     preprocessor = fit_preprocessor(
         dataset.train,
-        kind=config.data.preprocess,
+        kind=config.data.preprocess,  # type: ignore[arg-type]  # for_data resolves auto
         levels=dataset.levels,
         logit_lambda=config.data.logit_lambda,
         standardize=config.data.standardize,
+        incomplete=incomplete,
     )
-    model = build_network(config, preprocessor.image_shape, np.asarray(preprocessor.variance))
+    shape, variance = preprocessor.image_shape, np.asarray(preprocessor.variance)
+    model = build_network(config, shape, variance, mask_input=incomplete)
     if fit_linear := find_linear_fit(config.inference.method):
         assert isinstance(dataset.train, np.ndarray)  # Config refuses to stream them
         _set_to_linear(model, preprocessor, dataset.train, fit_linear)
@@ -272,6 +315,8 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
         dataset.fingerprint,
         dataset.levels,
         tuple(preprocessor.image_shape),
+        dataset.columns,
+        incomplete,
     )
     return Trained(config, preprocessor, params, graphdef, provenance)
 
@@ -305,16 +350,37 @@ def begun_from(trained: Trained, source: Trained) -> Trained:
     )
 
 
+def _check_measurements(config: Config, dataset: Dataset) -> None:
+    """Refuse measurements that cannot be modeled; see `check_continuous`."""
+    assert isinstance(dataset.train, np.ndarray)
+    rows = dataset.train.reshape(len(dataset.train), -1)
+    if dataset.train.ndim == 2:
+        check_continuous(rows, dataset.columns, np.arange(rows.shape[1]))
+    elif np.isnan(rows).all(axis=0).any() or np.nanmin(rows) == np.nanmax(rows):
+        raise UserError("data: images are all equal, or an entry is missing in all of them")
+    if dataset.incomplete and find_linear_fit(config.inference.method):
+        raise UserError(
+            f"{config.inference.method} is fitted in closed form to complete data, and entries are "
+            "missing: choose another --method, or leave out what is incomplete"
+        )
+
+
 def build_network(
-    config: Config, image_shape: tuple[int, ...], variance: np.ndarray
+    config: Config, image_shape: tuple[int, ...], variance: np.ndarray, *, mask_input: bool = False
 ) -> VariationalAutoencoder:
     """The network of a configuration, with its initial weights.
 
     Args:
         config: The configuration.
-        image_shape: (height, width, channel).
-        variance: Of each pixel in model space, (dim,): where the output variance starts.
+        image_shape: The shape of an example; (height, width, channel) for network conv.
+        variance: Of each entry in model space, (dim,): where the output variance starts.
+        mask_input: Whether the encoder also sees which entries are missing.
+
+    Raises:
+        UserError: If network conv is to see the rows of a table.
     """
+    if config.model.network == "conv" and len(image_shape) != 3:
+        raise UserError("network conv is for images, and the data are a table: choose mlp")
     head = find_head(config.inference.method)
     return VariationalAutoencoder(
         math.prod(image_shape),
@@ -330,6 +396,7 @@ def build_network(
         network=config.model.network,
         channels=config.model.channels,
         image_shape=image_shape,
+        mask_input=mask_input,
         precision=config.model.precision,
         rngs=nnx.Rngs(config.training.seed),
     )

@@ -12,8 +12,8 @@ Nothing here needs JAX: a run folder copied to any machine can be drawn there ag
 | `gaps.json` | the inference gap and its parts |
 
 Modules, each importing only those before it: `style`, `groups` (which runs belong together),
-`panels` (parts of pictures), `figures` (pictures of one run), `rows` and `comparison` (pictures of
-several runs), `table`, `page`.
+`panels` (parts of pictures), `columns` (pictures of a table), `figures` (pictures of one run),
+`rows` and `comparison` (pictures of several runs), `table`, `page`.
 """
 
 from vlae_jax.report.figures import draw_figures

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vlae_jax.report.columns import draw_columns, draw_latent
 from vlae_jax.report.panels import (
     GAP_WORDS,
     K_LABEL,
@@ -53,7 +54,8 @@ SHOWN_IMAGES, SHOWN_STEPS, SHOWN_SAMPLES, SHOWN_POSTERIORS = 10, 9, 100, 6
 def draw_figures(run_dir: str | os.PathLike[str]) -> list[Path]:
     """Draw the pictures of a run into the folder `figures` of its run folder.
 
-    `reconstructions.png`, `step_log_joint.png`, `posterior_covariances.png`, `prior_samples.png`,
+    `reconstructions.png` (of a table `columns.png` and `latent_space.png`), `step_log_joint.png`,
+    `posterior_covariances.png`, `prior_samples.png`,
     `interpolations.png`, `pareto_k.png`, `gaps.png` and `training_curve.png`. Equal files give
     equal bytes.
 
@@ -81,6 +83,8 @@ def save_pictures(run: Run) -> list[tuple[Path, Picture]]:
 def _pictures(run: Run) -> list[Picture]:
     drawers: Sequence[tuple[str, str, Drawer[Run]]] = (
         ("reconstructions", "Reconstructions", _draw_reconstructions),
+        ("columns", "Reconstructions", draw_columns),
+        ("latent_space", "Latent space", draw_latent),
         ("step_log_joint", "Refinement", draw_steps),
         ("posterior_covariances", "Posterior correlations", _draw_posteriors),
         ("prior_samples", "Samples from the prior", _draw_prior_samples),

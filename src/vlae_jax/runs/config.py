@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal
 from vlae_jax.errors import require, require_counts, require_positive, require_seed
 from vlae_jax.runs.methods import find_method
 
-Preprocess = Literal["logit", "raw", "static_binary", "dynamic_binary"]
+Preprocess = Literal[
+    "auto", "logit", "raw", "static_binary", "dynamic_binary", "standardize", "none"
+]
 Proposal = Literal["auto", "posterior", "widened", "student_t"]
 Activation = Literal["relu", "leaky_relu", "softplus", "tanh", "elu", "gelu"]
 _FORBID: dict[str, Any] = {"extra": "forbid"}
@@ -20,23 +22,26 @@ _FORBID: dict[str, Any] = {"extra": "forbid"}
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they become vectors."""
+    """Which images or tables, and how they become vectors."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _FORBID
 
     dataset: str = "digits"
     """digits, mnist, fashion_mnist, omniglot, svhn, cifar10;
-    or NAME for your own NAME.npz in --data-dir."""
+    or NAME for your own NAME.npz, .npy, .csv or .parquet in --data-dir."""
     data_dir: str | None = None
-    """Folder with NAME.npz, idx files or a prepared tensorflow-datasets directory;
-    or one .npz file."""
+    """Folder with NAME.npz, .npy, .csv or .parquet, idx files or a prepared tensorflow-datasets
+    directory; or one such file."""
     levels: int | None = None
     """How many values a pixel may take, from 0: 256 for 8 bits, 2 for black and white. By default
     256, and 17 for digits; images that use only the lowest of them are asked about."""
-    preprocess: Preprocess = "logit"
+    preprocess: Preprocess = "auto"
     """logit: uniform dequantization, then logit.
     raw: centered pixels in [0, 1].
-    static_binary, dynamic_binary: Bernoulli draws of the pixels, once or anew at each step."""
+    static_binary, dynamic_binary: Bernoulli draws of the pixels, once or anew at each step.
+    standardize: tables by the mean and standard deviation of each column, images of measurements by
+    the mean of each entry and one standard deviation (log p(x) stays in the data's own units).
+    none: as they are. auto: logit for pixels (uint8 images), standardize for all else."""
     logit_lambda: float = 1e-6
     """Pixels are squeezed to [lambda, 1 - lambda] before the logit."""
     standardize: bool = True
@@ -332,7 +337,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(
-            not (self.model.likelihood == "bernoulli" and not self.binary),
+            not (self.model.likelihood == "bernoulli" and self.data.preprocess in ("logit", "raw")),
             "a bernoulli likelihood needs binary images, but preprocess is "
             f"{self.data.preprocess!r}: choose static_binary or dynamic_binary, or a gaussian",
         )
@@ -374,7 +379,8 @@ class Config:
                 and self.model.variance == entry.variance
                 and self.model.prior == "normal",
                 f"{method} has a normal prior and a gaussian output of one {one}: choose "
-                f"--preprocess logit or raw, --variance {entry.variance} and --prior normal",
+                f"--preprocess logit or raw (standardize for measurements), --variance "
+                f"{entry.variance} and --prior normal",
             )
             require(
                 self.model.network == "mlp"
@@ -383,6 +389,28 @@ class Config:
                 f"{method} is fitted to all images at once: it has no hidden layers (--hidden) "
                 "and no convolutions (--network mlp), and takes --epochs 0",
             )
+
+    def for_data(self, *, pixels: bool) -> "Config":
+        """The configuration with preprocessing ``auto`` resolved for the kind of data.
+
+        Raises:
+            UserError: If the preprocessing is not for that kind.
+        """
+        chosen = self.data.preprocess
+        if chosen == "auto":
+            data = dataclasses.replace(self.data, preprocess="logit" if pixels else "standardize")
+            return dataclasses.replace(self, data=data)
+        require(
+            pixels or chosen in ("standardize", "none"),
+            f"preprocess {chosen} is for pixels (uint8 images), and the data are a table or "
+            "measurements: choose standardize or none",
+        )
+        require(
+            not pixels or chosen != "standardize",
+            "preprocess standardize is for tables and measurements, and the data are pixels (uint8 "
+            "images): choose logit or raw, or give them as floats",
+        )
+        return self
 
     @property
     def binary(self) -> bool:
@@ -421,6 +449,8 @@ class Config:
         unless the learning rate depends on it.
         """
         free = {"data.data_dir", "data.stream"}
+        if self.data.preprocess == "auto":  # depends on the data, which must be the same
+            free.add("data.preprocess")
         if self.training.schedule == "constant":
             free |= {"training.epochs", "training.patience", "training.minutes"}
         mine, theirs = _flat(self), _flat(saved)

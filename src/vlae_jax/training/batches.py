@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Int, Num, PRNGKeyArray
 
 from vlae_jax.data.preprocessing import Preprocessor, fixed_keys
 from vlae_jax.data.stored import StoredImages
@@ -42,7 +42,7 @@ def epoch_order(config: TrainingConfig, epoch: int, num_images: int) -> np.ndarr
 class Batch(NamedTuple):
     """The images of one training step, split along the batch."""
 
-    pixels: UInt8[Array, "batch height width channel"]
+    pixels: Num[Array, "batch ..."]
     rows: Int[Array, " batch"]
     """Which of the training images they are."""
 

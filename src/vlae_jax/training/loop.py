@@ -6,7 +6,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from vlae_jax.data.sets import Dataset
+from vlae_jax.data.dataset import Dataset
 from vlae_jax.data.supplied import as_dataset
 from vlae_jax.errors import RunFailure, Stopped, UserError
 from vlae_jax.models.saved import arrays_of, facts_of, load
@@ -48,7 +48,7 @@ class FitOptions(NamedTuple):
 
 def fit(
     config: Config,
-    data: Dataset | np.ndarray | Mapping[str, np.ndarray] | str | None = None,
+    data: Any = None,
     *,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -64,10 +64,12 @@ def fit(
     Args:
         config: The experiment; `runs.presets.default_config` has defaults for each data set.
         data: The training data. A loaded data set; its name, or None for the one that the
-            configuration names; training images, uint8 of shape (n, height, width) or (n,
-            height, width, channel); or a mapping with those as "x_train" and test images as
-            "x_test". Part of the training images is set aside for validation
-            (`config.data.validation_fraction`).
+            configuration names; training images of pixels, uint8 of shape (n, height, width) or
+            (n, height, width, channel); a table of numbers, (n, dim), or a data frame of pandas or
+            Polars; images of measurements, floats; or a mapping with one of these as "x_train" and
+            test examples as "x_test". NaN marks a missing entry, or true in the masks
+            "missing_train" and "missing_test" of a mapping. Part of the training examples is set
+            aside for validation (`config.data.validation_fraction`).
         run_dir: Folder of the run, local or gs://BUCKET/FOLDER, for `load` and the commands.
         resume: Continue the run in `run_dir` from its last checkpoint.
         overwrite: Delete a run that is in `run_dir`.
@@ -95,6 +97,7 @@ def fit(
         if config.data.dataset != dataset.name:
             named = dataclasses.replace(config.data, dataset=dataset.name)
             config = dataclasses.replace(config, data=named)
+        config = config.for_data(pixels=dataset.levels > 0)
         if resume:
             run.require_continuable(config)
         # The folder of the images may differ between machines; their fingerprint is compared.
@@ -138,6 +141,8 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
         ProgressLine(what, trainer.total_steps, start=start, quiet=quiet) as progress,
         _signals() as received,
     ):
+        if trainer.trained.provenance.levels == 0 or trainer.dataset.incomplete:
+            progress.say(trainer.trained.describe(trainer.dataset))
         if resume:
             for line in damaged:
                 progress.say(line)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from vlae_jax.bounds import elbo, iwae_bound
 from vlae_jax.models.trained import Inferred, Trained
@@ -70,7 +70,7 @@ class Aside(NamedTuple):
 def loss_fn(
     params: Any,
     model: Trained,
-    pixels: UInt8[Array, "batch height width channel"],
+    pixels: Num[Array, "batch ..."],
     keys: PRNGKeyArray,
     starts: Float[Array, "batch latent"] | None = None,
 ) -> tuple[Float[Array, ""], Aside]:

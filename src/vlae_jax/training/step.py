@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vlae_jax.data.dataset import Dataset
 from vlae_jax.data.preprocessing import fixed_keys
-from vlae_jax.data.sets import Dataset
 from vlae_jax.models.trained import Trained
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.parallel.placement import Placement
@@ -83,7 +83,8 @@ def initial_state(
 def _first_state(trained: Trained, total_steps: int, num_images: int) -> TrainState:
     config = trained.config.training
     params = trained.params
-    batch = jnp.zeros((1, *trained.preprocessor.image_shape), jnp.uint8)
+    is_pixels = trained.preprocessor.levels and not trained.preprocessor.incomplete
+    batch = jnp.zeros((1, *trained.preprocessor.image_shape), jnp.uint8 if is_pixels else float)
     keys = jax.random.split(jax.random.key(config.seed), 1)
     shapes = jax.eval_shape(lambda: loss_fn(params, trained, batch, keys)[1].metrics)
     return TrainState(
