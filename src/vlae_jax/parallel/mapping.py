@@ -30,8 +30,9 @@ def map_images(
             process must then call this, and gets all results. By default one device does all.
 
     Returns:
-        (params, on_batch) → the pytree with numpy leaves of n rows. `on_batch(done)`, if given,
-        is called with the number of images finished.
+        (params, on_batch, num_batches) → the pytree with numpy leaves of n rows, or fewer if only
+        the first batches are asked for. `on_batch(done)`, if given, is called with the number of
+        images finished.
     """
     n = len(images)
     batch_size = min(batch_size, n)
@@ -44,9 +45,13 @@ def map_images(
         out_shardings=placement and placement.replicated,
     )
 
-    def run(params: Any, on_batch: Callable[[int], None] | None = None) -> Any:
+    def run(
+        params: Any,
+        on_batch: Callable[[int], None] | None = None,
+        num_batches: int | None = None,
+    ) -> Any:
         results = []
-        for start, row in zip(starts, rows, strict=True):
+        for start, row in zip(starts[:num_batches], rows[:num_batches], strict=True):
             items = (images[row], *(array[row] for array in arrays))
             if placement:
                 items = placement.put(items, placement.rows)

@@ -49,6 +49,8 @@ class CheckpointInfo(NamedTuple):
     """The best validation ELBO, nats."""
     model: dict[str, Any]
     """Images and structure of the model, as `models.trained.describe` gives them."""
+    changed_at: int | None = None
+    """The step at which the run went on from a plain VAE to its own system, once that is known."""
 
 
 class Restored(NamedTuple):

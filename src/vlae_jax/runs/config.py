@@ -226,9 +226,12 @@ class TrainingConfig:
 
     epochs: int = 20
     """Passes over the training images."""
-    pretrain: int = 0
+    pretrain: int | Literal["auto"] = 0
     """Train the network as a plain VAE in so many of the first epochs, and then go on as --method.
-    The optimizer goes on as it is; the best checkpoint is chosen among the later epochs."""
+    The optimizer goes on as it is; the best checkpoint is chosen among the later epochs.
+    auto: change when short trials raise the bound of --method faster than the steps of the VAE, and
+    at the latest after two thirds of --epochs or --minutes. It depends on the clock, so that two
+    runs may change at different epochs."""
     init_from: str | None = None
     """Folder of a run on the same images, whose parameters training begins with. What the network
     of --method has besides begins as usual."""
@@ -269,9 +272,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
-        require_counts(self, "epochs", "pretrain", "warmup_steps", least=0)
+        require_counts(self, "epochs", "warmup_steps", least=0)
+        if self.pretrain != "auto":
+            require_counts(self, "pretrain", least=0)
         require(
-            self.pretrain == 0 or self.pretrain < self.epochs,
+            self.pretrain in (0, "auto") or int(self.pretrain) < self.epochs,
             f"pretrain {self.pretrain} leaves no epoch of {self.epochs} to the method itself",
         )
         require_counts(self, "batch_size", "microbatches", "train_samples", "patience")

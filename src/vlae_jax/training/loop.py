@@ -19,7 +19,7 @@ from jaxtyping import Array
 from vlae_jax.data.dataset import Dataset
 from vlae_jax.data.supplied import as_dataset
 from vlae_jax.errors import RunFailure, Stopped, UserError
-from vlae_jax.models.saved import arrays_of, facts_of, load
+from vlae_jax.models.saved import facts_of, load
 from vlae_jax.models.trained import Trained, begun_from, initialize
 from vlae_jax.parallel import processes
 from vlae_jax.parallel.placement import Placement
@@ -27,6 +27,7 @@ from vlae_jax.progress import ProgressLine
 from vlae_jax.runs.checkpoints import CheckpointInfo, Checkpoints
 from vlae_jax.runs.config import Config
 from vlae_jax.runs.folder import RunFolder
+from vlae_jax.training.phases import Phases, trees_of
 from vlae_jax.training.step import Trainer, TrainState
 
 
@@ -121,16 +122,17 @@ def fit(
 def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) -> None:
     """Train in an existing run folder."""
     checkpoints = Checkpoints(run.checkpoints)
-    phases = _Phases(trainer)
+    phases = Phases(trainer)
     state = phases.of(0).init()
     info = CheckpointInfo(0.0, 0.0, None, float("-inf"), facts_of(trainer.trained))
     damaged: list[str] = []
     if resume:
-        if restored := checkpoints.restore_last(lambda info: phases.trees_like(state, info.epoch)):
+        if restored := checkpoints.restore_last(lambda info: phases.trees_like(state, info)):
             state = TrainState(
                 params=restored.trees["model"]["params"], **restored.trees["training"]
             )
             info, damaged = restored.info, restored.damaged
+            phases.restored(info)
             require_same_images(info.model["fingerprint"], trainer.dataset)
         processes.on_first(lambda: run.drop_metrics_after(restored.step if restored else -1))
     start = int(state.step)
@@ -155,46 +157,12 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
             checkpoints.close()
 
 
-class _Phases:
-    """What trains when: first the network as a plain VAE, if that is wanted, then the system."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.last = trainer
-        epochs = trainer.trained.config.training.pretrain
-        self.change = epochs * trainer.steps_per_epoch
-        """Number of steps of the first phase."""
-        self._first = trainer.pretrainer() if epochs else trainer
-
-    def of(self, step: int) -> Trainer:
-        """The trainer that does the step after so many."""
-        return self._first if step < self.change else self.last
-
-    def trees_like(self, state: TrainState, epoch: float) -> dict[str, Any]:
-        """Trees of the shape that a checkpoint after so many epochs has, from any state.
-
-        The phases sum up different metrics and may store modes, and differ in nothing else.
-        """
-        last_step = max(0, round(epoch * self.last.steps_per_epoch) - 1)
-        trainer = self.of(last_step)
-        return _trees(trainer, trainer.taken_over(state))
-
-
-def _trees(trainer: Trainer, state: TrainState) -> dict[str, Any]:
-    """The trees of a checkpoint: the model, which can be read alone, and the training state."""
-    model = arrays_of(trainer.trained.with_params(state.params))
-    preprocessor = trainer.placement.put(model["preprocessor"])
-    return {
-        "model": {**model, "preprocessor": preprocessor},
-        "training": state.besides_params(),
-    }
-
-
 class _Loop:
     """The loop of one call of `fit`, with its times of logging and saving."""
 
     def __init__(
         self,
-        phases: _Phases,
+        phases: Phases,
         run: RunFolder,
         checkpoints: Checkpoints,
         options: FitOptions,
@@ -230,9 +198,11 @@ class _Loop:
             epoch_ends = step % trainer.steps_per_epoch == 0
             if step % options.log_every == 0 or epoch_ends:
                 state = self._log(state, step, progress)
-            if (epoch_ends and self._validate(state, step, progress)) or (
-                step - self.saved >= options.checkpoint_every
-            ):
+            is_best = epoch_ends and self._validate(state, step, progress)
+            if epoch_ends:
+                self.phases.decide(state, step, self._noted().seconds)
+                self.info = self.info._replace(changed_at=self.phases.change)
+            if is_best or step - self.saved >= options.checkpoint_every:
                 self._save(state, step)
             if number := processes.stop_signal(step, received):
                 self._save(state, step)
@@ -247,7 +217,8 @@ class _Loop:
         """Go on from the first phase as the system; its own bound chooses the best checkpoint."""
         config = trainer.trained.config
         progress.say(
-            f"pretrained for {config.training.pretrain} epochs; now {config.inference.method}"
+            f"pretrained for {int(state.step) // trainer.steps_per_epoch} epochs; "
+            f"now {config.inference.method}"
         )
         self.info = self.info._replace(best_step=None, best_bound=float("-inf"))
         return trainer.taken_over(state)
@@ -258,7 +229,8 @@ class _Loop:
         patience, best = config.patience, self.info.best_step
         if step == 0 or step % each:
             return None
-        is_last = step > self.phases.change
+        change = self.phases.change
+        is_last = change is not None and step > change
         if patience and is_last and best is not None and step - best >= patience * each:
             return f"no better validation bound in {patience} epochs"
         if config.minutes is None:
@@ -307,7 +279,7 @@ class _Loop:
     def _save(self, state: TrainState, step: int) -> None:
         if step != self.saved:
             processes.on_first(self.metrics.save)
-            trees = _trees(self.trainer, self._checked(state))
+            trees = trees_of(self.trainer, self._checked(state))
             epoch = step / self.trainer.steps_per_epoch
             self.checkpoints.save(step, trees, self._noted()._replace(epoch=epoch))
             self.saved = step

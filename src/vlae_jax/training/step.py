@@ -220,6 +220,12 @@ class Trainer:
         _, metrics = objective(trained.infer(key, pixels), kind=kind, num_samples=samples)
         return metrics
 
-    def validate(self, params: Any) -> dict[str, float]:
-        """Return the mean metrics on the validation images, with the same noise in every call."""
-        return jax.tree.map(lambda values: float(np.mean(values)), self._validate(params))
+    def validate(self, params: Any, num_batches: int | None = None) -> dict[str, float]:
+        """Return the mean metrics on the validation images, with the same noise in every call.
+
+        Args:
+            params: Parameters of the network.
+            num_batches: Take only the images of so many first batches; by default all.
+        """
+        found = self._validate(params, num_batches=num_batches)
+        return jax.tree.map(lambda values: float(np.mean(values)), found)
