@@ -93,13 +93,6 @@ def test_a_mask_that_is_black_throughout_is_refused_with_its_values(tmp_path):
     assert read_missing(tmp_path / "mask.npy", (4, 4, 1), 1).sum() == 4
 
 
-def test_a_folder_of_folders_is_refused_and_says_so(tmp_path, pixels):
-    (tmp_path / "cats").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "cats" / "one.png")
-    with pytest.raises(UserError, match=r"holds no pictures.*subfolders are not searched"):
-        read_images(tmp_path, GRAY, 256)
-
-
 @pytest.mark.parametrize("levels", [2, 16])
 def test_the_scale_of_pixels_is_asked_about_where_it_is_in_doubt(tmp_path, levels):
     """And what is told is believed: black and white as 0 and 1 are then black and white."""

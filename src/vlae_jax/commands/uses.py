@@ -106,7 +106,7 @@ class _UseOnImages(_Use):
     """A command that reads a run and images, and writes one file."""
 
     input: tyro.conf.Positional[Path | None] = None
-    """Images: an .npz (key x or x_test) or .npy file of uint8, a picture, or a folder of pictures;
+    """Images: an .npz (key x or x_test) or .npy file of uint8, a picture, or a folder of them (and of folders);
     for a run on a table a .csv, .parquet, .npz or .npy file; by default the run's test images, or
     rows."""
     images: int | None = None
@@ -432,7 +432,8 @@ def _supplied(trained: "Trained", path: Path) -> Images:
     """Images or rows from a file of the user's, of the kind and shape that a model takes."""
     made_from = trained.provenance
     if made_from.levels:
-        return read_images(path, made_from.image_shape, made_from.levels)
+        resize = trained.config.data.resize
+        return read_images(path, made_from.image_shape, made_from.levels, resize=resize)
     return Images(read_rows(path, made_from.image_shape, made_from.columns))
 
 

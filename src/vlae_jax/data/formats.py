@@ -33,6 +33,8 @@ class Source(NamedTuple):
 
     read: Callable[[], Parts]
     description: str
+    is_pictures: bool = False
+    """Whether the examples are picture files, which can be resized."""
 
 
 _CHANNELS = (1, 3)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlae_jax.data.formats import ENDINGS, Source, file_source, installed, read_idx_pair
+from vlae_jax.data.pictures import Size, holds_pictures, read_folder
 from vlae_jax.data.prepared import (
     KNOWN_DATASETS,
     TFDS_NAMES,
@@ -21,8 +22,15 @@ from vlae_jax.data.prepared import (
 from vlae_jax.errors import UserError, nearest
 
 
-def find_source(name: str, data_dir: str | Path | None) -> Source | None:
+def find_source(
+    name: str, data_dir: str | Path | None, resize: Size | None = None
+) -> Source | None:
     """Find the place of a data set: in `data_dir` alone, or in the cache if that is None.
+
+    Args:
+        name: Name of the data set.
+        data_dir: The folder or file.
+        resize: Height and width to bring pictures to.
 
     Returns:
         None if it is not there.
@@ -36,7 +44,7 @@ def find_source(name: str, data_dir: str | Path | None) -> Source | None:
     for ending in ENDINGS:
         if (root / f"{name}{ending}").is_file():
             return file_source(root / f"{name}{ending}")
-    return _find_idx(name, root) or _find_prepared(name, root)
+    return _find_idx(name, root) or _find_prepared(name, root) or _find_folder(name, root, resize)
 
 
 def find_streamable(name: str, data_dir: str | Path | None) -> Path | None:
@@ -72,6 +80,7 @@ def nothing_fits(name: str, root: Path) -> str:
     wanted.append(f"a prepared tensorflow-datasets directory {TFDS_NAMES.get(name, name)}/")
     if not installed("tensorflow_datasets"):
         wanted[-1] += " (readable once you pip install 'vlae-jax[tfds]')"
+    wanted.append(f"pictures, directly, in {name}/ or in folders of classes")
     held = ", ".join(sorted(file.name for file in root.glob("*.npz"))) or "none"
     unknown = "" if name in KNOWN_DATASETS else f"; not a known name{nearest(name, KNOWN_DATASETS)}"
     return (
@@ -121,6 +130,15 @@ def _find_idx(name: str, root: Path) -> Source | None:
         train, test = (_idx_file(folder, part) for part in ("train", "t10k"))
         if train and test:
             return Source(functools.partial(read_idx_pair, train, test), f"idx files in {folder}")
+    return None
+
+
+def _find_folder(name: str, root: Path, resize: Size | None) -> Source | None:
+    # Pictures that lie there for another purpose must not stand in for a known set.
+    for folder in [root / name] + ([] if name in KNOWN_DATASETS else [root]):
+        if holds_pictures(folder):
+            read = functools.partial(read_folder, folder, resize)
+            return Source(read, f"pictures in {folder}", is_pictures=True)
     return None
 
 

@@ -25,6 +25,7 @@ from vlae_jax.data.formats import (
     require_one_shape,
     write_npz,
 )
+from vlae_jax.data.pictures import Size
 from vlae_jax.data.prepared import (
     KNOWN_DATASETS,
     TFDS_NAMES,
@@ -73,15 +74,17 @@ def load_dataset(
     levels: int | None = None,
     validation_fraction: float = 0.1,
     stream: bool = False,
+    resize: Size | None = None,
 ) -> Dataset:
     """Load images or a table by name.
 
     digits comes with scikit-learn; it has no official split and is split at random, one fifth to
     test. Any other name is looked for in `data_dir` alone if that is given: in a single .npz file,
     or in a folder as NAME.npz, as idx files (mnist, fashion_mnist and your own names) or as a
-    directory that tensorflow-datasets prepared in the array_record format. Without `data_dir` it
-    is read from the cache, and downloaded into it when missing. An .npz file holds x_train and
-    x_test, uint8, (n, height, width) or (n, height, width, channel).
+    directory that tensorflow-datasets prepared in the array_record format, or as pictures: in a
+    folder NAME, or for a name of your own the folder itself, with or without folders of classes in
+    it. Without `data_dir` it is read from the cache, and downloaded into it when missing. An .npz
+    file holds x_train and x_test, uint8, (n, height, width) or (n, height, width, channel).
 
     Measurements come in the same way, in .npz files as floats or as tables (n, dim) of any numbers
     (with `columns`, their names, if wanted), and in .npy, .csv and .parquet files; the last two are
@@ -100,11 +103,14 @@ def load_dataset(
             that use only the lowest of them are refused until it is told.
         validation_fraction: Share of the training images set aside for validation, between 0 and 1.
         stream: Leave the training images on disk.
+        resize: Height and width to bring pictures to; by default theirs, which must agree.
 
     Raises:
         UserError: If the name is not known, nothing fits in `data_dir`, the images are not as
             described above, a part is empty, or a download is needed and cannot be done.
     """
+    if resize is not None and (stream or name == "digits"):
+        raise UserError("--resize is for folders of pictures: leave it out")
     if stream:
         return _stream(name, data_dir, validation_fraction)
     if name == "digits":
@@ -113,12 +119,14 @@ def load_dataset(
         parts = _digits()
         levels = _checked_levels(parts, levels or 17, described, "--levels")
         return _split(name, parts, levels, described, validation_fraction)
-    source = find_source(name, data_dir)
+    source = find_source(name, data_dir, resize)
     if source is None and data_dir is not None:
         raise UserError(nothing_fits(name, path_of(data_dir)))
     if source is None:
         source = file_source(prepare_dataset(name))
         assert source is not None
+    if resize is not None and not source.is_pictures:
+        raise UserError(f"--resize is for folders of pictures, and {source.description} is none")
     parts, where = source.read(), source.description
     if parts.test is None:
         parts, where = _with_test(parts, where), f"{where}, split at random"
@@ -166,7 +174,9 @@ def _with_test(parts: Parts, where: str) -> Parts:
     """Set a fifth of the rows aside as test rows."""
     count = len(parts.train)
     if count < 5:
-        raise UserError(f"{where}: a table needs at least 5 rows to set some aside, it has {count}")
+        raise UserError(
+            f"{where}: at least 5 examples are needed to set some aside for the test, got {count}"
+        )
     order, num_test = _fixed_permutation(count), count // 5
     return Parts(parts.train[order[num_test:]], parts.train[order[:num_test]], parts.columns)
 

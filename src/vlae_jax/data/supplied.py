@@ -11,15 +11,11 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vlae_jax.data.dataset import Dataset
+from vlae_jax.data.pictures import PICTURES, Size, find_pictures, read_picture, read_pictures
 from vlae_jax.data.sets import dataset_from_arrays, load_dataset
 from vlae_jax.data.tables import TABLE_FILES, Table, as_table, numbers_of, read_table
 from vlae_jax.errors import UserError
 
-PICTURES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
-"""Endings of the picture files that are read, by Pillow."""
-_MODES = {1: "L", 3: "RGB"}
 _HALF_WHITE = 128
 # Errors that numpy has been seen to raise for a damaged or foreign file.
 _DAMAGED = (OSError, ValueError, EOFError, TypeError, KeyError, BadZipFile, zlib.error)
@@ -50,6 +46,11 @@ class DataOptions(Protocol):
     @property
     def validation_fraction(self) -> float:
         """Share of the training images set aside for validation."""
+        ...
+
+    @property
+    def resize(self) -> tuple[int, int] | None:
+        """Height and width to bring pictures to; None for those of the files."""
         ...
 
     @property
@@ -101,7 +102,10 @@ def as_dataset(data: Any, config: DataOptions) -> Dataset:
             levels=config.levels,
             validation_fraction=config.validation_fraction,
             stream=config.stream,
+            resize=config.resize,
         )
+    if config.resize is not None:
+        raise UserError("resize is for folders of pictures, and the data are arrays")
     # A data frame may have the methods of a mapping; its columns are not parts of a data set.
     is_parts = isinstance(data, Mapping) and not hasattr(data, "to_numpy")
     arrays = dict(data) if is_parts else {"x_train": data}
@@ -180,18 +184,19 @@ def fitting(
     return found
 
 
-def read_images(path: Path, shape: Shape, levels: int) -> Images:
+def read_images(path: Path, shape: Shape, levels: int, *, resize: Size | None = None) -> Images:
     """Read images of one shape.
 
     An array is the key x or x_test of an .npz file, the only array in it, or an .npy file: uint8,
     (n, height, width, channel), without the channel where there is one, or a single image. Picture
-    files are 8 bits a channel; colors become gray where the model has one channel. Nothing is
-    resized.
+    files are 8 bits a channel; colors become gray where the model has one channel.
 
     Args:
-        path: An .npz or .npy file, a picture, or a folder of pictures, taken in order of names.
+        path: An .npz or .npy file, a picture, or a folder of pictures and of folders of them, taken
+            in order of their paths.
         shape: (height, width, channel) that the images must have.
         levels: Pixels must lie below.
+        resize: Bring pictures to this size, as those of the training were; nothing else is resized.
 
     Raises:
         UserError: If there are no such images there; the message names the file.
@@ -199,15 +204,12 @@ def read_images(path: Path, shape: Shape, levels: int) -> Images:
     if not path.exists():
         raise UserError(f"{path} does not exist; give an .npz, .npy or picture file, or a folder")
     if path.is_dir() or path.suffix.lower() in PICTURES:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        files = [file for file in files if file.suffix.lower() in PICTURES]
+        files = find_pictures(path) if path.is_dir() else [path]
         if not files:
-            inside = "; its subfolders are not searched" if path.is_dir() else ""
-            raise UserError(
-                f"{path} holds no pictures: none of {', '.join(sorted(PICTURES))}{inside}"
-            )
-        pictures = np.stack([_as_images(_picture(file, shape), shape, file)[0] for file in files])
-        names = tuple(file.name for file in files)
+            raise UserError(f"{path} holds no pictures: none of {', '.join(sorted(PICTURES))}")
+        pictures = read_pictures(files, shape[2], resize)
+        root = path if path.is_dir() else path.parent
+        names = tuple(file.relative_to(root).as_posix() for file in files)
         return Images(checked(pictures, shape, levels, path), names)
     return Images(checked(_as_images(read_array(path), shape, path), shape, levels, path))
 
@@ -257,7 +259,7 @@ def read_missing(path: Path, shape: Shape, count: int) -> np.ndarray:
     if not path.exists():
         raise UserError(f"{path} does not exist; give an .npz, .npy or picture file of the mask")
     is_picture = path.suffix.lower() in PICTURES
-    mask = _picture(path, (*shape[:2], 1)) if is_picture else read_array(path, ("missing",))
+    mask = read_picture(path, 1)[..., 0] if is_picture else read_array(path, ("missing",))
     values = f"{mask.min()} to {mask.max()}" if mask.size else "none"
     if is_picture:  # compression and soft edges leave other values than black and white
         mask = mask >= _HALF_WHITE
@@ -348,34 +350,6 @@ def _as_images(array: np.ndarray, shape: Shape, where: Path) -> np.ndarray:
             f"got {_by(array.shape)}"
         )
     return array
-
-
-def _picture(path: Path, shape: Shape) -> np.ndarray:
-    """The pixels of a picture file, (height, width) or (height, width, 3)."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise UserError(f"reading {path} needs Pillow: pip install 'vlae-jax[train]'") from None
-    mode = _MODES.get(shape[2])
-    if mode is None:
-        raise UserError(f"{path}: pictures have 1 or 3 channels, the run's images {shape[2]}")
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-                raise UserError(f"{path} has not 8 bits a channel but mode {image.mode}")
-            if ";16" in str(image.tile):  # Pillow would keep the upper half of each
-                raise UserError(f"{path} has not 8 bits a channel but 16")
-            if (frames := getattr(image, "n_frames", 1)) > 1:
-                raise UserError(f"{path} holds {frames} pictures; save each as a file of its own")
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.has_transparency_data:
-                alpha = np.asarray(image.convert("RGBA"))[..., 3]
-                if alpha.min() < 255:
-                    raise UserError(f"{path} is transparent in places; put it on a background")
-                return np.asarray(image.convert("RGBA").convert(mode))
-            return np.asarray(image.convert(mode))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from None
 
 
 def _by(shape: tuple[object, ...]) -> str:

@@ -28,13 +28,16 @@ class DataConfig:
 
     dataset: str = "digits"
     """digits, mnist, fashion_mnist, omniglot, svhn, cifar10;
-    or NAME for your own NAME.npz, .npy, .csv or .parquet in --data-dir."""
+    or NAME for your own NAME.npz, .npy, .csv or .parquet in --data-dir, or pictures in it."""
     data_dir: str | None = None
     """Folder with NAME.npz, .npy, .csv or .parquet, idx files or a prepared tensorflow-datasets
-    directory; or one such file."""
+    directory, or pictures, with or without folders of classes; or one such file."""
     levels: int | None = None
     """How many values a pixel may take, from 0: 256 for 8 bits, 2 for black and white. By default
     256, and 17 for digits; images that use only the lowest of them are asked about."""
+    resize: tuple[int, int] | None = None
+    """Height and width to bring a folder of pictures to, in training and in all uses: each is
+    scaled to cover them, and what protrudes is cut off. By default their own, which must agree."""
     preprocess: Preprocess = "auto"
     """logit: uniform dequantization, then logit.
     raw: centered pixels in [0, 1].
@@ -66,6 +69,10 @@ class DataConfig:
         require(
             self.levels is None or not self.stream,
             "levels are those of the streamed data set: leave --levels out, or --stream",
+        )
+        require(
+            self.resize is None or min(self.resize) >= 1,
+            f"resize must be a height and a width of at least 1, got {self.resize}",
         )
         require(
             0.0 < self.logit_lambda < 0.5,
