@@ -106,9 +106,9 @@ class _UseOnImages(_Use):
     """A command that reads a run and images, and writes one file."""
 
     input: tyro.conf.Positional[Path | None] = None
-    """Images: an .npz (key x or x_test) or .npy file of uint8, a picture, or a folder of them (and of folders);
-    for a run on a table a .csv, .parquet, .npz or .npy file; by default the run's test images, or
-    rows."""
+    """Images: an .npz (key x or x_test) or .npy file of uint8, a picture, or a folder of pictures
+    and of folders of them; for a run on a table a .csv, .parquet, .npz or .npy file; by default the
+    run's test images, or rows."""
     images: int | None = None
     """Use only this many images or rows, the first ones; by default all."""
     data_dir: str | None = None
