@@ -38,6 +38,9 @@ class Products(NamedTuple):
     """v → precision @ v."""
 
 
+Information = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
+"""Fisher information in a decoder's output: a diagonal, blocks, or a tuple of these for parts."""
+
 Expansion = Callable[[Float[Array, " latent"]], Quadratic]
 """z → `Quadratic`. An expansion with a method `products`, z → `Products`, also allows mode searches
 by conjugate gradients."""
@@ -105,7 +108,7 @@ def gauss_newton_expansion(
     log_likelihood: LogDensity,
     log_prior: LogDensity = standard_normal,
     *,
-    fisher: Callable[[Float[Array, " out"]], Float[Array, "..."]] | None = None,
+    fisher: Callable[[Float[Array, " out"]], Information] | None = None,
     prior_precision: Callable[[Float[Array, " latent"]], Float[Array, "latent latent"]]
     | None = None,
     chunk_size: int | None = None,
@@ -125,8 +128,8 @@ def gauss_newton_expansion(
         log_prior: z → log p(z), a scalar in nats.
         fisher: η → the likelihood's Fisher information at η, used as W: its diagonal, (out,); or,
             where η holds several outputs a dimension, all of the first, then all of the second, its
-            blocks, (outputs, outputs, dim). See `densities` and `counts` for the likelihoods that
-            need one.
+            blocks, (outputs, outputs, dim); or a tuple of these, for consecutive parts of η. See
+            `densities` and `counts` for the likelihoods that need one.
         prior_precision: z → a positive definite curvature of the prior, (latent, latent), used in
             place of minus the Hessian of a log prior that is not concave.
         chunk_size: Columns of the precision computed at once, each by one forward and one backward
@@ -311,20 +314,34 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _checked_fisher(information: Array, out: int) -> Array:
-    heads = len(information) if information.ndim == 3 else 1
-    if information.shape not in ((out,), (heads, heads, out // heads)):
+def _checked_fisher(information: Information, out: int) -> tuple[Array, ...]:
+    parts = information if isinstance(information, tuple) else (information,)
+    sizes = [_outputs(part) for part in parts]
+    if sum(sizes) != out or any(
+        part.ndim not in (1, 3) or (part.ndim == 3 and len(part) != part.shape[1]) for part in parts
+    ):
         raise ValueError(
             f"fisher must return its diagonal, {(out,)}, or blocks (outputs, outputs, dim) with "
-            f"outputs × dim = {out}, got {information.shape}"
+            f"outputs × dim = {out}, got {' and '.join(str(part.shape) for part in parts)}"
         )
-    return information
+    return parts
 
 
-def _weigh(information: Array, tangent: Float[Array, " out"]) -> Float[Array, " out"]:
-    if information.ndim == 1:
-        return information * tangent
-    return jnp.sum(information * tangent.reshape(len(information), -1), axis=1).ravel()
+def _outputs(part: Array) -> int:
+    """How many outputs a diagonal, or blocks, of the information belong to."""
+    return part.shape[0] * part.shape[-1] if part.ndim == 3 else part.size
+
+
+def _weigh(information: tuple[Array, ...], tangent: Float[Array, " out"]) -> Float[Array, " out"]:
+    start, weighted = 0, []
+    for part in information:
+        own = tangent[start : start + _outputs(part)]
+        start += own.size
+        if part.ndim == 1:
+            weighted.append(part * own)
+        else:
+            weighted.append(jnp.sum(part * own.reshape(len(part), -1), axis=1).ravel())
+    return weighted[0] if len(weighted) == 1 else jnp.concatenate(weighted)
 
 
 def _minus(push: Callable[[Array], Array], tangent: Array) -> Array:

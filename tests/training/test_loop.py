@@ -217,11 +217,11 @@ def test_a_run_begins_as_a_vae_and_goes_on_as_the_system(make_trainer, tmp_path,
     """The first epochs are those of a VAE, to the bit; broken off in either phase, the run is the
     unbroken one, also from the checkpoint between the two.
     """
-    config = tiny_config("vlae", epochs=4, pretrain=2, modes=modes)
+    config = tiny_config("vlae", epochs=3, pretrain=2, modes=modes)
     whole = finish(make_trainer, config, tiny_mapping(), tmp_path / "whole")
     plain = finish(make_trainer, tiny_config(epochs=2), tiny_mapping(), tmp_path / "plain")
     logged, beside = (records(found.run, "validation") for found in (whole, plain))
-    assert ["converged" in record for record in logged] == [False, False, True, True]
+    assert ["converged" in record for record in logged] == [False, False, True]
     assert (whole.state.modes is not None) == (modes == "stored")
     for name in ("step", "elbo", "kl"):
         assert [r[name] for r in logged[:2]] == [r[name] for r in beside]
@@ -257,7 +257,7 @@ def test_a_run_begins_with_the_parameters_of_another_and_is_resumed_without_it(
     make_trainer, tiny, tmp_path
 ):
     source = shutil.copytree(tiny.run.path, tmp_path / "source")
-    config = tiny_config("vlae", epochs=2, init_from=str(source))
+    config = tiny_config("vlae", epochs=2, modes="stored", init_from=str(source))
     begun = fit(
         dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=0)),
         tiny_mapping(),

@@ -252,7 +252,7 @@ def _errors(
         "squared_error_x": average((predicted.mean - at.x) ** 2),
     }
     # Intervals of binary pixels are not informative.
-    if at.model.likelihood == "gaussian":
+    if at.model.likelihood not in ("bernoulli", "categorical"):
         for probability in COVERAGES:
             inside = _inside(predicted.draws, at.x, probability)
             found[f"coverage_{100 * probability:.0f}"] = average(inside)

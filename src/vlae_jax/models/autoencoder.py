@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,9 +21,11 @@ from vlae_jax.affine_head import (
     whiten_affine_head,
     whitened_affine_gaussian,
 )
-from vlae_jax.densities import LogDensity, bernoulli, gaussian
+from vlae_jax.densities import LogDensity
+from vlae_jax.errors import UserError
 from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.models.arithmetic import Precision, arithmetic, in_full
+from vlae_jax.models.likelihoods import Group, Output, Parameter
 from vlae_jax.models.networks import MLP, ConvDecoder, ConvEncoder, Doubling
 from vlae_jax.models.priors import MixturePrior, Prior, StandardNormal
 from vlae_jax.posterior import DiagonalPosterior, Posterior, kl_to_prior
@@ -44,9 +45,12 @@ class VariationalAutoencoder(nnx.Module):
             N(0, I).
         hidden: Widths of the encoder's hidden layers; the decoder takes them reversed.
         activation: A key of `ACTIVATIONS`.
-        likelihood: "gaussian" with a learned variance, or "bernoulli" by logits.
-        variance: The data's variance per pixel, (dim,), the initial output variance.
-        per_pixel: Learn one output variance per pixel; otherwise one for all, starting at the mean.
+        likelihood: The density of all entries, "gaussian" with a learned variance or "bernoulli" by
+            logits for example, or the groups of entries that share one.
+        variance: The variance of x per entry, (dim,), where output variances start.
+        average: The mean of x per entry, (dim,), where the decoder starts; zeros by default.
+        per_pixel: Learn one output variance per entry; otherwise one for all of a group, starting
+            at the mean.
         min_std: Floor of the output standard deviation, in the units of x.
         posterior_head: A function that makes the module for a posterior with more than mean and log
             standard deviation (a flow, for example), from the number of the encoder's features and
@@ -78,8 +82,9 @@ class VariationalAutoencoder(nnx.Module):
         prior_components: int | None = None,
         hidden: Sequence[int],
         activation: str,
-        likelihood: Literal["gaussian", "bernoulli"],
+        likelihood: str | tuple[Group, ...],
         variance: np.ndarray,
+        average: np.ndarray | None = None,
         per_pixel: bool = False,
         min_std: float = 1e-3,
         posterior_head: Callable[[int, nnx.Rngs], nnx.Module] | None = None,
@@ -97,6 +102,13 @@ class VariationalAutoencoder(nnx.Module):
                 f"network 'conv' needs the image_shape (height, width, channel) of x ({dim},), "
                 f"got {tuple(image_shape)}"
             )
+        groups = (Group(likelihood),) if isinstance(likelihood, str) else likelihood
+        self.output = output = Output(groups, dim)
+        out, seen_size = sum(output.sizes), output.seen_size
+        if network == "conv" and (len(groups) > 1 or seen_size != dim):
+            raise UserError(
+                "network conv has one density for all entries, which is not categorical"
+            )
         encoding = arithmetic(precision)
         decoding = arithmetic(precision, derivatives_only=True)
         self.encoder: MLP | ConvEncoder
@@ -104,13 +116,16 @@ class VariationalAutoencoder(nnx.Module):
         self.head: nnx.Linear | Doubling
         self.mask_shape = tuple(image_shape) or (dim,) if mask_input else None
         twice = 2 if mask_input else 1
+        masks = dim if mask_input else 0
         if network == "conv":
             seen_shape = (*image_shape[:2], twice * image_shape[2])
             self.encoder = ConvEncoder(
                 seen_shape, channels, hidden, activation, arithmetic=encoding, rngs=rngs
             )
         else:
-            self.encoder = MLP(twice * dim, hidden, activation, arithmetic=encoding, rngs=rngs)
+            self.encoder = MLP(
+                seen_size + masks, hidden, activation, arithmetic=encoding, rngs=rngs
+            )
         self.mean = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         self.log_std = nnx.Linear(self.encoder.out_size, latent, rngs=rngs)
         widths = tuple(reversed(hidden))
@@ -122,33 +137,75 @@ class VariationalAutoencoder(nnx.Module):
                 latent, widths, channels, image_shape, activation, arithmetic=decoding, rngs=rngs
             )
             height, width, colors = image_shape
+            maps = colors * groups[0].outputs
             self.head = Doubling(
-                self.features.out_channels, colors, (height, width), kernel_init=quiet, rngs=rngs
+                self.features.out_channels, maps, (height, width), kernel_init=quiet, rngs=rngs
             )
         else:
             self.features = MLP(latent, widths, activation, arithmetic=decoding, rngs=rngs)
-            self.head = nnx.Linear(self.features.out_size, dim, kernel_init=quiet, rngs=rngs)
-        self.likelihood = likelihood
+            self.head = nnx.Linear(self.features.out_size, out, kernel_init=quiet, rngs=rngs)
         self.min_std = min_std
-        if likelihood == "gaussian":
-            start = variance if per_pixel else np.mean(variance)
-            start = np.log(np.maximum(start, 4.0 * min_std**2))
-            self.scaled_log_var = nnx.Param(jnp.asarray(start / _LOG_VAR_RATE, jnp.float32))
+        self._start(np.zeros(dim) if average is None else average, variance, per_pixel)
         # Made last, so that the other weights start from equal values in all systems.
         self.posterior_head: Any = posterior_head and posterior_head(self.encoder.out_size, rngs)
         self.prior: Prior = StandardNormal(latent)
         if prior_components is not None:
             self.prior = MixturePrior(latent, prior_components, rngs)
 
+    def _start(self, average: np.ndarray, variance: np.ndarray, per_pixel: bool) -> None:
+        """Start at the mean of x: biases of the output layer, and parameters of the densities."""
+        etas = []
+        for index, (group, mean, own) in enumerate(self.output.parts(average, variance)):
+            is_shared = not per_pixel and group.parameter != "log_dispersion"
+            own = np.full_like(own, np.mean(own)) if is_shared else own
+            eta, spread = group.start(mean, np.maximum(own, 4.0 * self.min_std**2))
+            etas.append(eta)
+            if group.parameter is not None:
+                spread = spread[0] if is_shared else spread
+                scaled = nnx.Param(jnp.asarray(spread / _LOG_VAR_RATE, jnp.float32))
+                setattr(self, self._name(index), scaled)
+        if not any(eta.any() for eta in etas):
+            return
+        if isinstance(self.head, Doubling):  # one bias for each map and place in a 2 × 2 block
+            maps = etas[0].reshape(len(etas[0]), -1, self.head.out_channels // len(etas[0]))
+            bias, start = self.head.blocks.bias, np.tile(maps.mean(axis=1).reshape(-1), 4)
+        else:
+            bias, start = self.head.bias, np.concatenate([eta.reshape(-1) for eta in etas])
+        assert bias is not None
+        bias[...] = jnp.asarray(start, jnp.float32)
+
+    def _name(self, index: int) -> str:
+        """The attribute that holds the parameter of a group."""
+        groups = self.output.groups
+        return f"scaled_{groups[index].parameter}" + (f"_{index}" if len(groups) > 1 else "")
+
+    @property
+    def likelihood(self) -> str:
+        """The density of all entries, or mixed."""
+        return self.output.name
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The learned parameter of each group, not below its floor: a scalar or (columns,)."""
+        found: list[Parameter] = []
+        for index, group in enumerate(self.output.groups):
+            if group.parameter is None:
+                found.append(None)
+                continue
+            scaled = getattr(self, self._name(index))[...]
+            found.append(jnp.maximum(_LOG_VAR_RATE * scaled, group.floor(self.min_std)))
+        return found
+
     @property
     def log_var(self) -> Float[Array, "..."]:
-        """Log output variance: a scalar or (dim,), never below the floor."""
-        floor = 2.0 * float(np.log(self.min_std))
-        return jnp.maximum(_LOG_VAR_RATE * self.scaled_log_var[...], floor)
+        """Log output variance of a gaussian: a scalar or (dim,), never below the floor."""
+        (log_var,) = self.parameters
+        assert log_var is not None
+        return log_var
 
     def set_log_var(self, log_var: float | np.ndarray) -> None:
         """Set the log output variance: a scalar or (dim,), as it was initialized."""
-        self.scaled_log_var[...] = jnp.asarray(log_var / _LOG_VAR_RATE, jnp.float32)
+        getattr(self, self._name(0))[...] = jnp.asarray(log_var / _LOG_VAR_RATE, jnp.float32)
 
     def at(
         self,
@@ -192,27 +249,32 @@ class VariationalAutoencoder(nnx.Module):
             seen: The example with values in place of what is not observed, (dim,).
             observed: As in `at`; read by networks that were trained on incomplete data.
         """
+        shown = self.output.see(seen, observed)
         if self.mask_shape is not None:
             mask = jnp.ones_like(seen) if observed is None else observed.astype(seen.dtype)
-            both = seen.reshape(self.mask_shape), mask.reshape(self.mask_shape)
-            seen = jnp.concatenate(both, axis=-1).reshape(-1)
-        return self.encoder(seen)
+            if shown.size == mask.size:
+                shown, mask = shown.reshape(self.mask_shape), mask.reshape(self.mask_shape)
+            shown = jnp.concatenate([shown, mask], axis=-1).reshape(-1)
+        return self.encoder(shown)
 
-    def decode(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
-        """The likelihood's natural parameter: the Gaussian's mean, or the Bernoulli's logits."""
-        return self.head(self.features(z)).reshape(-1)
+    def decode(self, z: Float[Array, " latent"]) -> Float[Array, " out"]:
+        """What the density is given, (out,): the Gaussian's mean, or the Bernoulli's logits.
+
+        Densities with several numbers an entry have all of the first, then all of the second.
+        """
+        eta = self.head(self.features(z))
+        outputs = self.output.groups[0].outputs
+        if isinstance(self.head, Doubling) and outputs > 1:
+            eta = jnp.moveaxis(eta.reshape(*eta.shape[:2], outputs, -1), 2, 0)
+        return eta.reshape(-1)
 
     def reconstruct(self, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
-        """The expected x given z, in model space."""
-        eta = self.decode(z)
-        return jax.nn.sigmoid(eta) if self.likelihood == "bernoulli" else eta
+        """The expected x given z, in model space; of a categorical x the most probable class."""
+        return self.output.expected(self.decode(z), self.parameters)
 
     def draw(self, key: PRNGKeyArray, z: Float[Array, " latent"]) -> Float[Array, " dim"]:
         """Draw a sample of p(x | z), (dim,), in model space."""
-        eta = self.decode(z)
-        if self.likelihood == "bernoulli":
-            return jax.random.bernoulli(key, jax.nn.sigmoid(eta)).astype(eta.dtype)
-        return eta + jnp.exp(0.5 * self.log_var) * jax.random.normal(key, eta.shape, eta.dtype)
+        return self.output.draw(key, self.decode(z), self.parameters)
 
     def whitened_head(self) -> WhitenedHead | None:
         """Factor the output layer for evaluations at many z; None where that saves nothing."""
@@ -252,23 +314,11 @@ class Observation(NamedTuple):
         """The encoder's diagonal Gaussian."""
         return DiagonalPosterior(self.mean, self.log_std)
 
-    def log_likelihood(self, eta: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Log p(x | decoder's output), nats, summed over the observed pixels."""
-        value = self._log_likelihood(eta)
+    def log_likelihood(self, eta: Float[Array, " out"]) -> Float[Array, ""]:
+        """Log p(x | decoder's output), nats, summed over the observed entries."""
+        model = self.model
+        value = model.output.log_prob(self.x, eta, model.parameters, self.observed)
         return value if self.offset is None else value + self.offset
-
-    def _log_likelihood(self, eta: Float[Array, " dim"]) -> Float[Array, ""]:
-        model, observed = self.model, self.observed
-        log_var = None if model.likelihood == "bernoulli" else model.log_var
-        if observed is None:
-            return bernoulli(self.x, eta) if log_var is None else gaussian(self.x, eta, log_var)
-        x = jnp.where(observed, self.x, 0.0)
-        if log_var is None:
-            terms = jax.vmap(bernoulli)(x[:, None], eta[:, None])
-        else:
-            each = jnp.broadcast_to(log_var, x.shape)
-            terms = jax.vmap(gaussian)(x[:, None], eta[:, None], each)
-        return jnp.sum(terms, where=observed)
 
     @property
     def log_joint(self) -> LogDensity:
@@ -311,12 +361,14 @@ class Observation(NamedTuple):
         done for a part of the pixels, as the projection would differ for every example. Rounded
         products would spoil some terms in the Hessian of a smooth network, so that Hessian is
         computed in float32, whatever the precision.
+
+        Where the density is not log-concave in the decoder's output, its Fisher information takes
+        the place of its Hessian: no repair that changes from step to step disturbs the training.
         """
         model, head, prior = self.model, self.model.head, self.model.prior
         smooth = not model.features.piecewise_linear
         full = in_full(model) if smooth else model
         repairs: dict[str, Any] = {} if prior.is_standard else {"prior_precision": prior.precision}
-        needs_repair = smooth or bool(repairs)
         if (
             model.likelihood == "gaussian"
             and self.observed is None
@@ -325,12 +377,21 @@ class Observation(NamedTuple):
             affine = (head.kernel[...], head.bias[...], model.log_var, self.x)  # type: ignore[index]
             expand = functools.partial(affine_head_expansion, log_prior=self._log_prior)
             exact = expand(full.features, *affine, exact=smooth)
+            needs_repair = smooth or bool(repairs)
             return exact, expand(model.features, *affine, **repairs) if needs_repair else None
+        fisher = None if model.output.is_log_concave else self._fisher
         gauss_newton = functools.partial(
-            gauss_newton_expansion, model.decode, self.log_likelihood, prior.log_prob
+            gauss_newton_expansion,
+            model.decode,
+            self.log_likelihood,
+            prior.log_prob,
+            fisher=fisher,
         )
-        if smooth:
+        if smooth and fisher is None:
             exact = exact_expansion(self._replace(model=full, head=None).log_joint)
-        else:
-            exact = gauss_newton()
-        return exact, gauss_newton(**repairs) if needs_repair else None
+            return exact, gauss_newton(**repairs)
+        return gauss_newton(), gauss_newton(**repairs) if repairs else None
+
+    def _fisher(self, eta: Float[Array, " out"]) -> tuple[Float[Array, "k k n"], ...]:
+        model = self.model
+        return model.output.information(self.x, eta, model.parameters, self.observed)

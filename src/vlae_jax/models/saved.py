@@ -1,7 +1,6 @@
 """Trained models in folders: written, and read without their data or any state of the training."""
 
 import dataclasses
-import functools
 import math
 import os
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from vlae_jax.data.preprocessing import Preprocessor
+from vlae_jax.models.likelihoods import Group
 from vlae_jax.models.trained import Provenance, Trained, build_network
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.parallel.processes import is_first
@@ -116,6 +116,11 @@ def _from_checkpoint(config: Config, restored: Restored) -> Trained:
 def _blueprint(config: Config, described: Mapping[str, Any]) -> Trained:
     """The model with shapes in place of arrays, from the description in a checkpoint."""
     lists = {name: tuple(value) for name, value in described.items() if isinstance(value, list)}
+    if "groups" in lists:
+        described_groups = (
+            {**group, "columns": tuple(group["columns"])} for group in lists["groups"]
+        )
+        lists["groups"] = tuple(Group(**group) for group in described_groups)
     provenance = Provenance(**{**described, **lists})  # JSON has no tuples
     dim = math.prod(provenance.image_shape)
     vector, scalar = (jax.ShapeDtypeStruct(shape, jnp.dtype(float)) for shape in ((dim,), ()))
@@ -130,8 +135,7 @@ def _blueprint(config: Config, described: Mapping[str, Any]) -> Trained:
         image_shape=provenance.image_shape,
         incomplete=provenance.incomplete,
     )
-    build = functools.partial(build_network, mask_input=provenance.incomplete)
-    model = nnx.eval_shape(lambda: build(config, provenance.image_shape, np.ones(dim)))
+    model = nnx.eval_shape(lambda: build_network(config, provenance, np.ones(dim)))
     graphdef, params = nnx.split(model)
     return Trained(config, preprocessor, params, graphdef, provenance)
 

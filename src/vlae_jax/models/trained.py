@@ -23,11 +23,12 @@ from jaxtyping import Array, Float, Num, PRNGKeyArray
 from vlae_jax.affine_head import WhitenedHead
 from vlae_jax.data.dataset import Dataset, has_missing
 from vlae_jax.data.preprocessing import Preprocessor, fit_preprocessor, fixed_keys
-from vlae_jax.data.tables import check_continuous
 from vlae_jax.densities import LogDensity
 from vlae_jax.errors import UserError
 from vlae_jax.models.arithmetic import in_full
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
+from vlae_jax.models.columns import groups_of, is_continuous
+from vlae_jax.models.likelihoods import Group
 from vlae_jax.models.linear import LinearModel
 from vlae_jax.models.systems import Inference, find_head, find_linear_fit, find_system, refine
 from vlae_jax.parallel.mapping import map_images
@@ -112,6 +113,8 @@ class Provenance:
     """Names of a table's columns, where it had any."""
     incomplete: bool = False
     """Whether the data had missing entries: then the encoder also sees which are missing."""
+    groups: tuple[Group, ...] = ()
+    """The output density of each group of columns; none for that of the configuration."""
     # The fields below are not compared, so that models that differ only in the length of their
     # training have equal pytree structures.
     step: int = dataclasses.field(default=0, compare=False)
@@ -293,22 +296,22 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
         )
     dataset.first_test_images(config.evaluation.test_images)
     incomplete = dataset.incomplete
-    if not dataset.levels and isinstance(dataset.train, np.ndarray):
-        _check_measurements(config, dataset)
+    if incomplete and find_linear_fit(config.inference.method):
+        raise UserError(
+            f"{config.inference.method} is fitted in closed form to complete data, and entries are "
+            "missing: choose another --method, or leave out what is incomplete"
+        )
+    groups = groups_of(config, dataset)
+    continuous = is_continuous(groups, math.prod(dataset.train.shape[1:]))
     preprocessor = fit_preprocessor(
         dataset.train,
         kind=config.data.preprocess,  # type: ignore[arg-type]  # for_data resolves auto
         levels=dataset.levels,
         logit_lambda=config.data.logit_lambda,
         standardize=config.data.standardize,
+        continuous=continuous,
         incomplete=incomplete,
     )
-    shape, variance = preprocessor.image_shape, np.asarray(preprocessor.variance)
-    model = build_network(config, shape, variance, mask_input=incomplete)
-    if fit_linear := find_linear_fit(config.inference.method):
-        assert isinstance(dataset.train, np.ndarray)  # Config refuses to stream them
-        _set_to_linear(model, preprocessor, dataset.train, fit_linear)
-    graphdef, params = nnx.split(model)
     provenance = Provenance(
         dataset.name,
         dataset.source,
@@ -317,7 +320,14 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
         tuple(preprocessor.image_shape),
         dataset.columns,
         incomplete,
+        groups,
     )
+    variance, average = np.asarray(preprocessor.variance), np.asarray(preprocessor.average)
+    model = build_network(config, provenance, variance, average)
+    if fit_linear := find_linear_fit(config.inference.method):
+        assert isinstance(dataset.train, np.ndarray)  # Config refuses to stream them
+        _set_to_linear(model, preprocessor, dataset.train, fit_linear)
+    graphdef, params = nnx.split(model)
     return Trained(config, preprocessor, params, graphdef, provenance)
 
 
@@ -350,53 +360,44 @@ def begun_from(trained: Trained, source: Trained) -> Trained:
     )
 
 
-def _check_measurements(config: Config, dataset: Dataset) -> None:
-    """Refuse measurements that cannot be modeled; see `check_continuous`."""
-    assert isinstance(dataset.train, np.ndarray)
-    rows = dataset.train.reshape(len(dataset.train), -1)
-    if dataset.train.ndim == 2:
-        check_continuous(rows, dataset.columns, np.arange(rows.shape[1]))
-    elif np.isnan(rows).all(axis=0).any() or np.nanmin(rows) == np.nanmax(rows):
-        raise UserError("data: images are all equal, or an entry is missing in all of them")
-    if dataset.incomplete and find_linear_fit(config.inference.method):
-        raise UserError(
-            f"{config.inference.method} is fitted in closed form to complete data, and entries are "
-            "missing: choose another --method, or leave out what is incomplete"
-        )
-
-
 def build_network(
-    config: Config, image_shape: tuple[int, ...], variance: np.ndarray, *, mask_input: bool = False
+    config: Config,
+    provenance: Provenance,
+    variance: np.ndarray,
+    average: np.ndarray | None = None,
 ) -> VariationalAutoencoder:
     """The network of a configuration, with its initial weights.
 
     Args:
         config: The configuration.
-        image_shape: The shape of an example; (height, width, channel) for network conv.
+        provenance: The data: their shape and the groups of their columns, and whether the encoder
+            also sees which entries are missing.
         variance: Of each entry in model space, (dim,): where the output variance starts.
-        mask_input: Whether the encoder also sees which entries are missing.
+        average: Mean of each entry in model space, (dim,): where the decoder starts.
 
     Raises:
         UserError: If network conv is to see the rows of a table.
     """
-    if config.model.network == "conv" and len(image_shape) != 3:
+    shape = provenance.image_shape
+    if config.model.network == "conv" and len(shape) != 3:
         raise UserError("network conv is for images, and the data are a table: choose mlp")
     head = find_head(config.inference.method)
     return VariationalAutoencoder(
-        math.prod(image_shape),
+        math.prod(shape),
         latent=config.model.latent,
         prior_components=config.model.prior_components if config.model.prior == "mixture" else None,
         hidden=config.model.hidden,
         activation=config.model.activation,
-        likelihood=config.likelihood,
+        likelihood=provenance.groups or config.likelihood,
         variance=variance,
+        average=average,
         per_pixel=config.model.variance == "per_pixel",
         min_std=config.model.min_std,
         posterior_head=head and functools.partial(head, config),
         network=config.model.network,
         channels=config.model.channels,
-        image_shape=image_shape,
-        mask_input=mask_input,
+        image_shape=shape,
+        mask_input=provenance.incomplete,
         precision=config.model.precision,
         rngs=nnx.Rngs(config.training.seed),
     )

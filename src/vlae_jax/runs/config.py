@@ -6,10 +6,17 @@ says of each option.
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlae_jax.errors import require, require_counts, require_positive, require_seed
+from vlae_jax.runs.likelihoods import LIKELIHOODS, as_text, parse
 from vlae_jax.runs.methods import find_method
+
+if TYPE_CHECKING:  # options and files are texts; in Python other forms are turned into one
+    Likelihood = str | Sequence[tuple[str, int]] | Mapping[str, str | Sequence[str] | None]
+else:
+    Likelihood = str
 
 Preprocess = Literal[
     "auto", "logit", "raw", "static_binary", "dynamic_binary", "standardize", "none"
@@ -107,12 +114,18 @@ class ModelConfig:
     activation: Activation = "relu"
     """Nonlinearity. For relu and leaky_relu, piecewise linear, the Gauss-Newton precision is the
     exact Hessian."""
-    likelihood: Literal["auto", "gaussian", "bernoulli"] = "auto"
-    """Output density; auto takes bernoulli for binary preprocessing, else gaussian."""
-    variance: Literal["shared", "per_pixel"] = "shared"
-    """Gaussian output: one learned variance, or one for each pixel."""
+    likelihood: Likelihood = "auto"
+    """Output density: gaussian, student_t, bernoulli, categorical, poisson, negative_binomial,
+    zero_inflated_poisson, zero_inflated_negative_binomial or discretized_logistic; or one for each
+    group of columns, in their order as poisson:3,gaussian:5, or by name as
+    poisson:visits+falls,gaussian. auto takes bernoulli for binary preprocessing, else gaussian."""
+    variance: Literal["shared", "per_pixel", "heteroscedastic"] = "shared"
+    """Gaussian output: one learned variance, or one for each pixel or column (so too the scale of
+    student_t and discretized_logistic). heteroscedastic: the decoder gives each its own."""
+    student_df: float = 5.0
+    """student_t: degrees of freedom."""
     min_std: float = 1e-3
-    """Gaussian output: floor of the learned standard deviation.
+    """Gaussian output: floor of the learned standard deviation, or of a learned scale.
     Without one a constant pixel would drive it to 0."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the networks' products in training. bfloat16: operands of products are rounded, in
@@ -133,7 +146,8 @@ class ModelConfig:
             self.network != "conv" or len(self.channels) >= 1,
             "network conv needs at least one number of channels, one for each convolution",
         )
-        require_positive(self, "min_std")
+        require_positive(self, "min_std", "student_df")
+        object.__setattr__(self, "likelihood", as_text(self.likelihood))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +184,8 @@ class InferenceConfig:
     elbo: the ELBO of its own guess, as in a VAE, with the decoder held constant."""
     curvature: Literal["exact", "gauss_newton"] = "exact"
     """vlae: the precision. exact is the Hessian, repaired by Gauss-Newton, and counted, where it is
-    not positive definite."""
+    not positive definite. For a likelihood that is not log-concave (student_t, zero-inflated,
+    variance heteroscedastic) both take its Fisher information instead of its Hessian."""
     ascent_rate: float = 1e-3
     """sa_vae, and vlae with search gradient: step size of the ascent."""
     ascent_momentum: float = 0.5
@@ -349,9 +364,15 @@ class Config:
 
     def __post_init__(self) -> None:
         require(
-            not (self.model.likelihood == "bernoulli" and self.data.preprocess in ("logit", "raw")),
+            "bernoulli" not in self.densities or self.data.preprocess not in ("logit", "raw"),
             "a bernoulli likelihood needs binary images, but preprocess is "
             f"{self.data.preprocess!r}: choose static_binary or dynamic_binary, or a gaussian",
+        )
+        counted = [d for d in self.densities if LIKELIHOODS[d].values in ("counts", "classes")]
+        require(
+            not counted or self.data.preprocess in ("auto", "none", "standardize"),
+            f"a {counted[0] if counted else ''} likelihood needs whole numbers as they are, but "
+            f"preprocess is {self.data.preprocess!r}: choose none or auto",
         )
         method, objective = self.inference.method, self.training.objective
         require(
@@ -361,6 +382,10 @@ class Config:
         require(
             objective == "elbo" or find_method(method).has_density_in_training,
             f"{method} trains on the ELBO: the density of its samples is not known then",
+        )
+        require(
+            method != "vae_fif" or self.likelihood in ("gaussian", "bernoulli"),
+            f"vae_fif is for a gaussian or bernoulli likelihood, got {self.likelihood}",
         )
         require(
             objective != "dreg" or not find_method(method).is_flow,
@@ -410,7 +435,10 @@ class Config:
         """
         chosen = self.data.preprocess
         if chosen == "auto":
-            data = dataclasses.replace(self.data, preprocess="logit" if pixels else "standardize")
+            is_counted = all(LIKELIHOODS[d].values in ("counts", "classes") for d in self.densities)
+            of_pixels: Preprocess = "none" if is_counted else "logit"
+            chosen = of_pixels if pixels else "standardize"
+            data = dataclasses.replace(self.data, preprocess=chosen)
             return dataclasses.replace(self, data=data)
         require(
             pixels or chosen in ("standardize", "none"),
@@ -430,11 +458,16 @@ class Config:
         return self.data.preprocess in ("static_binary", "dynamic_binary")
 
     @property
-    def likelihood(self) -> Literal["gaussian", "bernoulli"]:
-        """The output density, with ``auto`` resolved."""
+    def likelihood(self) -> str:
+        """The output density, with ``auto`` resolved, as a text; see `runs.likelihoods`."""
         if self.model.likelihood != "auto":
-            return self.model.likelihood
+            return as_text(self.model.likelihood)
         return "bernoulli" if self.binary else "gaussian"
+
+    @property
+    def densities(self) -> tuple[str, ...]:
+        """The names of all output densities."""
+        return tuple(name for name, _ in parse(self.likelihood))
 
     @property
     def run_name(self) -> str:
