@@ -99,8 +99,12 @@ def of_every_kind(pretrain: int, ascent: Options = ASCENT) -> dict[str, Options]
         "VAE": VAE,
         "pPCA": (*linear, "ppca"),
         "FA": (*linear, "fa", "--variance", "per_pixel"),
-        **{label: found[label] for label in (*labels, "VLAE T=1", "VLAE T=4")},
+        **{label: found[label] for label in labels},
+        "VAE+FIF": ("--method", "vae_fif"),
+        "VAE+iter T=4": ("--method", "vae_iter", "--steps", "4"),
+        **{label: found[label] for label in ("VLAE T=1", "VLAE T=4")},
         "VAE then VLAE T=1": late,
+        "VAE then VLAE T=1, auto": (*late[:-1], "auto"),
     }
 
 
@@ -121,6 +125,19 @@ def objectives_and_gradients() -> dict[str, Options]:
     }
 
 
+def refined() -> dict[str, Options]:
+    """Label → options of training with a variational Gaussian in place of Laplace's."""
+    one_step = ("--refine", "variational", "--refine-steps", "1", "--refine-samples", "4")
+    return {
+        "VLAE T=4": VLAE,
+        "VAE": VAE,
+        "VLAE T=4, refined": (*VLAE, *one_step),
+        "VLAE T=4, refined by 4 steps": (*VLAE, "--refine", "variational"),
+        "VLAE T=4, refined and unrolled": (*VLAE, *one_step, "--gradient", "unroll"),
+        "VAE, refined": (*VAE, *one_step),
+    }
+
+
 FIVE_SEEDS = (0, 1, 2, 3, 4)
 STUDIES: dict[str, Study] = {
     "digits": Study(
@@ -129,6 +146,37 @@ STUDIES: dict[str, Study] = {
         ("--dataset", "digits", *TO_CONVERGENCE, "--log-every", "1000"),
         Measured("VLAE T=4", 1.5, -0.3, 229),
         seeds=FIVE_SEEDS,
+    ),
+    "digits_refined": Study(
+        "digits, training with a refined posterior",
+        refined(),
+        ("--dataset", "digits", *TO_CONVERGENCE, "--log-every", "1000"),
+        Measured("VLAE T=4, refined", 0.0, 0.0, 0),
+        seeds=FIVE_SEEDS,
+        baselines=dict.fromkeys(refined(), "VLAE T=4"),
+    ),
+    "mnist_refined": Study(
+        "MNIST, training with a refined posterior, equal epochs",
+        refined(),
+        (
+            *("--dataset", "mnist", "--hidden", "200", "200", "--latent", "20"),
+            *("--epochs", "5", "--test-images", "100", "--log-every", "1000"),
+        ),
+        Measured("VLAE T=4, refined", 0.0, 0.0, 0),
+        baselines=dict.fromkeys(refined(), "VLAE T=4"),
+    ),
+    "stored_modes": Study(
+        "MNIST, where the search starts, equal epochs",
+        {
+            "VLAE T=4": VLAE,
+            "VLAE T=1": ("--method", "vlae", "--steps", "1"),
+            "VLAE T=1, stored modes": ("--method", "vlae", "--steps", "1", "--modes", "stored"),
+        },
+        (
+            *("--dataset", "mnist", "--hidden", "200", "200", "--latent", "20"),
+            *("--epochs", "8", "--test-images", "100", "--log-every", "1000"),
+        ),
+        Measured("VLAE T=1, stored modes", 0.0, 0.0, 0),
     ),
     "mnist_epochs": Study(
         "MNIST, equal epochs",
