@@ -126,6 +126,17 @@ def test_curvature_is_the_hessian_or_the_expected_one(x64, kind):
     assert np.linalg.eigvalsh(found).min() > -1e-12
 
 
+def test_the_decoder_gives_no_variance_below_the_floor(x64):
+    floored = Group("gaussian_heteroscedastic", min_std=0.1)
+    eta = jnp.asarray([0.3, 0.3, -20.0, -1.0])  # two means, two log variances
+    x = jnp.asarray([0.35, 0.35])
+    expected = stats.norm(0.3, [0.1, np.exp(-0.5)]).logpdf(0.35)
+    np.testing.assert_allclose(floored.each(x, eta, None), expected)
+    blocks = floored.information(x, eta, None)
+    np.testing.assert_allclose(blocks[0, 0], [100.0, np.exp(1.0)])
+    np.testing.assert_allclose(blocks[1, 1], [0.0, 0.5])
+
+
 @pytest.mark.parametrize("kind", TRUTHS)
 def test_draws_have_the_mean_and_the_cells_of_the_density(kind):
     eta = etas(kind, 1, seed=3)
@@ -372,6 +383,25 @@ def test_the_text_of_a_likelihood():
     assert assigned(text, 3, ("x", "c+d", "a, b")) == [("poisson", (2, 1)), ("gaussian", (0,))]
     assert assigned("poisson:1,gaussian:2", 3, None) == [("poisson", (0,)), ("gaussian", (1, 2))]
     assert ModelConfig(likelihood=MIXED) == ModelConfig(likelihood=as_text(MIXED))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "of_tables", "of_pixels"),
+    [
+        ("auto", "standardize", "logit"),
+        ("poisson", "none", "none"),
+        ("bernoulli:1,categorical:2", "none", "a bernoulli likelihood needs binary images"),
+        ((("poisson", 1), ("gaussian", 1)), "standardize", "a poisson likelihood needs whole"),
+    ],
+)
+def test_preprocessing_fits_the_densities(likelihood, of_tables, of_pixels):
+    config = Config(model=ModelConfig(likelihood=likelihood))
+    assert config.for_data(pixels=False).data.preprocess == of_tables
+    if of_pixels in ("logit", "none"):
+        assert config.for_data(pixels=True).data.preprocess == of_pixels
+        return
+    with pytest.raises(UserError, match=of_pixels):
+        config.for_data(pixels=True)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_the_encoder_is_told_what_is_missing():
     filled[2] = trained.preprocessor.mean[2]
     codes = encode(trained, np.stack([blank, filled]))["mean"]
     assert np.abs(codes[0] - codes[1]).max() > 1e-4
-    complete = initialize(tiny_config("vae"), dataset_from_arrays(table()))
+    complete = initialize(tiny_config("vae"), dataset_from_arrays(table(), gappy))
     assert complete.model.encoder.layers[0].kernel.shape[0] == 5
     assert trained.model.encoder.layers[0].kernel.shape[0] == 10
 

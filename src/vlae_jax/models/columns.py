@@ -47,7 +47,8 @@ def groups_of(config: Config, dataset: Dataset) -> tuple[Group, ...]:
                 own = tuple(c for c, n in zip(columns, classes, strict=True) if n == count)
                 groups.append(Group(kind, () if len(own) == dim else own, int(count)))
         elif kind == "gaussian" and config.model.variance == "heteroscedastic":
-            groups.append(Group("gaussian_heteroscedastic", places))
+            floor = config.model.min_std
+            groups.append(Group("gaussian_heteroscedastic", places, min_std=floor))
         else:
             levels = int(classes.max()) if kind == "discretized_logistic" else 0
             df = config.model.student_df if kind == "student_t" else 0.0

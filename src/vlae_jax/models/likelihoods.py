@@ -49,6 +49,8 @@ class Group:
     """Classes of a categorical column, or levels of a discretized one."""
     df: float = 0.0
     """Degrees of freedom of a Student-t."""
+    min_std: float = 0.0
+    """Floor of the standard deviation that the decoder gives a gaussian_heteroscedastic column."""
 
     @property
     def outputs(self) -> int:
@@ -160,6 +162,20 @@ def _draw_gaussian(g: Group, key: PRNGKeyArray, eta: Array, log_var: Parameter) 
     return eta[0] + jnp.exp(0.5 * log_var) * jax.random.normal(key, eta[0].shape, eta.dtype)
 
 
+def _floored(g: Group, eta: Array, part: int | None = None) -> Array:
+    """Means and log variances (2 n,), the latter not below the floor; or one of both, (n,)."""
+    mean, log_var = jnp.split(eta, 2)
+    if g.min_std:
+        log_var = jnp.maximum(log_var, 2.0 * math.log(g.min_std))
+    return jnp.concatenate([mean, log_var]) if part is None else (mean, log_var)[part]
+
+
+def _fisher_of_heteroscedastic(g: Group, eta: Array, _: Parameter) -> Array:
+    floored = _floored(g, eta)
+    # Below its floor a log variance has no effect, and no information.
+    return jnp.where(floored == eta, gaussian_heteroscedastic_fisher(floored), 0.0)
+
+
 def _draw_poisson(key: PRNGKeyArray, rate: Array) -> Array:
     # Beyond this a 32-bit count overflows, and one draw more or less is not seen.
     return jax.random.poisson(key, jnp.minimum(rate, 1e9)).astype(rate.dtype)
@@ -188,10 +204,6 @@ def _draw_levels(g: Group, key: PRNGKeyArray, eta: Array, log_scale: Parameter) 
     return jnp.clip(jnp.round(levels), 0, g.classes - 1)
 
 
-def _log_prob_of_levels(g: Group, x: Array, eta: Array, log_scale: Parameter) -> Array:
-    return discretized_logistic(x / (g.classes - 1), eta, log_scale, levels=g.classes)
-
-
 def _log_prob_of_classes(g: Group, x: Array, eta: Array, _: Parameter) -> Array:
     return categorical(x.astype(jnp.int32), eta.reshape(g.classes, -1).T)
 
@@ -208,22 +220,16 @@ def _draw_poissons(g: Group, key: PRNGKeyArray, eta: Array, _: Parameter) -> Arr
     return _draw_poisson(key, jnp.exp(eta[0]))
 
 
-_COUNTS = frozenset(
-    {
-        *("poisson", "negative_binomial"),
-        *("zero_inflated_poisson", "zero_inflated_negative_binomial"),
-    }
-)
 _KINDS: dict[str, _Kind] = {
     "gaussian": _Kind(
         lambda g, x, eta, p: gaussian(x, eta, p), _first, _draw_gaussian, parameter="log_var"
     ),
     "gaussian_heteroscedastic": _Kind(
-        lambda g, x, eta, p: gaussian_heteroscedastic(x, eta),
+        lambda g, x, eta, p: gaussian_heteroscedastic(x, _floored(g, eta)),
         _first,
-        lambda g, key, eta, p: _draw_gaussian(g, key, eta, eta[1]),
+        lambda g, key, eta, p: _draw_gaussian(g, key, eta, _floored(g, eta.reshape(-1), 1)),
         outputs=2,
-        fisher=lambda g, eta, p: gaussian_heteroscedastic_fisher(eta),
+        fisher=_fisher_of_heteroscedastic,
     ),
     "student_t": _Kind(
         lambda g, x, eta, p: student_t(x, eta, p, g.df),
@@ -269,12 +275,13 @@ _KINDS: dict[str, _Kind] = {
         fisher=lambda g, eta, p: zero_inflated_negative_binomial_fisher(eta, p),
     ),
     "discretized_logistic": _Kind(
-        _log_prob_of_levels,
+        lambda g, x, eta, p: discretized_logistic(x / (g.classes - 1), eta, p, levels=g.classes),
         lambda g, eta, p: jnp.clip(eta[0], 0, 1) * (g.classes - 1),
         _draw_levels,
         parameter="log_scale",
     ),
 }
+_COUNTS = frozenset(name for name in _KINDS if name.endswith(("poisson", "binomial")))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -235,7 +235,7 @@ class Trained:
         """What its data are taken for, in words: kind, size, preprocessing and likelihood."""
         words = {"standardize": "centered, and divided by one standard deviation"}
         if self.preprocessor.is_table:
-            words = {"standardize": "standardized per column"}
+            words = {"standardize": "measurements standardized per column"}
         kind = self.preprocessor.kind
         preprocessing = {"none": "as they are", **words}.get(kind, kind)
         return f"{dataset.description}, {preprocessing}; likelihood {self.config.likelihood}"
@@ -295,7 +295,8 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
             "a smaller --batch-size"
         )
     dataset.first_test_images(config.evaluation.test_images)
-    incomplete = dataset.incomplete
+    learned_from = (dataset.train, dataset.validation)
+    incomplete = any(isinstance(p, np.ndarray) and has_missing(p) for p in learned_from)
     if incomplete and find_linear_fit(config.inference.method):
         raise UserError(
             f"{config.inference.method} is fitted in closed form to complete data, and entries are "

@@ -435,9 +435,10 @@ class Config:
         """
         chosen = self.data.preprocess
         if chosen == "auto":
-            is_counted = all(LIKELIHOODS[d].values in ("counts", "classes") for d in self.densities)
-            of_pixels: Preprocess = "none" if is_counted else "logit"
-            chosen = of_pixels if pixels else "standardize"
+            values = {LIKELIHOODS[density].values for density in self.densities}
+            counted: Preprocess = "none" if values <= {"counts", "classes"} else "logit"
+            measured: Preprocess = "standardize" if "numbers" in values else "none"
+            chosen = counted if pixels else measured
             data = dataclasses.replace(self.data, preprocess=chosen)
             return dataclasses.replace(self, data=data)
         require(
