@@ -142,8 +142,9 @@ def at_implicit_mode(
     # `jax.closure_convert` leaves behind what cannot have a derivative, as counts; under nested
     # transformations that escapes its trace.
     closed, shapes = jax.make_jaxpr(curvature, return_shape=True)(mode)
-    is_float = [jnp.issubdtype(const.dtype, jnp.floating) for const in closed.consts]
-    tree = jax.tree.structure(shapes)
+    # What is closed over may not be reachable from the functions below, or tracers leak.
+    jaxpr, consts, tree = closed.jaxpr, closed.consts, jax.tree.structure(shapes)
+    is_float = [jnp.issubdtype(const.dtype, jnp.floating) for const in consts]
 
     def split(consts: list[Any]) -> tuple[list[Any], list[Any]]:
         floats = [const for const, flag in zip(consts, is_float, strict=True) if flag]
@@ -151,7 +152,7 @@ def at_implicit_mode(
 
     def pure(mode: Array, floats: list[Any], others: list[Any]) -> Any:
         left = {True: iter(floats), False: iter(others)}
-        whole = ClosedJaxpr(closed.jaxpr, [next(left[flag]) for flag in is_float])
+        whole = ClosedJaxpr(jaxpr, [next(left[flag]) for flag in is_float])
         return jax.tree.unflatten(tree, jaxpr_as_fun(whole)(mode))
 
     @jax.custom_jvp
@@ -181,4 +182,4 @@ def at_implicit_mode(
         (mode, _), (mode_dot, _) = at_mode_jvp(primals, tangents)
         return mode, mode_dot
 
-    return at_mode(mode, *split(closed.consts))
+    return at_mode(mode, *split(consts))
