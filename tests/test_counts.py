@@ -173,8 +173,8 @@ def test_negative_binomial_has_float32_derivatives(x64):
     arrays, exact = rounded(np.float32, x, log_mean, log_dispersion)
     score, curvature = slopes(*exact)
     scale = np.sqrt(np.exp(exact[1]) / (1 + np.exp(exact[1] + exact[2])))
-    np.testing.assert_array_less(np.abs(first(*arrays) - score) / (np.abs(score) + scale), 2e-4)
-    np.testing.assert_allclose(second(*arrays), curvature, rtol=5e-3)
+    np.testing.assert_array_less(np.abs(first(*arrays) - score) / (np.abs(score) + scale), 2e-6)
+    np.testing.assert_allclose(second(*arrays), curvature, rtol=2e-6)
 
 
 def test_derivative_in_the_dispersion_survives_its_limit():

@@ -35,8 +35,10 @@ from vlae_jax import (
     gradient_refine,
     importance_weighted_log_prob,
     infer_posterior,
+    laplace_evidence,
     laplace_posterior,
     newton_refine,
+    poisson,
     standard_normal,
 )
 
@@ -362,3 +364,34 @@ def test_shard_map_gives_what_one_device_gives():
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )
     assert all(" ".join(way) in output for way in WAYS)
+
+
+def test_the_evidence_has_its_second_derivative_through_the_mode(x64):
+    """Of counts that are closed over, batched; held to Newton's steps by hand, differentiated."""
+    x = jnp.asarray(np.random.default_rng(0).poisson(3, size=(6, 4)))
+    params = jnp.asarray(np.random.default_rng(1).normal(size=12)) / 2
+
+    def evidence(params, x):
+        bias, kernel = params[:4], params[4:].reshape(2, 4)
+        expand = gauss_newton_expansion(lambda z: z @ kernel + bias, lambda eta: poisson(x, eta))
+        posterior, _ = infer_posterior(expand, jnp.zeros(2), num_steps=12)
+        return laplace_evidence(expand, posterior.mean), posterior.mean
+
+    def by_hand(params, x, z):
+        bias, kernel = params[:4], params[4:].reshape(2, 4)
+        for _ in range(4):
+            rate = jnp.exp(z @ kernel + bias)
+            precision = (kernel * rate) @ kernel.T + jnp.eye(2)
+            z = z + jnp.linalg.solve(precision, kernel @ (x - rate) - z)
+        eta = z @ kernel + bias
+        precision = (kernel * jnp.exp(eta)) @ kernel.T + jnp.eye(2)
+        half_log_det = 0.5 * jnp.linalg.slogdet(precision)[1]
+        return x @ eta - jnp.sum(jnp.exp(eta)) - 0.5 * (z @ z) - half_log_det
+
+    modes = jax.jit(jax.vmap(evidence, (None, 0)))(params, x)[1]
+    totals = (
+        lambda params: jnp.sum(jax.vmap(evidence, (None, 0))(params, x)[0]),
+        lambda params: jnp.sum(jax.vmap(by_hand, (None, 0, 0))(params, x, modes)),
+    )
+    actual, expected = (jax.jit(jax.hessian(total))(params) for total in totals)
+    assert_close(actual, expected, rtol=FINITE_DIFFERENCE)

@@ -11,9 +11,11 @@ a million is a thousandth of a nat, where the sum of the usual terms is off by a
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, Num
 
@@ -136,7 +138,7 @@ def zero_inflated_negative_binomial_fisher(
         Blocks of (log mean, logit), shape (2, 2, dim).
     """
     log_mean, zero_logit = jnp.split(eta, 2)
-    information = jnp.exp(log_mean - jax.nn.softplus(log_mean + log_dispersion))
+    information = _information(log_mean, log_dispersion)
     return _zero_inflated_fisher(information, _energy_of_zero(log_mean, log_dispersion), zero_logit)
 
 
@@ -149,8 +151,13 @@ def _poisson(x: Array, log_rate: Array) -> Array:
 
 
 def _negative_binomial(x: Array, log_mean: Array, log_dispersion: Float[Array, "..."]) -> Array:
-    """Log of the probability where the mean equals x, less the deviance of the mean there is."""
     log_dispersion = jnp.broadcast_to(jnp.asarray(log_dispersion, log_mean.dtype), log_mean.shape)
+    return _negative_binomials(x, log_mean, log_dispersion)
+
+
+@jax.custom_jvp
+def _negative_binomials(x: Array, log_mean: Array, log_dispersion: Array) -> Array:
+    """Log of the probability where the mean equals x, less the deviance of the mean there is."""
     log_x = jnp.log(jnp.where(x > 0, x, 1.0))
     log_odds = log_x + log_dispersion
     deviance = x * _deviance(log_mean - log_x, log_odds)
@@ -161,6 +168,24 @@ def _negative_binomial(x: Array, log_mean: Array, log_dispersion: Float[Array, "
         - _stirling_error(log_x)
     )
     return _by_count(x, log_peak - deviance, -_energy_of_zero(log_mean, log_dispersion))
+
+
+@functools.partial(_negative_binomials.defjvp, symbolic_zeros=True)
+def _negative_binomials_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The slope in the log mean, in closed form.
+
+    Programs that differentiate it again, as expansions do, compile several times faster by it.
+    """
+    (x, log_mean, log_dispersion), (_, mean_dot, dispersion_dot) = primals, tangents
+    value, tangent = _negative_binomials(*primals), jnp.zeros_like(log_mean)
+    if type(dispersion_dot) is not SymbolicZero:
+        value, tangent = jax.jvp(
+            lambda a: _negative_binomials.fun(x, log_mean, a), (log_dispersion,), (dispersion_dot,)
+        )
+    if type(mean_dot) is not SymbolicZero:
+        rest = _complement(log_mean + log_dispersion)
+        tangent += (x * rest - _information(log_mean, log_dispersion)) * mean_dot
+    return value, tangent
 
 
 def _by_count(x: Array, positive: Array, zero: Array) -> Array:
@@ -185,6 +210,22 @@ def _deviance(excess: Array, log_odds: Array) -> Array:
     near = _scaled_expm1(log_scale, near_excess)
     near *= _log1p_ratio(_scaled_expm1(-softplus(-small_odds), near_excess))
     return jnp.where(is_far, far, near) - jnp.exp(log_scale) * excess
+
+
+def _information(log_mean: Array, log_dispersion: Float[Array, "..."]) -> Array:
+    """A negative binomial's Fisher information in the log mean: μ / (1 + α μ)."""
+    log_odds = log_mean + log_dispersion
+    is_large = log_odds > 0
+    rest = _complement(log_odds)
+    small = jnp.exp(jnp.where(is_large, 0.0, log_mean)) * rest
+    large = jnp.exp(-jnp.where(is_large, log_dispersion, 0.0)) * (1 - rest)
+    return jnp.where(is_large, large, small)
+
+
+def _complement(log_odds: Array) -> Array:
+    """1 - p, whose derivative -p (1 - p) keeps its digits where p is small too."""
+    p_or_rest = jax.nn.sigmoid(jnp.where(log_odds > 0, -log_odds, log_odds))
+    return jnp.where(log_odds > 0, p_or_rest, 1 - p_or_rest)
 
 
 def _energy_of_zero(log_mean: Array, log_dispersion: Array) -> Array:

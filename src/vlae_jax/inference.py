@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
@@ -134,26 +135,51 @@ def at_implicit_mode(
 ) -> tuple[Float[Array, " latent"], tuple[Quadratic, Factor]]:
     """Return the mode and the curvature there, the mode with its implicit derivative.
 
-    That derivative is with respect to what `curvature` closes over. One evaluation of the curvature
-    gives the value, the factor for the solve and, linearized, the whole derivative.
+    That derivative is with respect to what `curvature` closes over, of any order. One evaluation of
+    the curvature gives the value, the factor for the solve and, linearized, the whole first
+    derivative.
     """
-    pure, closed_over = jax.closure_convert(curvature, mode)
+    # `jax.closure_convert` leaves behind what cannot have a derivative, as counts; under nested
+    # transformations that escapes its trace.
+    closed, shapes = jax.make_jaxpr(curvature, return_shape=True)(mode)
+    # What is closed over may not be reachable from the functions below, or tracers leak.
+    jaxpr, consts, tree = closed.jaxpr, closed.consts, jax.tree.structure(shapes)
+    is_float = [jnp.issubdtype(const.dtype, jnp.floating) for const in consts]
+
+    def split(consts: list[Any]) -> tuple[list[Any], list[Any]]:
+        floats = [const for const, flag in zip(consts, is_float, strict=True) if flag]
+        return floats, [const for const, flag in zip(consts, is_float, strict=True) if not flag]
+
+    def pure(mode: Array, floats: list[Any], others: list[Any]) -> Any:
+        left = {True: iter(floats), False: iter(others)}
+        whole = ClosedJaxpr(jaxpr, [next(left[flag]) for flag in is_float])
+        return jax.tree.unflatten(tree, jaxpr_as_fun(whole)(mode))
 
     @jax.custom_jvp
-    def at_mode(mode: Array, closed_over: Any) -> tuple[Array, tuple[Quadratic, Factor]]:
-        return mode, pure(mode, *closed_over)
+    def followed(mode: Array, floats: list[Any], others: list[Any]) -> Array:
+        """The mode itself, with its derivatives: those of the derivative below are taken by it."""
+        return mode
+
+    @jax.custom_jvp
+    def at_mode(mode: Array, floats: list[Any], others: list[Any]) -> Any:
+        return mode, pure(mode, floats, others)
 
     @at_mode.defjvp
     def at_mode_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        mode, closed_over = primals
-        _, closed_over_dot = tangents
-        at, push = jax.linearize(lambda z, consts: pure(z, *consts), mode, closed_over)
-        (_, factor) = at
-        quadratic_dot, _ = push(jnp.zeros_like(mode), closed_over_dot)
+        mode, floats, others = primals
+        mode = followed(mode, floats, others)
+        at, push = jax.linearize(lambda z, floats: pure(z, floats, others), mode, floats)
+        _, factor = at
+        quadratic_dot, _ = push(jnp.zeros_like(mode), tangents[1])
         step = cho_solve((factor.chol, True), quadratic_dot.grad)
         # With the factor of a repaired precision the step is not the derivative of the mode, and
         # training with it was seen to diverge.
         mode_dot = jnp.where(factor.is_pd, step, 0.0)
-        return (mode, at), (mode_dot, push(mode_dot, closed_over_dot))
+        return (mode, at), (mode_dot, push(mode_dot, tangents[1]))
 
-    return at_mode(mode, closed_over)
+    @followed.defjvp
+    def followed_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+        (mode, _), (mode_dot, _) = at_mode_jvp(primals, tangents)
+        return mode, mode_dot
+
+    return at_mode(mode, *split(consts))
