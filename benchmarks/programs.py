@@ -15,7 +15,7 @@ from vlae_jax.densities import gaussian, standard_normal
 from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
-from vlae_jax.models.systems import vlae
+from vlae_jax.models.systems import find_system, vlae
 from vlae_jax.posterior import GaussianPosterior
 from vlae_jax.runs.config import InferenceConfig
 
@@ -163,6 +163,59 @@ def log_probs(problem: Problem) -> Callable[..., Any]:
         return estimate, info.standard_error
 
     return jax.vmap(one, in_axes=(None, None, 0, 0, 0, 0))
+
+
+class Network(NamedTuple):
+    """A network of the package, whose systems are compared."""
+
+    shape: tuple[int, int, int]
+    """Height, width and channels of an image."""
+    latent: int
+    hidden: tuple[int, ...]
+    channels: tuple[int, ...] = ()
+    """Of a convolutional network; none for a fully connected one."""
+    batch: int = 128
+
+
+def system_step(
+    network: Network, inference: InferenceConfig
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What training minimizes, with its gradient, as a function, and arguments for it.
+
+    The images are draws of a decoder that has learned something. The encoder's variances are those
+    of the start, one: what a trained encoder would spare is not counted.
+    """
+    dim = int(np.prod(network.shape))
+    model = VariationalAutoencoder(
+        dim,
+        latent=network.latent,
+        hidden=network.hidden,
+        activation="relu",
+        likelihood="gaussian",
+        variance=np.full(dim, 0.1),
+        network="conv" if network.channels else "mlp",
+        channels=network.channels,
+        image_shape=network.shape,
+        rngs=nnx.Rngs(0),
+    )
+    last = model.head if isinstance(model.head, nnx.Linear) else model.head.blocks
+    last.kernel[...] *= 10.0
+    key_z, key_x, key = jax.random.split(jax.random.key(1), 3)
+    zs = jax.random.normal(key_z, (network.batch, network.latent))
+    xs = jax.vmap(model.decode)(zs)
+    xs += jnp.exp(0.5 * model.log_var) * jax.random.normal(key_x, xs.shape)
+    graphdef, params = nnx.split(model)
+    system = find_system(inference.method)
+
+    def loss(params: Any, xs: jax.Array, keys: jax.Array) -> jax.Array:
+        def one(x: jax.Array, key: jax.Array) -> jax.Array:
+            at = nnx.merge(graphdef, params).at(x)
+            found = system(at, key, inference)
+            return elbo(key, at.log_joint, found.posterior) - found.amortization_loss
+
+        return -jnp.mean(jax.vmap(one)(xs, keys))
+
+    return jax.value_and_grad(loss), (params, xs, jax.random.split(key, network.batch))
 
 
 class ConvolutionalDecoder(NamedTuple):

@@ -26,14 +26,17 @@ from flax import nnx
 from benchmarks.measure import Program, compile_program, gemm_rate, time_in_turns
 from benchmarks.programs import (
     ConvolutionalDecoder,
+    Network,
     Problem,
     Sizes,
     build_problem,
     convolutional_step,
     log_probs,
     posteriors,
+    system_step,
     training_gradient,
 )
+from vlae_jax.runs.config import InferenceConfig
 
 SECTIONS = {
     "step": "Training step: value and gradient of the loss, encoder included",
@@ -76,6 +79,22 @@ CONVOLUTIONS = {
     "hessian": ("hessian", None),
     "hessian chunks of 5": ("hessian", 5),
 }
+NETWORKS = {
+    "mlp 20": Network((28, 28, 1), 20, (200, 200)),
+    "conv 20": Network((32, 32, 3), 20, (128,), (16, 32), batch=64),
+    "conv 128": Network((32, 32, 3), 128, (128,), (16, 32), batch=64),
+}
+"""The networks of the section of systems, with their latent dimensions."""
+SYSTEMS = {
+    "vae": InferenceConfig(method="vae"),
+    "exact 1": InferenceConfig(steps=1),
+    "exact 4": InferenceConfig(steps=4),
+    "matrix-free 1": InferenceConfig(steps=1, search="scaled", posterior="matrix_free"),
+    "matrix-free 4": InferenceConfig(steps=4, search="scaled", posterior="matrix_free"),
+}
+"""Its systems, with their steps T."""
+SECTIONS |= {f"systems {name}": f"Training step of {name}, encoder included" for name in NETWORKS}
+BASELINES |= {f"systems {name}": ("vae",) for name in NETWORKS}
 QUICK = Sizes(dim=48, latent=3, hidden=16, batch=4, steps=2, images=2, samples=20, chunk=10)
 CURVES: dict[str, tuple[int, ...]] = {
     "steps": (1, 2, 4, 8, 16),
@@ -132,6 +151,7 @@ def compare(options: argparse.Namespace, setting: dict[str, Any], torch: Any) ->
             *log_prob_cases(problem, options.only, torch),
             *posterior_cases(problem, options.only),
             *(convolution_cases(sizes, options.only) if sizes.dim != 3072 else ()),
+            *(system_cases(sizes, options) if sizes.dim != 3072 else ()),
         ]
         rows += measure(cases, setting, options)
         calls = {(case.section, case.name): case.call for case in cases}
@@ -261,6 +281,21 @@ def convolution_cases(sizes: Sizes, only: str) -> Iterator[Case]:
             function = convolutional_step(decoder, curvature, chunk_size, sizes.steps)
             arguments = (weights, xs, jax.random.split(key, batch))
             yield jax_case("convolutions", name, sizes, function, *arguments)
+
+
+def system_cases(sizes: Sizes, options: argparse.Namespace) -> Iterator[Case]:
+    """Steps of whole systems, as shares of a VAE's on the same network."""
+    for network_name, network in NETWORKS.items():
+        if options.quick:
+            channels = (2,) * len(network.channels)
+            network = network._replace(shape=(8, 8, 1), hidden=(4,), channels=channels, batch=2)
+        dim = math.prod(network.shape)
+        shown = sizes._replace(dim=dim, latent=network.latent, batch=network.batch)
+        for name, inference in SYSTEMS.items():
+            section = f"systems {network_name}"
+            if options.only in f"{section} {name}":
+                function, arguments = system_step(network, inference)
+                yield jax_case(section, name, shown, function, *arguments)
 
 
 def given_posteriors(problem: Problem) -> tuple[jax.Array, ...]:

@@ -161,7 +161,7 @@ def count_products(trained: Trained, pixels: np.ndarray) -> list[int]:
     def one(key: jax.Array, image: jax.Array, z: jax.Array) -> Any:
         expand, _ = trained.infer(key, image).at.expansions()
         assert isinstance(expand, MatrixFreeExpansion)
-        _, grad, times = expand.products(z)
+        _, grad, times, _ = expand.products(z)
 
         def counted(v: jax.Array) -> jax.Array:
             jax.debug.callback(note, v[0])

@@ -27,6 +27,7 @@ from vlae_jax import (
     GaussianPosterior,
     ImportanceInfo,
     KinkCheck,
+    LaplaceSample,
     MixturePosterior,
     Quadratic,
     RefinementInfo,
@@ -53,10 +54,12 @@ from vlae_jax import (
     iwae_bound,
     laplace_evidence,
     laplace_posterior,
+    laplace_sample,
     multivariate_normal,
     negative_binomial,
     newton_refine,
     poisson,
+    scaled_refine,
     shifted_expansion,
     standard_normal,
     student_t,
@@ -304,6 +307,28 @@ CASES = [
         "gradient_refine",
         lambda a: gradient_refine(a.log_joint, a.z, optimizer=optax.adam(0.1), num_steps=NUM_STEPS),
         (shape(LATENT), INFO),
+    ),
+    Case(
+        "scaled_refine",
+        lambda a: scaled_refine(a.gauss_newton(), a.z, scale=a.z**2, num_steps=NUM_STEPS),
+        (shape(LATENT), INFO),
+    ),
+    *(
+        Case(
+            f"laplace_sample, {solver}, {gradient}",
+            lambda a, solver=solver, gradient=gradient: laplace_sample(
+                KEY, a.affine_head(), a.z, solver=solver, gradient=gradient, tolerance=1e-3
+            ),
+            LaplaceSample(
+                z=shape(LATENT),
+                log_q=shape(),
+                mode=shape(LATENT),
+                log_det=shape(),
+                is_solved=shape().of("bool"),
+                num_products=shape().of("int"),
+            ),
+        )
+        for solver, gradient in (("cg", "implicit"), ("cholesky", "unroll"))
     ),
     Case(
         "laplace_posterior",

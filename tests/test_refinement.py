@@ -32,6 +32,7 @@ from vlae_jax import (
     gradient_refine,
     infer_posterior,
     newton_refine,
+    scaled_refine,
     shifted_expansion,
     standard_normal,
 )
@@ -80,6 +81,66 @@ def test_one_full_step_reaches_the_mode_of_a_linear_decoder(linear_gaussian, dam
         assert_close(mode, truth.mode)
         assert info.converged and info.is_pd and info.steps_used == 1
         assert info.newton_decrement < 1e-6
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def refine_scaled(problem, scale, *, num_steps):
+    expand = problem.expansions()["affine_head"]
+    return scaled_refine(expand, problem.z_init, scale=scale, num_steps=num_steps)
+
+
+def test_a_scaled_step_is_the_best_of_the_trial_lengths(linear_gaussian):
+    """On the quadratic around the known mode, by numpy; converged is its excess energy."""
+    problem, truth = linear_gaussian
+    precision = np.linalg.inv(truth.covariance)
+    scale = np.array([0.7, 1.0, 1.6]) / np.diag(precision)
+    mode, info = refine_scaled(problem, jnp.asarray(scale, problem.x.dtype), num_steps=4)
+    error = np.float64(problem.z_init) - truth.mode
+
+    def energy(error):
+        return 0.5 * error @ precision @ error
+
+    for t in range(4):
+        candidates = [error - a * scale * (precision @ error) for a in (1, 0.5, 0.25, 0.125)]
+        error = min(candidates, key=energy)
+        assert_close(info.iterates[t + 1], truth.mode + error, rtol=1e-4)
+    np.testing.assert_array_equal(info.iterates[-1], mode)
+    assert_close(info.newton_decrement, energy(error), rtol=1e-3)
+    assert info.converged == (energy(error) <= 0.01) and info.is_pd
+
+
+def test_one_scaled_step_reaches_a_mode_whose_precision_is_the_scales(x64):
+    scale = jnp.array([0.1, 3.0, 20.0])
+    expand = exact_expansion(lambda z: -0.5 * jnp.sum((z - 2.0) ** 2 / scale))
+    mode, info = scaled_refine(expand, jnp.zeros(3), scale=scale, num_steps=1)
+    assert_close(mode, np.full(3, 2.0))
+    assert info.converged
+    with pytest.raises(ValueError, match="scale must have the shape of z"):
+        scaled_refine(expand, jnp.zeros(3), scale=jnp.ones(2), num_steps=1)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_scaled_search_never_falls_and_never_calls_a_stall_a_mode(x64, size):
+    """Whatever the scale: far too short or too long, it goes up, or says that it is not there."""
+
+    @jax.jit
+    @jax.vmap
+    def search(layers, z_init):
+        expand = NETWORK.gauss_newton(layers)
+        mode, info = scaled_refine(expand, z_init, scale=jnp.full(LATENT, size), num_steps=10)
+        return info, expand(mode)
+
+    layers = [random_layers(seed) for seed in range(8)]
+    stacked = jax.tree.map(lambda *leaves: 3 * jnp.stack(leaves), *layers)
+    starts = jnp.stack([3 * random_vector(seed, LATENT) for seed in range(8)])
+    info, (_, grads, precisions) = search(stacked, starts)
+    assert np.all(np.diff(info.log_joint, axis=1) >= 0)
+    assert np.all(info.log_joint[:, -1] > info.log_joint[:, 0])
+    steps = np.linalg.solve(precisions, np.asarray(grads)[..., None])[..., 0]
+    decrements = 0.5 * np.einsum("bi,bi->b", grads, steps)
+    assert_close(info.newton_decrement, decrements, rtol=1e-6)
+    assert np.all(decrements[info.converged] <= 0.01)
+    assert size != 1e-6 or not np.any(info.converged)
 
 
 # ---------------------------------------------------------------- monotone searches

@@ -53,6 +53,7 @@ from vlae_jax.expansions import (
 )
 from vlae_jax.inference import infer_posterior
 from vlae_jax.kinks import KinkCheck, certify_kink, check_kink
+from vlae_jax.matrix_free import LaplaceSample, laplace_sample
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior, Posterior, laplace_posterior
 from vlae_jax.proposals import (
     MixturePosterior,
@@ -61,7 +62,7 @@ from vlae_jax.proposals import (
     heavy_tailed,
     widened,
 )
-from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine
+from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine, scaled_refine
 from vlae_jax.variational import VariationalInfo, variational_refine
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ __all__ = [
     "GaussianPosterior",
     "ImportanceInfo",
     "KinkCheck",
+    "LaplaceSample",
     "LogDensity",
     "MatrixFreeExpansion",
     "MixturePosterior",
@@ -121,10 +123,12 @@ __all__ = [
     "iwae_bound",
     "laplace_evidence",
     "laplace_posterior",
+    "laplace_sample",
     "multivariate_normal",
     "negative_binomial",
     "newton_refine",
     "poisson",
+    "scaled_refine",
     "shifted_expansion",
     "standard_normal",
     "student_t",

@@ -5,10 +5,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.densities import LogDensity, gaussian, standard_normal
 from vlae_jax.expansions import MatrixFreeExpansion, exact_expansion, gauss_newton_expansion
+
+Noise = Callable[[PRNGKeyArray, Array], Array]
 
 
 def affine_head_expansion(
@@ -57,14 +59,20 @@ def affine_head_expansion(
         raise ValueError(f"form must be 'auto', 'gram' or 'explicit', got {form!r}")
     hidden, dim = kernel.shape
 
-    def build(decode: Callable[[Array], Array], log_likelihood: LogDensity) -> MatrixFreeExpansion:
+    def build(
+        decode: Callable[[Array], Array], log_likelihood: LogDensity, noise: Noise | None = None
+    ) -> MatrixFreeExpansion:
         if exact:
             return exact_expansion(lambda z: log_likelihood(decode(z)) + log_prior(z))
         return gauss_newton_expansion(
-            decode, log_likelihood, log_prior, prior_precision=prior_precision
+            decode, log_likelihood, log_prior, prior_precision=prior_precision, noise=noise
         )
 
-    gram = build(features, compress_affine_gaussian(kernel, bias, log_var, x))
+    def noise(key: PRNGKeyArray, _: Array) -> Array:
+        normals = jax.random.normal(key, bias.shape, bias.dtype)
+        return kernel @ (jnp.exp(-0.5 * log_var) * normals)
+
+    gram = build(features, compress_affine_gaussian(kernel, bias, log_var, x), noise)
     explicit = build(lambda z: features(z) @ kernel + bias, lambda eta: gaussian(x, eta, log_var))
 
     def choose(z: Float[Array, " latent"]) -> MatrixFreeExpansion:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.densities import LogDensity, standard_normal
 
@@ -36,6 +36,9 @@ class Products(NamedTuple):
     grad: Float[Array, " latent"]
     times: Callable[[Float[Array, " latent"]], Float[Array, " latent"]]
     """v → precision @ v."""
+    noise: Callable[[PRNGKeyArray], Float[Array, " latent"]] | None = None
+    """key → a random vector of mean zero whose covariance is the precision, or None where it is
+    not known how to draw one."""
 
 
 Information = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
@@ -111,6 +114,7 @@ def gauss_newton_expansion(
     fisher: Callable[[Float[Array, " out"]], Information] | None = None,
     prior_precision: Callable[[Float[Array, " latent"]], Float[Array, "latent latent"]]
     | None = None,
+    noise: Callable[[PRNGKeyArray, Float[Array, " out"]], Float[Array, " out"]] | None = None,
     chunk_size: int | None = None,
 ) -> MatrixFreeExpansion:
     """Expand log p(x | decode(z)) + log p(z) with the decoder linearized: JᵀWJ + prior precision.
@@ -132,6 +136,9 @@ def gauss_newton_expansion(
             `densities` and `counts` for the likelihoods that need one.
         prior_precision: z → a positive definite curvature of the prior, (latent, latent), used in
             place of minus the Hessian of a log prior that is not concave.
+        noise: (key, η) → a random vector (out,) of mean zero and covariance W, for
+            `laplace_sample`. By default √W times standard normals, for a diagonal W; a W that is
+            not diagonal then gives NaN.
         chunk_size: Columns of the precision computed at once, each by one forward and one backward
             pass; the Jacobian is then never stored, for reverse mode neither. By default the whole
             Jacobian is formed, in one pass.
@@ -159,16 +166,13 @@ def gauss_newton_expansion(
     def prior_curvature(z: Array) -> Array:
         return -jax.hessian(log_prior)(z) if prior_precision is None else prior_precision(z)
 
-    def linearized(z: Array) -> tuple[Array, Array, Callable[[Array], Array], Partial]:
-        """Return the value, the gradient, the decoder's tangent map and the product with W."""
-        value, grad = jax.value_and_grad(log_joint)(z)
-        eta, push = jax.linearize(decode, z)
+    def weight(eta: Array) -> Partial:
+        """Return the product with W."""
         if eta.ndim != 1:
             raise ValueError(f"decode must return shape (out,), got {eta.shape}")
         if fisher is not None:
-            return value, grad, push, Partial(_weigh, _checked_fisher(fisher(eta), eta.size))
-        slope_push = jax.linearize(jax.grad(log_likelihood), eta)[1]
-        return value, grad, push, Partial(_minus, slope_push)
+            return Partial(_weigh, _checked_fisher(fisher(eta), eta.size))
+        return Partial(_minus, jax.linearize(jax.grad(log_likelihood), eta)[1])
 
     # By default accelerators multiply float32 in reduced precision, too low for a Cholesky factor.
     def quadratic(z: Float[Array, " latent"]) -> Quadratic:
@@ -176,22 +180,37 @@ def gauss_newton_expansion(
         with jax.default_matmul_precision("highest"):
             if chunk_size is not None:
                 return _by_columns(products(z), z, chunk_size)
-            value, grad, push, weigh = linearized(z)
-            _require_memory(z, jax.eval_shape(push, z).size)
-            basis = _basis(z)
-            fit = _sandwich(jax.vmap(push)(basis), weigh)
+            value, grad = jax.value_and_grad(log_joint)(z)
+            eta, push = jax.linearize(decode, z)
+            weigh = weight(eta)
+            _require_memory(z, eta.size)
+            fit = _sandwich(jax.vmap(push)(_basis(z)), weigh)
             return Quadratic(value, grad, fit + prior_curvature(z))
 
     def products(z: Float[Array, " latent"]) -> Products:
         z = depend_on_data(log_joint, z)
         with jax.default_matmul_precision("highest"):
-            value, grad, push, weigh = linearized(z)
+            eta, push = jax.linearize(decode, z)
+            weigh = weight(eta)
             pull = jax.linear_transpose(push, z)
+            # One linearization serves gradient and products; a derivative of both enters it once.
+            fit, slope = jax.value_and_grad(log_likelihood)(eta)
+            (prior, prior_grad), push_prior = jax.linearize(jax.value_and_grad(log_prior), z)
+            value, grad = fit + prior, pull(slope)[0] + prior_grad
             if prior_precision is None:
-                prior_push = jax.linearize(lambda z: -jax.grad(log_prior)(z), z)[1]
+                times_prior = Partial(lambda v: -push_prior(v)[1])
             else:
-                prior_push = Partial(jnp.matmul, prior_precision(z))
-            return Products(value, grad, lambda v: pull(weigh(push(v)))[0] + prior_push(v))
+                times_prior = Partial(jnp.matmul, prior_precision(z))
+
+            def draw(key: PRNGKeyArray) -> Array:
+                of_fit, of_prior = jax.random.split(key)
+                if noise is not None:
+                    score = noise(of_fit, eta)
+                else:
+                    score = _diagonal_noise(of_fit, weigh, eta)
+                return pull(score)[0] + _diagonal_noise(of_prior, times_prior, z)
+
+            return Products(value, grad, lambda v: pull(weigh(push(v)))[0] + times_prior(v), draw)
 
     return MatrixFreeExpansion(quadratic, products)
 
@@ -278,6 +297,34 @@ def held_constant(function: Callable[..., Any], *like: Any) -> Callable[..., Any
     return lambda *arguments: pure(*arguments, *constants)
 
 
+def without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansion:
+    """Return the expansion with everything it closes over held constant.
+
+    Gradients are stopped here instead of at the mode, so that reverse mode never traverses what is
+    done with it, a search for example.
+    """
+    quadratic = held_constant(expand, z)
+    if not hasattr(expand, "products"):
+        return quadratic
+
+    def multiply(z: Array, v: Array) -> tuple[Array, Array, Array]:
+        value, grad, times, _ = expand.products(z)
+        return value, grad, times(v)
+
+    def draw(z: Array, key: PRNGKeyArray) -> Array:
+        noise = expand.products(z).noise
+        return jnp.full_like(z, jnp.nan) if noise is None else noise(key)
+
+    held = held_constant(multiply, z, z)
+
+    def products(z: Array) -> Products:
+        value, grad, _ = held(z, z)
+        times = jax.linearize(lambda v: held(z, v)[2], z)[1]
+        return Products(value, grad, times, lambda key: held_constant(draw, z, key)(z, key))
+
+    return MatrixFreeExpansion(quadratic, products)
+
+
 def _basis(z: Float[Array, " latent"]) -> Float[Array, "latent latent"]:
     """The unit vectors, marked as varying over devices like z; see `depend_on_data`."""
     return jnp.eye(z.size, dtype=z.dtype) + jnp.zeros_like(z)[None]
@@ -342,6 +389,15 @@ def _weigh(information: tuple[Array, ...], tangent: Float[Array, " out"]) -> Flo
         else:
             weighted.append(jnp.sum(part * own.reshape(len(part), -1), axis=1).ravel())
     return weighted[0] if len(weighted) == 1 else jnp.concatenate(weighted)
+
+
+def _diagonal_noise(key: PRNGKeyArray, weigh: Callable[[Array], Array], like: Any) -> Array:
+    """Draw normals with the covariance that `weigh` multiplies by; NaN if it is not diagonal."""
+    normals = jax.random.normal(key, like.shape, like.dtype)
+    diagonal = weigh(jnp.ones_like(normals))
+    error = jnp.max(jnp.abs(weigh(normals) - diagonal * normals), initial=0.0)
+    allowed = 1e3 * jnp.finfo(normals.dtype).eps * jnp.max(jnp.abs(diagonal), initial=0.0)
+    return jnp.where(error <= allowed, jnp.sqrt(diagonal) * normals, jnp.nan)
 
 
 def _minus(push: Callable[[Array], Array], tangent: Array) -> Array:

@@ -11,11 +11,9 @@ from jaxtyping import Array, Float
 
 from vlae_jax.expansions import (
     Expansion,
-    MatrixFreeExpansion,
-    Products,
     Quadratic,
     depend_on_data,
-    held_constant,
+    without_gradients,
 )
 from vlae_jax.factor import Factor, factorize
 from vlae_jax.posterior import GaussianPosterior, posterior_from_factor
@@ -88,8 +86,8 @@ def infer_posterior(
     searched, searched_repair, shortfall = expand, repair, None
     if gradient != "unroll":
         z_init = depend_on_data(lambda z: expand(z).value, jax.lax.stop_gradient(z_init))
-        searched, shortfall = _without_gradients(expand, z_init), SHORTFALL
-        searched_repair = None if repair is None else _without_gradients(repair, z_init)
+        searched, shortfall = without_gradients(expand, z_init), SHORTFALL
+        searched_repair = None if repair is None else without_gradients(repair, z_init)
     search = newton_search(
         searched,
         z_init,
@@ -105,29 +103,6 @@ def infer_posterior(
     else:
         mode, (quadratic, factor) = search.mode, curvature(search.mode)
     return posterior_from_factor(mode, factor), search_info(search, quadratic, factor)
-
-
-def _without_gradients(expand: Expansion, z: Float[Array, " latent"]) -> Expansion:
-    """Return the expansion with everything it closes over held constant.
-
-    Gradients are stopped here instead of at the mode, so that reverse mode never traverses the
-    search.
-    """
-    quadratic = held_constant(expand, z)
-    if not hasattr(expand, "products"):
-        return quadratic
-
-    def multiply(z: Array, v: Array) -> tuple[Array, Array, Array]:
-        value, grad, times = expand.products(z)
-        return value, grad, times(v)
-
-    held = held_constant(multiply, z, z)
-
-    def products(z: Array) -> Products:
-        value, grad, _ = held(z, z)
-        return Products(value, grad, jax.linearize(lambda v: held(z, v)[2], z)[1])
-
-    return MatrixFreeExpansion(quadratic, products)
 
 
 def at_implicit_mode(

@@ -20,10 +20,13 @@ from vlae_jax.expansions import (
 )
 from vlae_jax.factor import Factor, factorize
 from vlae_jax.search_steps import (
+    Evaluate,
+    Local,
     hold_value,
     line_search_step,
     look_by_factor,
     look_by_products,
+    look_by_scale,
     promises_more_than_rounding,
     trust_region_step,
 )
@@ -182,8 +185,7 @@ def newton_search(
     may miss. None solves to rounding, as reverse mode through the search needs: it assumes that
     every direction is the exact solution.
     """
-    if num_steps < 0:
-        raise ValueError(f"num_steps must be at least 0, got {num_steps}")
+    _require_steps(num_steps)
     if damping not in get_args(Damping):
         raise ValueError(f"damping must be one of {get_args(Damping)}, got {damping!r}")
     z_init = depend_on_data(lambda z: expand(z).value, z_init)
@@ -194,8 +196,19 @@ def newton_search(
         look = functools.partial(look_by_products, matrix_free, shortfall)
     else:
         look = functools.partial(look_by_factor, expand, repair)
+    return _search(look, hold_value(expand, z_init), z_init, num_steps, damping, until_converged)
+
+
+def _search(
+    look: Callable[[Array, Array], Local],
+    evaluate: Evaluate,
+    z_init: Float[Array, " latent"],
+    num_steps: int,
+    damping: Damping,
+    until_converged: bool = False,
+) -> Search:
+    """Run steps in the directions of `look`, of lengths by `damping`."""
     move = line_search_step if damping == "line_search" else trust_region_step
-    evaluate = hold_value(expand, z_init)
 
     def step(state: Any, t: Array) -> Any:
         z, ridge, _ = state
@@ -252,6 +265,61 @@ def _choose(solver: Solver, expand: Expansion, latent: int, damping: Damping) ->
     return solver
 
 
+def scaled_refine(
+    expand: Expansion,
+    z_init: Float[Array, " latent"],
+    *,
+    scale: Float[Array, " latent"],
+    num_steps: int,
+) -> tuple[Float[Array, " latent"], RefinementInfo]:
+    """Search the mode by steps along the gradient times `scale`, without any curvature.
+
+    A step costs one gradient and the evaluations of its line search, that of `newton_refine`: the
+    log joint never falls. The closer `scale` is to the posterior's variances, the further a step
+    leads; the variances of a trained encoder are such a guess that costs nothing.
+
+    Args:
+        expand: Expansion of one example's log joint; only the `RefinementInfo` needs its precision.
+        z_init: First guess, shape (latent,).
+        scale: Positive guess of the posterior's variances, shape (latent,).
+        num_steps: Steps T; 0 returns `z_init`.
+
+    Returns:
+        The mode (latent,) and the `RefinementInfo`. Its decrement and flags come from the precision
+        at the mode, which the compiler removes if they are not used.
+
+    Raises:
+        ValueError: While tracing, for a wrong `num_steps` or shape.
+
+    Gradients:
+        Flow through every step into `z_init`, `scale` and the parameters, with step sizes held
+        constant.
+    """
+    search = scaled_search(expand, z_init, scale=scale, num_steps=num_steps)
+    return search.mode, search_info(search, *factorize(expand, search.mode))
+
+
+def scaled_search(
+    expand: Expansion,
+    z_init: Float[Array, " latent"],
+    *,
+    scale: Float[Array, " latent"],
+    num_steps: int,
+) -> Search:
+    """Run the search of `scaled_refine` without the expansion at the mode, left to the caller."""
+    _require_steps(num_steps)
+    if scale.shape != z_init.shape:
+        raise ValueError(f"scale must have the shape of z, {z_init.shape}, got {scale.shape}")
+    z_init = depend_on_data(lambda z: expand(z).value, z_init)
+    look = functools.partial(look_by_scale, expand, scale)
+    return _search(look, hold_value(expand, z_init), z_init, num_steps, "line_search")
+
+
+def _require_steps(num_steps: int) -> None:
+    if num_steps < 0:
+        raise ValueError(f"num_steps must be at least 0, got {num_steps}")
+
+
 def gradient_refine(
     log_joint: LogDensity,
     z_init: Float[Array, " latent"],
@@ -278,8 +346,7 @@ def gradient_refine(
     Gradients:
         Flow through every step, as far as the optimizer is differentiable.
     """
-    if num_steps < 0:
-        raise ValueError(f"num_steps must be at least 0, got {num_steps}")
+    _require_steps(num_steps)
     z_init = depend_on_data(log_joint, z_init)
 
     def energy(z: Array) -> Array:

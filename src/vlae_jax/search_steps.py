@@ -79,7 +79,7 @@ def look_by_products(
     ridge: Float[Array, ""],
 ) -> Local:
     """Find the direction of a step by conjugate gradients, without forming the precision."""
-    value, grad, times = expand.products(z)
+    value, grad, times, _ = expand.products(z)
 
     def ridged(v: Array) -> Array:
         return times(v) + ridge * v
@@ -90,6 +90,26 @@ def look_by_products(
     direction = jax.lax.custom_linear_solve(ridged, grad, solve, symmetric=True)
     is_found = jnp.isfinite(value)
     return Local(value, grad, direction, is_found, is_found)
+
+
+def look_by_scale(
+    expand: Expansion,
+    scale: Float[Array, " latent"],
+    z: Float[Array, " latent"],
+    ridge: Float[Array, ""],
+) -> Local:
+    """Take the scaled gradient as the direction: the precision is guessed to be diag(1 / scale)."""
+    value, grad = value_and_grad(expand, z)
+    is_found = jnp.isfinite(value)
+    return Local(value, grad, scale * grad / (1 + ridge * scale), is_found, is_found)
+
+
+def value_and_grad(
+    expand: Expansion, z: Float[Array, " latent"]
+) -> tuple[Float[Array, ""], Float[Array, " latent"]]:
+    """Return the log joint and its gradient, without the precision where that can be avoided."""
+    local = getattr(expand, "products", expand)(z)
+    return local.value, local.grad
 
 
 def hold_value(expand: Expansion, z: Float[Array, " latent"]) -> Evaluate:

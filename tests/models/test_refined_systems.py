@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import Linear, digits, linear_config, untrained
+from problems import assert_close
 
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.errors import UserError
@@ -71,6 +72,25 @@ def test_a_held_posterior_teaches_the_encoder_by_its_loss_and_the_decoder_by_the
         jnp.linalg.norm(exact) * jnp.linalg.norm(grads["head"]["bias"][...])
     )
     assert cosine > 0.8
+
+
+def test_a_matrix_free_posterior_is_for_training_alone():
+    """Its gradient of the decoder varies about that of the evidence; measurements do not see it."""
+    trained = untrained(linear_config("vlae"))
+    sampled = trained.with_inference(search="scaled", posterior="matrix_free")
+    exact = trained.with_inference(search="scaled")
+    keys = fixed_keys(len(IMAGES))
+    infer = jax.jit(jax.vmap(lambda trained, *one: trained.infer(*one).posterior, (None, 0, 0)))
+    assert_close(infer(sampled, keys, IMAGES), infer(exact, keys, IMAGES))
+    (_, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+        sampled.params, sampled, IMAGES, keys
+    )
+    assert metrics["is_solved"] == 1
+    assert all(np.any(grads[part]["kernel"][...]) for part in ("mean", "log_std", "head"))
+    with pytest.raises(UserError, match="choose posterior exact"):
+        trained.with_inference(posterior="matrix_free", gradient="unroll")
+    with pytest.raises(UserError, match="choose --objective elbo"):
+        sampled.with_config("training", train_samples=2)
 
 
 def test_what_cannot_be_refined_or_inferred_is_refused():

@@ -42,6 +42,7 @@ CONVOLUTIONS = {
     "hessian",
     "hessian chunks of 5",
 }
+SYSTEMS = {"vae", "exact 1", "exact 4", "matrix-free 1", "matrix-free 4"}
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,8 @@ def test_there_is_a_row_for_every_way(monkeypatch, tmp_path, capsys):
     assert names(found, "posterior") == POSTERIORS
     assert names(found, "log_prob") == {"whitened head", "full decode"}
     assert names(found, "convolutions") == CONVOLUTIONS
+    for network in ("mlp 20", "conv 20", "conv 128"):
+        assert names(found, f"systems {network}") == SYSTEMS
     printed = capsys.readouterr().out
     assert all(f"| {row['name']} |" in printed for row in found["rows"])
 
@@ -110,6 +113,7 @@ def test_there_is_a_row_for_every_way(monkeypatch, tmp_path, capsys):
         ("step hessian unroll", 1),
         ("log_prob", 2),
         ("convolutions gauss_newton chunks of 5", 1),
+        ("systems conv 128 matrix-free 1", 1),
     ],
 )
 def test_rows_of_each_section_are_measured(quick_compile, monkeypatch, tmp_path, only, count):

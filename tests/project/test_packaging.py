@@ -186,6 +186,7 @@ def test_every_variable_becomes_its_option(recorded):
         "METHOD": "vlae",
         "STEPS": "4",
         "SEARCH": "gradient",
+        "POSTERIOR": "exact",
         "DAMPING": "paper",
         "SOLVER": "cg",
         "GRADIENT": "stop",

@@ -171,16 +171,19 @@ class Trained:
             pixels: One example, of the shape and kind of those of the training.
             start: Where a search for the mode starts, (latent,); by default, and where it is not
                 finite, at the encoder's mean.
-            training: Multiply in the precision of the training; otherwise in float32.
+            training: Multiply in the precision of the training, and take the posterior that the
+                configuration names for it; otherwise float32, and the exact posterior.
         """
         keys, log_det, at = self.observe(key, pixels, training=training)
         if start is not None:
             at = at._replace(start=jnp.where(jnp.isfinite(start), start, at.mean))
-        return Inferred(keys, log_det, at, self.infer_at(at, keys))
+        return Inferred(keys, log_det, at, self.infer_at(at, keys, training=training))
 
-    def infer_at(self, at: Observation, keys: Keys) -> Inference:
+    def infer_at(self, at: Observation, keys: Keys, *, training: bool = False) -> Inference:
         """Infer the posterior of an observation, which may be one that the model drew itself."""
         config = self.config.inference
+        if not training:
+            config = dataclasses.replace(config, posterior="exact")
         inference = find_system(config.method)(at, keys.inference, config)
         if config.refine == "variational":
             inference = refine(at, inference, keys.refinement, config)

@@ -166,8 +166,14 @@ class InferenceConfig:
     steps: int = 4
     """T: mode-search steps (vlae), ascent steps (sa_vae), steps of the network (vae_iter) or of the
     flow."""
-    search: Literal["newton", "gradient"] = "newton"
-    """vlae: closed-form local-linear (Newton) steps, or gradient ascent of the log joint."""
+    search: Literal["newton", "scaled", "gradient"] = "newton"
+    """vlae: the steps. newton: closed-form, local-linear. scaled: along the gradient times the
+    encoder's variances, which costs no Jacobian. gradient: ascent of the log joint."""
+    posterior: Literal["exact", "matrix_free"] = "exact"
+    """vlae: how training differentiates its sample of the posterior. exact: through the precision.
+    matrix_free: by two products with the Gauss-Newton precision, an unbiased gradient at a fraction
+    of the price; from 64 latent dimensions on conjugate gradients find the sample, too. All
+    measurements take the exact posterior."""
     damping: Literal["line_search", "paper"] = "line_search"
     """vlae: step lengths; line_search never lowers the log joint, paper is 0.5 / (t + 1)."""
     solver: Literal["auto", "cholesky", "cg"] = "auto"
@@ -178,7 +184,8 @@ class InferenceConfig:
     """vlae, sa_vae: how training differentiates what the steps find.
     implicit: by the implicit function theorem (vlae). stop: not at all. unroll: through the steps.
     With implicit and stop the encoder learns to start where the steps end: by its excess energy
-    (vlae) or its KL divergence (sa_vae), in nats. auto: implicit for vlae, unroll for sa_vae."""
+    (vlae) or its KL divergence (sa_vae), in nats. auto: unroll for sa_vae, implicit for vlae, but
+    stop with --search scaled, whose steps end too far from the mode for it."""
     encoder_loss: Literal["distance", "elbo"] = "distance"
     """What the encoder learns by where the steps are not unrolled. distance: that of --gradient.
     elbo: the ELBO of its own guess, as in a VAE, with the decoder held constant."""
@@ -223,6 +230,12 @@ class InferenceConfig:
         require(
             self.refine == "none" or not find_method(self.method).is_flow,
             f"refine variational moves a Gaussian, which {self.method} has not",
+        )
+        require(
+            self.posterior == "exact"
+            or (self.method == "vlae" and self.refine == "none" and self.gradient != "unroll"),
+            "posterior matrix_free is one sample of vlae, without the matrix that --refine and "
+            "gradient unroll need: choose posterior exact",
         )
         require(
             not (self.method == "sa_vae" and self.gradient == "implicit"),
@@ -386,6 +399,20 @@ class Config:
         require(
             method != "vae_fif" or self.likelihood in ("gaussian", "bernoulli"),
             f"vae_fif is for a gaussian or bernoulli likelihood, got {self.likelihood}",
+        )
+        require(
+            self.inference.posterior == "exact"
+            or (objective == "elbo" and self.training.train_samples == 1),
+            "posterior matrix_free trains on the ELBO of one sample: choose --objective elbo and "
+            "--train-samples 1, or posterior exact",
+        )
+        correlated = set(self.densities) & {
+            *("categorical", "zero_inflated_poisson", "zero_inflated_negative_binomial")
+        }
+        require(
+            self.inference.posterior == "exact" or not correlated,
+            f"posterior matrix_free needs a likelihood whose outputs vary independently, which "
+            f"{', '.join(sorted(correlated))} is not: choose --posterior exact",
         )
         require(
             objective != "dreg" or not find_method(method).is_flow,
