@@ -1,4 +1,7 @@
-"""Commands that use a trained run: encode, reconstruct, sample, impute, score, gap."""
+"""Commands that use a trained run: encode, reconstruct, sample, impute, score, gap.
+
+More than 400 lines, many of which are what --help says of each option.
+"""
 
 import dataclasses
 import time
@@ -245,7 +248,8 @@ class Impute(_UseOnImages):
     def __post_init__(self) -> None:
         super().__post_init__()
         ways = (self.mask, self.missing, self.missing_box)
-        if sum(way is not None for way in ways) > 1:
+        chosen = sum(way is not None for way in ways)
+        if chosen > 1 or (chosen == 0 and self.input is None):  # a file may have empty entries
             raise UserError(_ONE_WAY)
         if self.missing is not None and not 0 < self.missing < 1:
             raise UserError(f"missing must lie between 0 and 1, got {self.missing}")
