@@ -15,7 +15,8 @@ from vlae_jax.densities import gaussian, standard_normal
 from vlae_jax.expansions import Expansion, exact_expansion, gauss_newton_expansion
 from vlae_jax.inference import infer_posterior
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
-from vlae_jax.models.systems import find_system, vlae
+from vlae_jax.models.laplace import vlae
+from vlae_jax.models.systems import find_system
 from vlae_jax.posterior import GaussianPosterior
 from vlae_jax.runs.config import InferenceConfig
 

@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.densities import LogDensity, standard_normal
+from vlae_jax.information import Information, checked_information, diagonal_noise, weigh
 
 
 class Quadratic(NamedTuple):
@@ -40,9 +41,6 @@ class Products(NamedTuple):
     """key → a random vector of mean zero whose covariance is the precision, or None where it is
     not known how to draw one."""
 
-
-Information = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
-"""Fisher information in a decoder's output: a diagonal, blocks, or a tuple of these for parts."""
 
 Expansion = Callable[[Float[Array, " latent"]], Quadratic]
 """z → `Quadratic`. An expansion with a method `products`, z → `Products`, also allows mode searches
@@ -171,7 +169,7 @@ def gauss_newton_expansion(
         if eta.ndim != 1:
             raise ValueError(f"decode must return shape (out,), got {eta.shape}")
         if fisher is not None:
-            return Partial(_weigh, _checked_fisher(fisher(eta), eta.size))
+            return Partial(weigh, checked_information(fisher(eta), eta.size))
         return Partial(_minus, jax.linearize(jax.grad(log_likelihood), eta)[1])
 
     # By default accelerators multiply float32 in reduced precision, too low for a Cholesky factor.
@@ -182,16 +180,15 @@ def gauss_newton_expansion(
                 return _by_columns(products(z), z, chunk_size)
             value, grad = jax.value_and_grad(log_joint)(z)
             eta, push = jax.linearize(decode, z)
-            weigh = weight(eta)
             _require_memory(z, eta.size)
-            fit = _sandwich(jax.vmap(push)(_basis(z)), weigh)
+            fit = _sandwich(jax.vmap(push)(_basis(z)), weight(eta))
             return Quadratic(value, grad, fit + prior_curvature(z))
 
     def products(z: Float[Array, " latent"]) -> Products:
         z = depend_on_data(log_joint, z)
         with jax.default_matmul_precision("highest"):
             eta, push = jax.linearize(decode, z)
-            weigh = weight(eta)
+            times_fit = weight(eta)
             pull = jax.linear_transpose(push, z)
             # One linearization serves gradient and products; a derivative of both enters it once.
             fit, slope = jax.value_and_grad(log_likelihood)(eta)
@@ -207,10 +204,13 @@ def gauss_newton_expansion(
                 if noise is not None:
                     score = noise(of_fit, eta)
                 else:
-                    score = _diagonal_noise(of_fit, weigh, eta)
-                return pull(score)[0] + _diagonal_noise(of_prior, times_prior, z)
+                    score = diagonal_noise(of_fit, times_fit, eta)
+                return pull(score)[0] + diagonal_noise(of_prior, times_prior, z)
 
-            return Products(value, grad, lambda v: pull(weigh(push(v)))[0] + times_prior(v), draw)
+            def times(vector: Array) -> Array:
+                return pull(times_fit(push(vector)))[0] + times_prior(vector)
+
+            return Products(value, grad, times, draw)
 
     return MatrixFreeExpansion(quadratic, products)
 
@@ -359,45 +359,6 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _checked_fisher(information: Information, out: int) -> tuple[Array, ...]:
-    parts = information if isinstance(information, tuple) else (information,)
-    sizes = [_outputs(part) for part in parts]
-    if sum(sizes) != out or any(
-        part.ndim not in (1, 3) or (part.ndim == 3 and len(part) != part.shape[1]) for part in parts
-    ):
-        raise ValueError(
-            f"fisher must return its diagonal, {(out,)}, or blocks (outputs, outputs, dim) with "
-            f"outputs × dim = {out}, got {' and '.join(str(part.shape) for part in parts)}"
-        )
-    return parts
-
-
-def _outputs(part: Array) -> int:
-    """How many outputs a diagonal, or blocks, of the information belong to."""
-    return part.shape[0] * part.shape[-1] if part.ndim == 3 else part.size
-
-
-def _weigh(information: tuple[Array, ...], tangent: Float[Array, " out"]) -> Float[Array, " out"]:
-    start, weighted = 0, []
-    for part in information:
-        own = tangent[start : start + _outputs(part)]
-        start += own.size
-        if part.ndim == 1:
-            weighted.append(part * own)
-        else:
-            weighted.append(jnp.sum(part * own.reshape(len(part), -1), axis=1).ravel())
-    return weighted[0] if len(weighted) == 1 else jnp.concatenate(weighted)
-
-
-def _diagonal_noise(key: PRNGKeyArray, weigh: Callable[[Array], Array], like: Any) -> Array:
-    """Draw normals with the covariance that `weigh` multiplies by; NaN if it is not diagonal."""
-    normals = jax.random.normal(key, like.shape, like.dtype)
-    diagonal = weigh(jnp.ones_like(normals))
-    error = jnp.max(jnp.abs(weigh(normals) - diagonal * normals), initial=0.0)
-    allowed = 1e3 * jnp.finfo(normals.dtype).eps * jnp.max(jnp.abs(diagonal), initial=0.0)
-    return jnp.where(error <= allowed, jnp.sqrt(diagonal) * normals, jnp.nan)
 
 
 def _minus(push: Callable[[Array], Array], tangent: Array) -> Array:

@@ -15,7 +15,7 @@ from vlae_jax.analysis.evaluation import measure
 from vlae_jax.analysis.uses import sample
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.errors import UserError
-from vlae_jax.models.systems import vlae
+from vlae_jax.models.laplace import vlae
 from vlae_jax.models.trained import Keys
 from vlae_jax.training.step import Trainer
 

@@ -16,7 +16,8 @@ from vlae_jax.errors import UserError
 from vlae_jax.matrix_free import LaplaceSample
 from vlae_jax.models.autoencoder import VariationalAutoencoder
 from vlae_jax.models.flows import FlowPosterior
-from vlae_jax.models.systems import find_head, find_system, semi_amortized_vae, vae, vlae
+from vlae_jax.models.laplace import vlae
+from vlae_jax.models.systems import find_head, find_system, semi_amortized_vae, vae
 from vlae_jax.posterior import (
     ClosedFormPosterior,
     DiagonalPosterior,

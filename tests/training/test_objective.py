@@ -13,7 +13,8 @@ from vlae_jax import elbo
 from vlae_jax.bounds import iwae_bound
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.models.autoencoder import VariationalAutoencoder
-from vlae_jax.models.systems import vae, vlae
+from vlae_jax.models.laplace import vlae
+from vlae_jax.models.systems import vae
 from vlae_jax.models.trained import Keys
 from vlae_jax.runs.config import InferenceConfig, ModelConfig
 from vlae_jax.training.objective import loss_fn, objective

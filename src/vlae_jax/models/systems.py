@@ -3,13 +3,11 @@
 A new system is one more function, here or elsewhere, and one more entry in `runs.methods`;
 training, evaluation and report treat all systems alike. Every system takes the model at an example,
 a random key, and the inference section of the configuration.
-
-They stay together in more than 400 lines, as most share their parts with others.
 """
 
 import pkgutil
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.expansions import (
-    Expansion,
-    MatrixFreeExpansion,
     held_constant,
-    without_gradients,
 )
-from vlae_jax.inference import Gradient, infer_posterior
-from vlae_jax.matrix_free import laplace_sample
 from vlae_jax.models.arithmetic import FULL, Arithmetic, arithmetic
 from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.flows import (
@@ -34,15 +27,14 @@ from vlae_jax.models.flows import (
     PlanarFlow,
 )
 from vlae_jax.posterior import (
-    LOG_2PI,
     DiagonalPosterior,
     GaussianPosterior,
     Posterior,
 )
-from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine, scaled_refine
+from vlae_jax.refinement import RefinementInfo
 from vlae_jax.runs.config import Config, InferenceConfig
 from vlae_jax.runs.methods import find_method
-from vlae_jax.variational import VariationalInfo, variational_refine
+from vlae_jax.variational import VariationalInfo
 
 
 class Inference(NamedTuple):
@@ -130,7 +122,7 @@ def semi_amortized_vae(
         return Inference(refined, jnp.zeros(()), iterates, {})
     refined = jax.lax.stop_gradient(refined)
     if config.encoder_loss == "elbo":
-        loss = _shortfall(at, key, refined)
+        loss = shortfall(at, key, refined)
     else:
         loss = _diagonal_kl(initial, refined)
     return Inference(refined, loss, iterates, {})
@@ -149,7 +141,7 @@ def one_sample_bound(
     return bound
 
 
-def _shortfall(at: Observation, key: PRNGKeyArray, found: Posterior) -> Float[Array, ""]:
+def shortfall(at: Observation, key: PRNGKeyArray, found: Posterior) -> Float[Array, ""]:
     """Nats by which the ELBO of the encoder's guess is below that of the posterior found.
 
     The encoder alone gets a gradient: that of the ELBO of its guess.
@@ -172,117 +164,6 @@ def ascent_optimizer(config: InferenceConfig) -> optax.GradientTransformation:
     return optax.chain(*clip, optax.sgd(config.ascent_rate, momentum=config.ascent_momentum))
 
 
-def vlae(
-    at: Observation,
-    key: PRNGKeyArray,
-    config: InferenceConfig,
-) -> Inference:
-    """Infer the Laplace posterior at a mode, searched from the encoder's mean (Park et al., 2019).
-
-    Training may start the search elsewhere, where the last search for the image ended.
-
-    Unless the search is unrolled, the ELBO has no gradient to the encoder. The encoder then learns
-    to start near the mode μ from the amortization loss ½ (z₀ - μ)ᵀ P (z₀ - μ) nats, the excess
-    energy of its guess z₀ in the quadratic model; where its standard deviations are used as well,
-    from the KL divergence of its guess to the posterior; or, with encoder_loss "elbo", as the
-    encoder of a VAE. With posterior "matrix_free" the posterior is one sample of it.
-    """
-    expand, repair = at.expansions()
-    if repair is not None and (
-        config.curvature == "gauss_newton" or config.posterior == "matrix_free"
-    ):
-        expand, repair = repair, None
-    # The implicit derivative is that of a mode. Scaled steps end too far below it: with them
-    # training came to reward the distance and diverged.
-    auto: Gradient = "stop" if config.search == "scaled" else "implicit"
-    gradient: Gradient = auto if config.gradient == "auto" else config.gradient
-    # Without steps unrolling is free, and gives the encoder the gradient of the ELBO directly.
-    gradient = "unroll" if config.steps == 0 else gradient
-    start, steps, iterates = at.start, config.steps, None
-    if config.search != "newton":
-        start, found = _first_order_search(at, expand, config)
-        steps, iterates = 0, found.iterates
-    if config.posterior == "matrix_free":
-        return _matrix_free(at, key, config, gradient, (expand, start, steps, iterates))
-    posterior, info = infer_posterior(
-        expand,
-        start,
-        num_steps=steps,
-        damping=config.damping,
-        gradient=gradient,
-        repair=repair,
-        solver=config.solver,
-    )
-    if gradient == "unroll":
-        amortization_loss = jnp.zeros(())
-    elif config.encoder_loss == "elbo":
-        amortization_loss = _shortfall(at, key, posterior)
-    else:
-        amortization_loss = _distance(at, posterior, spread=config.search == "scaled")
-    iterates = info.iterates if iterates is None else iterates
-    return Inference(posterior, amortization_loss, iterates, flags_of(info))
-
-
-def _first_order_search(
-    at: Observation, expand: Expansion, config: InferenceConfig
-) -> tuple[Float[Array, " latent"], RefinementInfo]:
-    """Search the mode by gradients alone."""
-    if config.search == "scaled":
-        scale = jnp.exp(2 * at.log_std)
-        return scaled_refine(expand, at.start, scale=scale, num_steps=config.steps)
-    optimizer = ascent_optimizer(config)
-    return gradient_refine(at.log_joint, at.start, optimizer=optimizer, num_steps=config.steps)
-
-
-def _matrix_free(
-    at: Observation,
-    key: PRNGKeyArray,
-    config: InferenceConfig,
-    gradient: Gradient,
-    searched: tuple[Expansion, Float[Array, " latent"], int, Any],
-) -> Inference:
-    """Go on to a sample of the Laplace posterior, and train mean and spread of the encoder."""
-    expand, start, steps, iterates = searched
-    assert isinstance(expand, MatrixFreeExpansion)
-    of_sample, of_guess = jax.random.split(key)
-    held = cast(MatrixFreeExpansion, without_gradients(expand, at.mean))
-    mode = start if gradient == "unroll" else jax.lax.stop_gradient(start)
-    if iterates is None:
-        mode, found = newton_refine(
-            held, mode, num_steps=steps, damping=config.damping, solver=config.solver
-        )
-        iterates = found.iterates
-    scale = jnp.exp(2 * at.log_std)
-    sample = laplace_sample(of_sample, expand, mode, scale=scale, gradient=gradient)
-    if config.encoder_loss == "elbo":
-        loss = _shortfall(at, of_guess, sample)
-    else:
-        # KL(guess ‖ posterior), its energy and trace by one product for one sample of the guess.
-        z, log_q = at.guess.sample_and_log_prob(of_guess)
-        moved = z - mode
-        pull = jax.lax.stop_gradient(held.products(mode).times(moved))
-        energy = 0.5 * jax.lax.stop_gradient(moved @ pull)
-        energy += (moved - jax.lax.stop_gradient(moved)) @ pull
-        loss = log_q + energy + 0.5 * (mode.size * LOG_2PI - sample.log_det)
-    flags = {"is_solved": sample.is_solved, "products": sample.num_products}
-    return Inference(sample, loss, iterates, flags)
-
-
-def _distance(at: Observation, posterior: GaussianPosterior, *, spread: bool) -> Float[Array, ""]:
-    """Nats by which the encoder's guess is off: the energy ½ (m - μ)ᵀ P (m - μ) of its mean m.
-
-    With `spread` also ½ tr(PS) - ½ log|PS| - d/2, S its covariance. The sum is the KL divergence of
-    the guess to the posterior.
-    """
-    mean, chol = jax.lax.stop_gradient(posterior)
-    energy = 0.5 * jnp.sum((chol.T @ (at.mean - mean)) ** 2)
-    if not spread:
-        return energy
-    scaled = chol.T * jnp.exp(at.log_std)
-    log_det = jnp.sum(jnp.log(jnp.diagonal(chol)) + at.log_std)
-    return energy + 0.5 * (jnp.sum(scaled**2) - at.mean.size) - log_det
-
-
 def flags_of(info: RefinementInfo | VariationalInfo) -> dict[str, Array]:
     """The diagnostics of a search, or of a refinement, whose decrement is the smoothed one."""
     if isinstance(info, RefinementInfo):
@@ -290,15 +171,6 @@ def flags_of(info: RefinementInfo | VariationalInfo) -> dict[str, Array]:
     else:
         decrement = info.smoothed_decrement
     return {"converged": info.converged, "is_pd": info.is_pd, "newton_decrement": decrement}
-
-
-def linear_gaussian(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """Infer the exact posterior of a linear decoder; one Newton step from any z gives the mode.
-
-    References:
-        Tipping and Bishop (1999), Probabilistic principal component analysis.
-    """
-    return vlae(at, key, InferenceConfig(steps=1, solver="cholesky"))
 
 
 class FullCovarianceHead(nnx.Module):
@@ -326,43 +198,6 @@ class FullCovarianceHead(nnx.Module):
         unit = jnp.eye(latent, dtype=log_std.dtype)
         unit = unit.at[jnp.tril_indices(latent, -1)].set(self.lower(features))
         return unit * jnp.exp(-log_std)
-
-
-def refine(
-    at: Observation, inference: Inference, key: PRNGKeyArray, config: InferenceConfig
-) -> Inference:
-    """Move a system's Gaussian towards the one of largest ELBO, by variational Newton steps.
-
-    With gradient "unroll" the objective is differentiated through the steps. Otherwise the
-    posterior is held constant. At the optimum that gives the gradient of the ELBO with respect to
-    the decoder. The encoder then learns from an amortization loss: the KL divergence from its guess
-    to the posterior, or, where only its mean is trained (vlae), the excess energy of that mean; or
-    with encoder_loss "elbo" the ELBO of its guess.
-
-    References:
-        Opper and Archambeau (2009), The variational Gaussian approximation revisited.
-    """
-    expand, repair = at.expansions()
-    unroll = config.gradient == "unroll"
-    given = inference.posterior
-    assert isinstance(given, GaussianPosterior | DiagonalPosterior)  # InferenceConfig checks this
-    posterior, info = variational_refine(
-        expand,
-        given,
-        key,
-        num_steps=config.refine_steps,
-        num_samples=config.refine_samples,
-        repair=repair,
-        gradient="unroll" if unroll else "stop",
-    )
-    loss = inference.amortization_loss
-    if not unroll and config.encoder_loss == "elbo":
-        loss = _shortfall(at, key, posterior)
-    elif not unroll:
-        is_used = config.method != "vlae" or config.search == "scaled"
-        loss = _distance(at, posterior, spread=is_used)
-    iterates = jnp.concatenate([inference.iterates, posterior.mean[None]])
-    return Inference(posterior, loss, iterates, flags_of(info))
 
 
 def full_covariance_head(config: Config, features: int, rngs: nnx.Rngs) -> nnx.Module:

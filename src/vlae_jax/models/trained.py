@@ -28,9 +28,10 @@ from vlae_jax.errors import UserError
 from vlae_jax.models.arithmetic import in_full
 from vlae_jax.models.autoencoder import Observation, VariationalAutoencoder
 from vlae_jax.models.columns import groups_of, is_continuous
+from vlae_jax.models.laplace import refine
 from vlae_jax.models.likelihoods import Group
 from vlae_jax.models.linear import LinearModel
-from vlae_jax.models.systems import Inference, find_head, find_linear_fit, find_system, refine
+from vlae_jax.models.systems import Inference, find_head, find_linear_fit, find_system
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.posterior import Posterior
 from vlae_jax.runs.config import Config

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from vlae_jax.errors import UserError, nearest
 
 _SYSTEMS = "vlae_jax.models.systems"
+_LAPLACE = "vlae_jax.models.laplace"
 
 
 class Method(NamedTuple):
@@ -83,17 +84,17 @@ METHODS: dict[str, Method] = {
         "#B59F00",
         head="vlae_jax.models.iterative:iterative_head",
     ),
-    "vlae": Method("VLAE", f"{_SYSTEMS}:vlae", "#0072B2"),
+    "vlae": Method("VLAE", f"{_LAPLACE}:vlae", "#0072B2"),
     "ppca": Method(
         "pPCA",
-        f"{_SYSTEMS}:linear_gaussian",
+        f"{_LAPLACE}:linear_gaussian",
         "#999999",
         has_steps=False,
         fit="vlae_jax.models.linear:fit_ppca",
     ),
     "fa": Method(
         "FA",
-        f"{_SYSTEMS}:linear_gaussian",
+        f"{_LAPLACE}:linear_gaussian",
         "#666666",
         has_steps=False,
         fit="vlae_jax.models.linear:fit_factor_analysis",
