@@ -89,8 +89,10 @@ SYSTEMS = {
     "vae": InferenceConfig(method="vae"),
     "exact 1": InferenceConfig(steps=1),
     "exact 4": InferenceConfig(steps=4),
-    "matrix-free 1": InferenceConfig(steps=1, search="scaled", posterior="matrix_free"),
-    "matrix-free 4": InferenceConfig(steps=4, search="scaled", posterior="matrix_free"),
+    "matrix-free 1": InferenceConfig(steps=1, posterior="matrix_free"),
+    "matrix-free 4": InferenceConfig(steps=4, posterior="matrix_free"),
+    "scaled matrix-free 1": InferenceConfig(steps=1, search="scaled", posterior="matrix_free"),
+    "scaled matrix-free 4": InferenceConfig(steps=4, search="scaled", posterior="matrix_free"),
 }
 """Its systems, with their steps T."""
 SECTIONS |= {f"systems {name}": f"Training step of {name}, encoder included" for name in NETWORKS}

@@ -42,7 +42,14 @@ CONVOLUTIONS = {
     "hessian",
     "hessian chunks of 5",
 }
-SYSTEMS = {"vae", "exact 1", "exact 4", "matrix-free 1", "matrix-free 4"}
+SYSTEMS = {
+    "vae",
+    *(
+        f"{way} {steps}"
+        for way in ("exact", "matrix-free", "scaled matrix-free")
+        for steps in (1, 4)
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +120,7 @@ def test_there_is_a_row_for_every_way(monkeypatch, tmp_path, capsys):
         ("step hessian unroll", 1),
         ("log_prob", 2),
         ("convolutions gauss_newton chunks of 5", 1),
-        ("systems conv 128 matrix-free 1", 1),
+        ("systems conv 128 scaled matrix-free 1", 1),
     ],
 )
 def test_rows_of_each_section_are_measured(quick_compile, monkeypatch, tmp_path, only, count):
