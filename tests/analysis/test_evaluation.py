@@ -153,6 +153,18 @@ def test_an_unknown_k_counts_neither_as_reliable_nor_as_unreliable():
         np.testing.assert_equal([found["unreliable"], found["own_unreliable"]], [share, share])
 
 
+def test_annealing_replaces_the_estimate_and_not_that_of_the_own_posterior():
+    """Which has a fifth of the samples, and says so."""
+    shapes = np.array([0.9, 0.8, 0.1, 0.2])
+    measured = {"pareto_k": shapes, "own_pareto_k": shapes, "annealed": shapes == 0.9}
+    measured |= dict.fromkeys(("log_prob", "own_log_prob"), np.zeros(4))
+    metrics = metrics_of(EvaluationConfig(500), measured)
+    found = {metric.name: metric for metric in metrics}
+    shares = [found[name].value for name in ("unreliable", "own_unreliable", "annealed")]
+    np.testing.assert_array_equal(shares, [1 / 4, 1 / 2, 1 / 4])
+    assert (found["log_prob"].samples, found["own_log_prob"].samples) == (500, 100)
+
+
 @pytest.mark.parametrize("proposal", ["widened", "student_t"])
 def test_another_proposal_finds_the_same_log_prob_and_leaves_the_bound(
     truth, with_its_posterior, proposal

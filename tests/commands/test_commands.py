@@ -166,8 +166,15 @@ def test_a_missing_best_checkpoint_is_named_and_another_used(copied, without_pic
 
 
 def test_evaluate_takes_another_proposal(copied, without_pictures):
-    run("evaluate", copied, "--proposal", "student_t", "--proposal-df", "7")
-    assert json.loads((copied / "results.json").read_text())["run"]["proposal"] == "student_t"
+    """Of each degree of freedom another estimate, of the same images, beside the same bound."""
+    found = []
+    for df in ("7", "2"):
+        run("evaluate", copied, "--proposal", "student_t", "--proposal-df", df)
+        results = json.loads((copied / "results.json").read_text())
+        assert results["run"]["proposal"] == "student_t"
+        found.append({metric["name"]: metric["value"] for metric in results["metrics"]})
+    assert found[0]["log_prob"] != found[1]["log_prob"]
+    assert found[0]["elbo"] == pytest.approx(found[1]["elbo"], rel=1e-6)
 
 
 @pytest.mark.slow
