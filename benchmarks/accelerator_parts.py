@@ -179,7 +179,7 @@ def tests(settings: Settings, lines: Lines) -> None:
 
 def steps(network: Literal["mlp", "conv"], settings: Settings, lines: Lines) -> None:
     """Training steps of one kind of network."""
-    from vlae_jax.models.trained import initialize
+    from vlae_jax.models.initial import initialize
     from vlae_jax.parallel.placement import Placement
     from vlae_jax.training.step import Trainer
 
@@ -217,7 +217,8 @@ def steps(network: Literal["mlp", "conv"], settings: Settings, lines: Lines) -> 
 def log_prob(settings: Settings, lines: Lines) -> None:
     """Importance-weighted log-likelihoods, the inference of the posterior included."""
     from vlae_jax.bounds import importance_weighted_log_prob
-    from vlae_jax.models.trained import Trained, initialize
+    from vlae_jax.models.initial import initialize
+    from vlae_jax.models.trained import Trained
 
     sizes = settings.sizes
     weigh = functools.partial(
@@ -257,7 +258,7 @@ def train(method: str, settings: Settings, lines: Lines) -> None:
     import dataclasses
 
     from vlae_jax.analysis.evaluation import evaluate
-    from vlae_jax.models.trained import initialize
+    from vlae_jax.models.initial import initialize
     from vlae_jax.parallel.placement import Placement
     from vlae_jax.runs.presets import default_config
     from vlae_jax.training.step import Trainer

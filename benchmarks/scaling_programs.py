@@ -10,7 +10,8 @@ import numpy as np
 
 from benchmarks.roofline import SLICES
 from vlae_jax.data.sets import Dataset, dataset_from_arrays
-from vlae_jax.models.trained import Trained, initialize
+from vlae_jax.models.initial import initialize
+from vlae_jax.models.trained import Trained
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.training.step import Trainer

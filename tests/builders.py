@@ -20,9 +20,10 @@ from vlae_jax.commands.main import main
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.data.sets import Dataset, load_dataset
 from vlae_jax.models.autoencoder import Observation
+from vlae_jax.models.initial import initialize
 from vlae_jax.models.saved import arrays_of
 from vlae_jax.models.systems import Inference, vae
-from vlae_jax.models.trained import Inferred, Keys, Trained, initialize
+from vlae_jax.models.trained import Inferred, Keys, Trained
 from vlae_jax.runs.checkpoints import Checkpoints
 from vlae_jax.runs.config import (
     Config,

@@ -13,8 +13,8 @@ from commandline import refused, run
 
 from vlae_jax.commands.main import parse
 from vlae_jax.data.supplied import as_dataset
+from vlae_jax.models.initial import initialize
 from vlae_jax.models.saved import save
-from vlae_jax.models.trained import initialize
 from vlae_jax.runs.config import Config, InferenceConfig, ModelConfig, TrainingConfig
 from vlae_jax.runs.folder import RunFolder
 
@@ -274,7 +274,7 @@ def test_digits_have_smaller_defaults_and_other_sets_the_papers():
         (["--method", "vae_hf", "--objective", "dreg"], "needs the density of any point"),
         (["--method", "ppca", "--hidden", "16"], "it has no hidden layers"),
         (["--method", "ppca", "--epochs", "3"], "takes --epochs 0"),
-        (["--method", "ppca", "--preprocess", "static_binary"], "ppca has a gaussian output"),
+        (["--method", "ppca", "--preprocess", "static_binary"], "ppca has a normal prior and a gaussian output"),
         (["--method", "ppca", "--variance", "per_pixel"], "of one variance"),
         (["--method", "ppca", "--latent", "64"], "fewer latent dimensions than pixels"),
     ],

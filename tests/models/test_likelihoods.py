@@ -16,8 +16,8 @@ from vlae_jax.analysis.imputation import impute
 from vlae_jax.analysis.uses import reconstruct, sample, score
 from vlae_jax.data.sets import dataset_from_arrays
 from vlae_jax.errors import UserError
+from vlae_jax.models.initial import initialize
 from vlae_jax.models.likelihoods import Group, Output
-from vlae_jax.models.trained import initialize
 from vlae_jax.runs.config import Config, DataConfig, EvaluationConfig, InferenceConfig, ModelConfig
 from vlae_jax.runs.likelihoods import LIKELIHOODS, as_text, assigned
 

@@ -14,7 +14,7 @@ from vlae_jax.analysis.imputation import impute, missing_at_random
 from vlae_jax.analysis.uses import encode, reconstruct, rows_for, sample, score
 from vlae_jax.data.sets import dataset_from_arrays
 from vlae_jax.errors import UserError
-from vlae_jax.models.trained import initialize
+from vlae_jax.models.initial import initialize
 from vlae_jax.runs.config import Config, DataConfig, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -22,8 +22,9 @@ from problems import assert_close
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.data.sets import dataset_from_arrays
 from vlae_jax.errors import UserError
+from vlae_jax.models.initial import begun_from, initialize
 from vlae_jax.models.saved import load, save
-from vlae_jax.models.trained import Keys, begun_from, initialize
+from vlae_jax.models.trained import Keys
 from vlae_jax.runs.config import DataConfig, ModelConfig
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.training.loop import fit
@@ -88,7 +89,7 @@ def test_loading_touches_neither_training_images_nor_the_optimizer(tmp_path, mon
 
     for name in (
         *("vlae_jax.data.sets.load_dataset", "vlae_jax.data.supplied.load_dataset"),
-        *("vlae_jax.data.sets.dataset_from_arrays", "vlae_jax.models.trained.fit_preprocessor"),
+        *("vlae_jax.data.sets.dataset_from_arrays", "vlae_jax.models.initial.fit_preprocessor"),
         *("optax.adam", "vlae_jax.training.step.make_optimizer"),
     ):
         monkeypatch.setattr(name, refuse)

@@ -20,8 +20,8 @@ from problems import flip_a_bit, run_in_subprocess
 from vlae_jax.analysis.evaluation import measure
 from vlae_jax.data.sets import load_dataset
 from vlae_jax.errors import UserError
+from vlae_jax.models.initial import initialize
 from vlae_jax.models.saved import arrays_of
-from vlae_jax.models.trained import initialize
 from vlae_jax.parallel.options import DistributedConfig
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.parallel.processes import LOST_PEER

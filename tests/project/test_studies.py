@@ -262,8 +262,8 @@ def test_the_blind_flow_is_one_map_for_all_images(quick_compile, monkeypatch):
     from experiments.repairs import WRONG
 
     from vlae_jax.data.sets import load_dataset
+    from vlae_jax.models.initial import initialize
     from vlae_jax.models.systems import find_system
-    from vlae_jax.models.trained import initialize
     from vlae_jax.runs.config import Config, DataConfig, InferenceConfig, ModelConfig
     from vlae_jax.runs.methods import METHODS
 

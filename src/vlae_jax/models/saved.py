@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from vlae_jax.data.preprocessing import Preprocessor
+from vlae_jax.models.initial import build_network
 from vlae_jax.models.likelihoods import Group
-from vlae_jax.models.trained import Provenance, Trained, build_network
+from vlae_jax.models.trained import Provenance, Trained
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.parallel.processes import is_first
 from vlae_jax.runs.checkpoints import CheckpointInfo, Checkpoints, Restored

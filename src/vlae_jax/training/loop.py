@@ -19,8 +19,9 @@ from jaxtyping import Array
 from vlae_jax.data.dataset import Dataset
 from vlae_jax.data.supplied import as_dataset
 from vlae_jax.errors import RunFailure, Stopped, UserError
+from vlae_jax.models.initial import begun_from, initialize
 from vlae_jax.models.saved import facts_of, load
-from vlae_jax.models.trained import Trained, begun_from, initialize
+from vlae_jax.models.trained import Trained
 from vlae_jax.parallel import processes
 from vlae_jax.parallel.placement import Placement
 from vlae_jax.progress import ProgressLine
