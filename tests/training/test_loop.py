@@ -253,6 +253,15 @@ def test_a_run_begins_as_a_vae_and_goes_on_as_the_system(make_trainer, tmp_path,
 
 
 @pytest.mark.slow
+def test_patience_rests_while_a_run_is_pretrained(tmp_path):
+    """Nothing gets better after the first epoch of either phase, which starts anew."""
+    config = tiny_config("vlae", epochs=4, pretrain=3, patience=1, learning_rate=1e-30)
+    fit(config, tiny_mapping(), run_dir=tmp_path / "run")
+    logged = records(RunFolder(tmp_path / "run"), "validation")
+    assert [record["epoch"] for record in logged] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
 def test_a_run_begins_with_the_parameters_of_another_and_is_resumed_without_it(
     make_trainer, tiny, tmp_path
 ):
