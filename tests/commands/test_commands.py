@@ -274,7 +274,7 @@ def test_digits_have_smaller_defaults_and_other_sets_the_papers():
         (["--method", "vae_hf", "--objective", "dreg"], "needs the density of any point"),
         (["--method", "ppca", "--hidden", "16"], "it has no hidden layers"),
         (["--method", "ppca", "--epochs", "3"], "takes --epochs 0"),
-        (["--method", "ppca", "--preprocess", "static_binary"], "ppca has a normal prior and a gaussian output"),
+        (["--method", "ppca", "--preprocess", "static_binary"], "and a gaussian output of one"),
         (["--method", "ppca", "--variance", "per_pixel"], "of one variance"),
         (["--method", "ppca", "--latent", "64"], "fewer latent dimensions than pixels"),
     ],
