@@ -236,9 +236,9 @@ def spy(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inferenc
 
 
 def walker(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
-    """A system like the plain VAE's whose search goes one step up from where it starts."""
+    """A system like the plain VAE's whose search goes half the way to zero."""
     found = vae(at, key, config)
-    return found._replace(iterates=jnp.stack([at.start, at.start + 1]))
+    return found._replace(iterates=jnp.stack([at.start, at.start / 2]))
 
 
 def tiny_mapping() -> dict[str, Any]:

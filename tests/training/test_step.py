@@ -119,8 +119,9 @@ def test_microbatches_add_up_to_the_gradient_of_the_whole_batch():
 def test_stored_modes_are_where_the_last_search_for_each_image_ended(monkeypatch, microbatches):
     """The first starts at the encoder's mean, the others at the end of the one before.
 
-    What is stored in the row of an image is of that image: its encoder's mean plus the number of
-    searches. The seventh batch also holds images that the first epoch left over.
+    What is stored in the row of an image is of that image: its encoder's mean, halved in each
+    search, which is better each time as the decoder sees nothing of z. The seventh batch also holds
+    images that the first epoch left over.
     """
     walker = Method("walker", "builders:walker", "#000000")
     monkeypatch.setitem(METHODS, "vlae", walker)
@@ -128,6 +129,9 @@ def test_stored_modes_are_where_the_last_search_for_each_image_ended(monkeypatch
     dataset = dataset_from_arrays(tiny_images(0, 40))
     config = dataclasses.replace(config, data=DataConfig(preprocess="raw"))
     trained = untrained(config, dataset)
+    blind = jax.tree.map(jnp.copy, trained.params)
+    blind["head"]["kernel"][...] = jnp.zeros_like(blind["head"]["kernel"][...])
+    trained = trained.with_params(blind)
     states = steps_of(Trainer(trained, dataset), 7)
     last = [jax.device_get(state.modes) for state, _ in states][-1]
 
@@ -139,8 +143,22 @@ def test_stored_modes_are_where_the_last_search_for_each_image_ended(monkeypatch
     seen = np.concatenate([orders[0].ravel(), orders[1][:3].ravel()])
     searches = np.bincount(seen, minlength=36)
     assert set(searches) == {0, 1, 2} or set(searches) == {1, 2}
-    expected = np.where(searches[:, None] > 0, means + searches[:, None], np.nan)
-    np.testing.assert_allclose(last, expected, rtol=1e-5, atol=1e-5)
+    expected = np.where(searches[:, None] > 0, means * 0.5 ** searches[:, None], np.nan)
+    np.testing.assert_allclose(last, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stored_mode_that_is_worse_than_the_encoders_mean_is_not_used():
+    """Of a decoder that sees nothing of z the better one is nearer to zero."""
+    dataset = dataset_from_arrays(tiny_images(0, 40))
+    trained = untrained(tiny_config("vlae"), dataset)
+    blind = jax.tree.map(jnp.copy, trained.params)
+    blind["head"]["kernel"][...] = jnp.zeros_like(blind["head"]["kernel"][...])
+    trained, key = trained.with_params(blind), jax.random.key(0)
+    mean = trained.observe(key, dataset.train[0])[2].mean
+    for start, used in ((mean / 2, mean / 2), (2 * mean, mean), (mean * jnp.nan, mean)):
+        np.testing.assert_array_equal(
+            trained.infer(key, dataset.train[0], start=start).at.start, used
+        )
 
 
 def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own():

@@ -165,14 +165,16 @@ class Trained:
         Args:
             key: Random key of this example; see `Keys`.
             pixels: One example, of the shape and kind of those of the training.
-            start: Where a search for the mode starts, (latent,); by default, and where it is not
-                finite, at the encoder's mean.
+            start: Where a search for the mode may start, (latent,). It starts there if that is
+                finite and has a larger log joint than the encoder's mean, else at the latter.
             training: Multiply in the precision of the training, and take the posterior that the
                 configuration names for it; otherwise float32, and the exact posterior.
         """
         keys, log_det, at = self.observe(key, pixels, training=training)
         if start is not None:
-            at = at._replace(start=jnp.where(jnp.isfinite(start), start, at.mean))
+            known = jnp.where(jnp.isfinite(start), start, at.mean)
+            is_better = at.log_joint(known) > at.log_joint(at.mean)
+            at = at._replace(start=jnp.where(is_better, known, at.mean))
         return Inferred(keys, log_det, at, self.infer_at(at, keys, training=training))
 
     def infer_at(self, at: Observation, keys: Keys, *, training: bool = False) -> Inference:

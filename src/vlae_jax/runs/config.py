@@ -272,8 +272,8 @@ class TrainingConfig:
     of --method has besides begins as usual."""
     modes: Literal["encoder", "stored"] = "encoder"
     """vlae: where the search for an image starts in training. encoder: at the encoder's mean.
-    stored: where it ended in the last epoch; one latent vector per training image is then part of
-    the training state."""
+    stored: where it ended in the last epoch, if that is better; one latent vector per training
+    image is then part of the training state."""
     patience: int | None = None
     """Stop after this many epochs without a better validation bound; by default never."""
     minutes: float | None = None

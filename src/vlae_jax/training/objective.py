@@ -81,8 +81,8 @@ def loss_fn(
         model: The model that the parameters belong to.
         pixels: The images of a batch.
         keys: Random keys, one per image.
-        starts: Where the search for each image starts, and NaN where that is not known: by default
-            at the encoder's mean.
+        starts: Where the search for each image may start, and NaN where that is not known: by
+            default at the encoder's mean; see `Trained.infer`.
     """
     training = model.config.training
     current = model.with_params(params)
