@@ -295,7 +295,7 @@ def test_each_wrong_ascent_is_the_system_of_its_name(quick_compile):
 
     from experiments import repairs
 
-    from vlae_jax.posterior import DiagonalPosterior
+    from vlae_jax.posterior import DiagonalPosterior, kl_to_prior
     from vlae_jax.runs.config import InferenceConfig
 
     # With log p(x | z) = 6 z₁ + 8 z₂ and the prior as the guess, the ELBO has the gradient (6, 8)
@@ -304,6 +304,7 @@ def test_each_wrong_ascent_is_the_system_of_its_name(quick_compile):
         guess=DiagonalPosterior(jnp.zeros(2), jnp.zeros(2)),
         model=SimpleNamespace(decode=lambda z: z),
         log_likelihood=lambda z: jnp.array([6.0, 8.0]) @ z,
+        kl_to_prior=kl_to_prior,
     )
     config = InferenceConfig(method="sa_vae", steps=1, ascent_rate=1.0, ascent_momentum=0.0)
     means = {
