@@ -59,7 +59,7 @@ def gaussian_mixture(
         log_stds: Log standard deviations of the components, (component, latent).
     """
     log_joint = jax.vmap(lambda mean, log_std: gaussian(z, mean, 2 * log_std))(means, log_stds)
-    return jax.nn.logsumexp(logits + log_joint)
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits) + log_joint)
 
 
 def gaussian_mixture_precision(

@@ -132,7 +132,7 @@ def test_a_model_of_pictures_is_trained_and_used(animals, capfd):
     named = ["--dataset", "animals", "--data-dir", str(animals), "--resize", "8", "8"]
     main(["train", *named, *small, "vae", *cheap, "--run-dir", str(run)])
     main(["encode", str(run), str(animals / "animals" / "cats")])
-    with np.load(run / "codes.npz") as codes:
+    with np.load(run / "encoded.npz") as codes:
         assert codes["mean"].shape == (10, 2) and codes["names"][0] == "1.png"
     capfd.readouterr()
 
