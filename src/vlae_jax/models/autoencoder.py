@@ -355,42 +355,45 @@ class Observation(NamedTuple):
     def expansions(self) -> tuple[Expansion, Expansion | None]:
         """Return the exact expansion of the log joint, and its Gauss-Newton repair or None.
 
-        For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is used;
-        with a log-concave prior it needs no repair. With a fully connected output layer and a
-        Gaussian likelihood the data dimension is compressed away where that costs less. That is not
-        done for a part of the pixels, as the projection would differ for every example. Rounded
-        products would spoil some terms in the Hessian of a smooth network, so that Hessian is
-        computed in float32, whatever the precision.
+        For piecewise-linear activations the Gauss-Newton form is the exact Hessian, so it is used
+        and needs no repair. With a fully connected output layer and a Gaussian likelihood the data
+        dimension is compressed away where that costs less. That is not done for a part of the
+        pixels, as the projection would differ for every example. Rounded products would spoil some
+        terms in the Hessian of a smooth network, so that Hessian is computed in float32, whatever
+        the precision.
 
         Where the density is not log-concave in the decoder's output, its Fisher information takes
-        the place of its Hessian: no repair that changes from step to step disturbs the training.
+        the place of its Hessian, and the mean precision of its components that of a mixture as the
+        prior: no repair that changes from step to step disturbs the training.
         """
         model, head, prior = self.model, self.model.head, self.model.prior
         smooth = not model.features.piecewise_linear
         full = in_full(model) if smooth else model
-        repairs: dict[str, Any] = {} if prior.is_standard else {"prior_precision": prior.precision}
+        curvature = None if prior.is_standard else prior.precision
         if (
             model.likelihood == "gaussian"
             and self.observed is None
             and isinstance(head, nnx.Linear)
         ):
             affine = (head.kernel[...], head.bias[...], model.log_var, self.x)  # type: ignore[index]
-            expand = functools.partial(affine_head_expansion, log_prior=self._log_prior)
-            exact = expand(full.features, *affine, exact=smooth)
-            needs_repair = smooth or bool(repairs)
-            return exact, expand(model.features, *affine, **repairs) if needs_repair else None
+            expand = functools.partial(
+                affine_head_expansion, log_prior=self._log_prior, prior_precision=curvature
+            )
+            if smooth and curvature is None:
+                return expand(full.features, *affine, exact=True), expand(model.features, *affine)
+            return expand(model.features, *affine), None
         fisher = None if model.output.is_log_concave else self._fisher
-        gauss_newton = functools.partial(
-            gauss_newton_expansion,
+        gauss_newton = gauss_newton_expansion(
             model.decode,
             self.log_likelihood,
             prior.log_prob,
             fisher=fisher,
+            prior_precision=curvature,
         )
-        if smooth and fisher is None:
+        if smooth and fisher is None and curvature is None:
             exact = exact_expansion(self._replace(model=full, head=None).log_joint)
-            return exact, gauss_newton(**repairs)
-        return gauss_newton(), gauss_newton(**repairs) if repairs else None
+            return exact, gauss_newton
+        return gauss_newton, None
 
     def _fisher(self, eta: Float[Array, " out"]) -> tuple[Float[Array, "k k n"], ...]:
         model = self.model
