@@ -175,7 +175,7 @@ STUDIES: dict[str, Study] = {
             "VLAE T=4, mixture prior": (*VLAE, "--prior", "mixture"),
         },
         ("--dataset", "digits", *TO_CONVERGENCE, "--log-every", "1000"),
-        Measured("VAE, mixture prior", 1.1, 1.0, 15),
+        Measured("VAE, mixture prior", 1.1, 1.0, 17),
     ),
     "mnist_epochs": Study(
         "MNIST, equal epochs",
