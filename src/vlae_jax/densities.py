@@ -58,8 +58,7 @@ def gaussian_mixture(
         means: Means of the components, (component, latent).
         log_stds: Log standard deviations of the components, (component, latent).
     """
-    log_joint = jax.vmap(lambda mean, log_std: gaussian(z, mean, 2 * log_std))(means, log_stds)
-    return jax.nn.logsumexp(jax.nn.log_softmax(logits) + log_joint)
+    return jax.nn.logsumexp(_joint_with_components(z, logits, means, log_stds))
 
 
 def gaussian_mixture_precision(
@@ -84,9 +83,19 @@ def gaussian_mixture_precision(
         Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM
         algorithm.
     """
-    log_joint = jax.vmap(lambda mean, log_std: gaussian(z, mean, 2 * log_std))(means, log_stds)
-    responsibility = jax.nn.softmax(logits + log_joint)
+    responsibility = jax.nn.softmax(_joint_with_components(z, logits, means, log_stds))
     return jnp.diag(responsibility @ jnp.exp(-2 * log_stds))
+
+
+def _joint_with_components(
+    z: Float[Array, " latent"],
+    logits: Float[Array, " component"],
+    means: Float[Array, "component latent"],
+    log_stds: Float[Array, "component latent"],
+) -> Float[Array, " component"]:
+    """Log density of `z` and each component of a mixture together, nats."""
+    given = jax.vmap(lambda mean, log_std: gaussian(z, mean, 2 * log_std))(means, log_stds)
+    return jax.nn.log_softmax(logits) + given
 
 
 def gaussian(

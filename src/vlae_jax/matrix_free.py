@@ -112,24 +112,25 @@ def laplace_sample(
         )
     s, log_det = jax.lax.stop_gradient((drawn.s, drawn.log_det))
 
-    def change(value: Array) -> Array:
-        """Zero, with the derivative of `value`."""
-        return value - jax.lax.stop_gradient(value)
-
     live = expand.products(mode)
     moved = live.times(s)
-    center, drift, turn = mode, jnp.zeros_like(mode), change(moved)
+    center, drift, turn = mode, jnp.zeros_like(mode), gradient_alone(moved)
     if gradient == "implicit":
-        drift = change(live.grad)
+        drift = gradient_alone(live.grad)
         shift = drawn.divide(drift)
         center = mode + shift
         # The precision at the moving mode. Where it is constant in z, nothing of this is left, and
         # one solve of reverse mode serves the mode and the sample.
         turn += jax.jvp(lambda z: held.products(z).times(s), (mode,), (shift,))[1]
-    z = jax.lax.stop_gradient(mode + s) + change(mode) + drawn.divide(drift - 0.5 * turn)
+    z = jax.lax.stop_gradient(mode + s) + gradient_alone(mode) + drawn.divide(drift - 0.5 * turn)
     square = jax.lax.stop_gradient(s @ moved)
     log_q = 0.5 * (log_det - mode.size * LOG_2PI - square + s @ turn)
     return LaplaceSample(z, log_q, center, log_det, drawn.is_solved, drawn.num_products)
+
+
+def gradient_alone(value: Array) -> Array:
+    """Zero, with the derivative of `value`."""
+    return value - jax.lax.stop_gradient(value)
 
 
 class _Drawn(NamedTuple):

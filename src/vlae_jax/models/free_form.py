@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.expansions import Quadratic
 from vlae_jax.factor import factorize
+from vlae_jax.matrix_free import gradient_alone
 from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.systems import Inference
 from vlae_jax.posterior import DiagonalPosterior, GaussianPosterior
@@ -56,7 +57,7 @@ class FreeFormPosterior(NamedTuple):
         spread = DiagonalPosterior(jnp.zeros_like(shift), at.log_std)
         fit = spread.log_prob(jax.lax.stop_gradient(shift))
         value = jax.lax.stop_gradient(-spread.entropy())
-        return at.mean + shift, value - _gradient_of(minus_half_log_det) - _gradient_of(fit)
+        return at.mean + shift, value - gradient_alone(minus_half_log_det) - gradient_alone(fit)
 
 
 def free_form_vae(at: Observation, key: PRNGKeyArray, config: InferenceConfig) -> Inference:
@@ -115,8 +116,3 @@ def _divided(values: Float[Array, "... dim"], mixed: Float[Array, " dim"]) -> Ar
 def _safe_sqrt(weight: Float[Array, " dim"]) -> Float[Array, " dim"]:
     """The root with a finite derivative everywhere."""
     return jnp.where(weight > 0, jnp.sqrt(jnp.where(weight > 0, weight, 1.0)), 0.0)
-
-
-def _gradient_of(value: Float[Array, ""]) -> Float[Array, ""]:
-    """Zero, with the gradient of `value`."""
-    return value - jax.lax.stop_gradient(value)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlae_jax.expansions import Expansion, MatrixFreeExpansion, without_gradients
 from vlae_jax.inference import Gradient, infer_posterior
-from vlae_jax.matrix_free import laplace_sample
+from vlae_jax.matrix_free import gradient_alone, laplace_sample
 from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.systems import Inference, ascent_optimizer, flags_of, shortfall
 from vlae_jax.posterior import LOG_2PI, DiagonalPosterior, GaussianPosterior
@@ -107,7 +107,7 @@ def _matrix_free(
         moved = z - mode
         pull = jax.lax.stop_gradient(held.products(mode).times(moved))
         energy = 0.5 * jax.lax.stop_gradient(moved @ pull)
-        energy += (moved - jax.lax.stop_gradient(moved)) @ pull
+        energy += gradient_alone(moved) @ pull
         loss = log_q + energy + 0.5 * (mode.size * LOG_2PI - sample.log_det)
     flags = {"is_solved": sample.is_solved, "products": sample.num_products}
     return Inference(sample, loss, iterates, flags)

@@ -83,22 +83,22 @@ class Phases:
         trainer, entered = self.last, time.monotonic()
         trial = jax.tree.map(jnp.copy, trainer.taken_over(state))
         arguments = trainer.feed.arguments(int(state.step))
-        before = self._bound(trial)
         count = max(_LEAST_STEPS, trainer.steps_per_epoch // _TRIALS_AN_EPOCH)
-        took = 0.0
+        bounds, took = [self._bound(trial)], 0.0
         # The first half compiles, and takes the encoder to its new task, which is gained but once.
         for _ in range(2):
-            start, began = self._bound(trial), time.monotonic()
+            began = time.monotonic()
             for _ in range(count):
                 trial, loss = trainer.step(trial, *next(arguments))
                 loss.block_until_ready()
             took = time.monotonic() - began
-        gained = (self._bound(trial) - start) / took
+            bounds.append(self._bound(trial))
+        gained = (bounds[2] - bounds[1]) / took
         left = seconds + time.monotonic() - entered
-        then, self._then = self._then, (before, left)
+        then, self._then = self._then, (bounds[0], left)
         if then is None:
             return False
-        needed = (before - then[0]) / max(seconds - then[1], 1e-9)
+        needed = (bounds[0] - then[0]) / max(seconds - then[1], 1e-9)
         return bool(processes.from_first(float(gained > needed)))
 
     def _bound(self, state: TrainState) -> float:
