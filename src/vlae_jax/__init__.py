@@ -3,9 +3,10 @@
 Most names here are pure functions of one example, for use inside your own `jit`, `vmap`, `grad` and
 `scan`; they need only jax and jaxtyping.
 
-The shipped model is trained and used through `fit`, `load`, `save` and `Config`. These need the
-`train` extra and are imported on first access. The subpackages behind them (`data`, `models`,
-`training`, `analysis`, ...) need it too, and are imported by name.
+The shipped model is trained and used through `fit`, `load`, `save` and `Config`, or in the form of
+scikit-learn through `VLAE`. These need the `train` extra and are imported on first access. The
+subpackages behind them (`data`, `models`, `training`, `analysis`, ...) need it too, and are
+imported by name.
 """
 
 import importlib
@@ -66,6 +67,7 @@ from vlae_jax.refinement import RefinementInfo, gradient_refine, newton_refine, 
 from vlae_jax.variational import VariationalInfo, variational_refine
 
 if TYPE_CHECKING:
+    from vlae_jax.estimator import VLAE as VLAE
     from vlae_jax.models.saved import load as load
     from vlae_jax.models.saved import save as save
     from vlae_jax.models.trained import Trained as Trained
@@ -78,6 +80,7 @@ __version__ = "0.1.0"
 APPLICATION = {
     "Config": "vlae_jax.runs.config",
     "Trained": "vlae_jax.models.trained",
+    "VLAE": "vlae_jax.estimator",
     "default_config": "vlae_jax.runs.presets",
     "fit": "vlae_jax.training.loop",
     "load": "vlae_jax.models.saved",

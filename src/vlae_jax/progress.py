@@ -1,6 +1,7 @@
 """Progress of long computations: a live line on a terminal, plain lines elsewhere."""
 
 import contextlib
+import contextvars
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _PLAIN_SECONDS = 10.0
+_SILENT = contextvars.ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Show no progress inside the context."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
 
 
 class ProgressLine:
@@ -29,6 +41,7 @@ class ProgressLine:
         quiet: bool = False,
     ) -> None:
         self._what, self._total, self._start = what, total, start
+        quiet = quiet or _SILENT.get()
         self._console = Console(file=stream or sys.stderr, highlight=False, quiet=quiet)
         self._began = self._printed = time.monotonic()
         self._live: Progress | None = None

@@ -276,7 +276,7 @@ def test_digits_have_smaller_defaults_and_other_sets_the_papers():
         (["--method", "ppca", "--epochs", "3"], "takes --epochs 0"),
         (["--method", "ppca", "--preprocess", "static_binary"], "and a gaussian output of one"),
         (["--method", "ppca", "--variance", "per_pixel"], "of one variance"),
-        (["--method", "ppca", "--latent", "64"], "fewer latent dimensions than pixels"),
+        (["--method", "ppca", "--latent", "64"], "takes from 1 to 63 latent dimensions"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(

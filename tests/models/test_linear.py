@@ -71,11 +71,20 @@ def test_the_variance_keeps_its_floor_and_the_rest_fits_it(xs):
     assert_close(np.diag(fitted.posterior_std**2), np.linalg.inv(precision))
 
 
-@pytest.mark.parametrize("latent", [0, 6, 7])
+@pytest.mark.parametrize("latent", [0, 7])
 @FITS
-def test_as_many_latents_as_pixels_are_refused(xs, latent, fit):
-    with pytest.raises(UserError, match=f"fewer latent dimensions than pixels, got {latent} of 6"):
+def test_more_latents_than_pixels_are_refused(xs, latent, fit):
+    with pytest.raises(UserError, match=f"latent dimensions for 6 pixels or columns, got {latent}"):
         fit(xs, latent)
+
+
+def test_as_many_latents_as_pixels_leave_factor_analysis_nothing_to_explain(xs):
+    """Its covariance is then the sample's; probabilistic PCA would have no noise left."""
+    fitted = fit_factor_analysis(xs, 6)
+    found = fitted.kernel.T @ fitted.kernel + np.diag(fitted.variance)
+    assert_close(found, np.cov(xs.T, bias=True), rtol=1e-3)
+    with pytest.raises(UserError, match="from 1 to 5 latent dimensions for 6"):
+        fit_ppca(xs, 6)
 
 
 def test_factor_analysis_is_fitted_to_a_stationary_point(xs):

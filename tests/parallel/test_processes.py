@@ -36,7 +36,7 @@ from vlae_jax.runs.config import (
 )
 from vlae_jax.runs.folder import RunFolder
 from vlae_jax.training.loop import fit
-from vlae_jax.training.step import Trainer, initial_state
+from vlae_jax.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -106,7 +106,7 @@ def same_run():
         trees = {"training": state._asdict()}
         checkpoints.save(STEPS_COMPARED, trees, CheckpointInfo(0.0, 0.0, None, 0.0, {}))
         checkpoints.wait()
-        here = initial_state(trained, trainer.total_steps, Placement.here(), len(dataset.train))
+        here = Trainer(trained, dataset, Placement.here()).init()
         read = checkpoints.restore_last(lambda info: {"training": here._asdict()}).trees
         same = jax.tree.map(np.array_equal, read["training"]["params"], params)
         report["restored"] = all(jax.tree.leaves(same))

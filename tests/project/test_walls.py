@@ -18,7 +18,7 @@ FOLDER = Path(vlae_jax.__file__).parent
 # directly in vlae_jax is mathematics, which knows nothing of the floors above it.
 FLOORS = [
     {"__main__"},
-    {"commands"},
+    {"commands", "estimator"},
     {"training", "analysis", "report"},
     {"models"},
     {"runs"},
@@ -26,7 +26,7 @@ FLOORS = [
     {"errors", "files", "progress"},
     {"mathematics"},
 ]
-NO_MATHEMATICS = {"__main__", "errors", "files", "progress"}
+NO_MATHEMATICS = {"__main__", "errors", "estimator", "files", "progress"}
 # What the extras bring; the core must do without.
 EXTRAS = [
     "array_record",

@@ -99,6 +99,7 @@ def measure(
     *,
     what: str = "evaluating",
     placement: Placement | None = None,
+    keys: Array | None = None,
 ) -> dict[str, np.ndarray]:
     """Measure a model on images, image by image.
 
@@ -109,6 +110,7 @@ def measure(
         what: Label of the progress line.
         placement: Devices to spread the work over, images first, then the samples of each chunk;
             every process must then call, with all of the model's arrays. By default one device.
+        keys: Random keys of the images, (n,); by default `fixed_keys`, by their indices.
 
     Returns:
         Arrays of shape (n,), in nats unless stated otherwise (densities of pixels in model space,
@@ -122,9 +124,10 @@ def measure(
     trained = trained.for_examples(images)
     config = trained.config.evaluation
     spread = placement and placement.for_batch(min(config.evaluation_batch, len(images)))
-    measured = _first_pass(trained, images, what, spread)
+    keys = fixed_keys(len(images)) if keys is None else keys
+    measured = _first_pass(trained, images, keys, what, spread)
     if config.proposal == "auto":
-        _anneal_doubtful(trained, images, measured, spread)
+        _anneal_doubtful(trained, images, keys, measured, spread)
     log_prob, log_det = (jnp.asarray(measured[name]) for name in ("log_prob", "log_det"))
     bits = trained.preprocessor.bits_per_dim(log_prob, log_det)
     if bits is not None:
@@ -134,45 +137,56 @@ def measure(
 
 
 def _first_pass(
-    trained: Trained, images: np.ndarray, what: str, spread: Placement | None
+    trained: Trained, images: np.ndarray, keys: Array, what: str, spread: Placement | None
 ) -> dict[str, np.ndarray]:
     """Measure all quantities of every image, with the same number of samples for each."""
     config = trained.config.evaluation
     chunk_size, place = _chunks(config, spread)
-    weigh = functools.partial(importance_weighted_log_prob, chunk_size=chunk_size, place=place)
-    effort = effort_for(config.importance_samples)
-
-    def one(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
-        inferred = trained.infer(key, pixels)
-        keys, log_joint, posterior = inferred.keys, inferred.log_joint, inferred.posterior
-        samples = config.importance_samples
-        if config.proposal == "auto":
-            log_prob, info = estimate_log_prob(inferred, effort, chunk_size=chunk_size, place=place)
-            own_log_prob, own = weigh(
-                keys.bound, log_joint, posterior, num_samples=_elbo_samples(config)
-            )
-            bound, beside = own.elbo, _named(_OWN, _of_weights(own_log_prob, own))
-        else:
-            beside, proposal = {}, _proposal(config, posterior)
-            log_prob, info = weigh(keys.bound, log_joint, proposal, num_samples=samples)
-            bound = info.elbo
-            if proposal is not posterior:
-                bound = weigh(keys.bound, log_joint, posterior, num_samples=samples)[1].elbo
-        kl = inferred.at.kl_to_prior(keys.divergence, posterior, num_samples=config.chunk_size)
-        return {
-            "log_det": inferred.log_det,
-            "elbo": bound,
-            "kl": kl,
-            "reconstruction": bound + kl,
-            **_of_weights(log_prob, info),
-            **beside,
-            **inferred.inference.flags,
-        }
-
-    measured = _map(what, trained, one, images, np.arange(len(images)), spread)
+    measured = _map(
+        what, trained, _measure_one, images, keys, spread, chunk_size=chunk_size, place=place
+    )
     if config.proposal == "auto":
         measured = _with_pareto_k(measured, _elbo_samples(config), _OWN)
-    return _with_pareto_k(measured, _weights(config, effort))
+    return _with_pareto_k(measured, _weights(config, effort_for(config.importance_samples)))
+
+
+def _measure_one(
+    trained: Trained,
+    pixels: Array,
+    key: PRNGKeyArray,
+    *,
+    chunk_size: int,
+    place: Callable[[Array], Array] | None,
+) -> dict[str, Array]:
+    config = trained.config.evaluation
+    weigh = functools.partial(importance_weighted_log_prob, chunk_size=chunk_size, place=place)
+    inferred = trained.infer(key, pixels)
+    keys, log_joint, posterior = inferred.keys, inferred.log_joint, inferred.posterior
+    samples = config.importance_samples
+    if config.proposal == "auto":
+        log_prob, info = estimate_log_prob(
+            inferred, effort_for(samples), chunk_size=chunk_size, place=place
+        )
+        own_log_prob, own = weigh(
+            keys.bound, log_joint, posterior, num_samples=_elbo_samples(config)
+        )
+        bound, beside = own.elbo, _named(_OWN, _of_weights(own_log_prob, own))
+    else:
+        beside, proposal = {}, _proposal(config, posterior)
+        log_prob, info = weigh(keys.bound, log_joint, proposal, num_samples=samples)
+        bound = info.elbo
+        if proposal is not posterior:
+            bound = weigh(keys.bound, log_joint, posterior, num_samples=samples)[1].elbo
+    kl = inferred.at.kl_to_prior(keys.divergence, posterior, num_samples=config.chunk_size)
+    return {
+        "log_det": inferred.log_det,
+        "elbo": bound,
+        "kl": kl,
+        "reconstruction": bound + kl,
+        **_of_weights(log_prob, info),
+        **beside,
+        **inferred.inference.flags,
+    }
 
 
 def _elbo_samples(config: EvaluationConfig) -> int:
@@ -187,6 +201,7 @@ def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _anneal_doubtful(
     trained: Trained,
     images: np.ndarray,
+    keys: Array,
     measured: dict[str, np.ndarray],
     spread: Placement | None,
 ) -> None:
@@ -198,14 +213,16 @@ def _anneal_doubtful(
     rows = within_budget(_doubtful(measured), ANNEALING.cost, budget)
     if not len(rows):
         return
-
-    def anneal(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
-        log_prob, error = anneal_log_prob(trained.infer(key, pixels), effort)
-        return {"log_prob": log_prob, "log_prob_sampling_error": error}
-
-    for name, values in _map("annealing", trained, anneal, images, rows, spread).items():
+    found = _map("annealing", trained, _anneal_one, images[rows], keys[rows], spread)
+    for name, values in found.items():
         measured[name][rows] = values
     measured["annealed"][rows] = True
+
+
+def _anneal_one(trained: Trained, pixels: Array, key: PRNGKeyArray) -> dict[str, Array]:
+    effort = effort_for(trained.config.evaluation.importance_samples)
+    log_prob, error = anneal_log_prob(trained.infer(key, pixels), effort)
+    return {"log_prob": log_prob, "log_prob_sampling_error": error}
 
 
 def _map(
@@ -213,18 +230,20 @@ def _map(
     trained: Trained,
     function: Callable[..., Any],
     images: np.ndarray,
-    rows: np.ndarray,
+    keys: Array,
     spread: Placement | None,
+    **options: Any,
 ) -> dict[str, np.ndarray]:
-    """Apply a function of one image to the images of the given rows, each with its own key."""
+    """Apply a module's own function of one image to images, each with its key."""
     run = map_images(
         function,
-        images[rows],
-        fixed_keys(len(images))[rows],
+        images,
+        keys,
         batch_size=trained.config.evaluation.evaluation_batch,
         placement=spread,
+        options=options,
     )
-    with counting(what, len(rows), quiet=not is_first()) as show:
+    with counting(what, len(images), quiet=not is_first()) as show:
         given = trained.factored()
         return run(spread.put(jax.device_get(given)) if spread else given, show)
 

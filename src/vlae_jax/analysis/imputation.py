@@ -120,13 +120,10 @@ def impute(
     if not 0 <= draws <= num_samples:
         raise ValueError(f"draws must be from 0 to num_samples={num_samples}, got {draws}")
     sizes = _Sizes(num_steps, num_samples, draws)
-
-    def one(
-        trained: Trained, pixels: Pixels, key: PRNGKeyArray, missing: Missing
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        return _impute_image(trained, pixels, missing, key, sizes, refine)
-
-    return Imputation(*map_with_progress("imputing", trained, one, images, missing | unknown))
+    filled = map_with_progress(
+        "imputing", trained, _impute_image, images, missing | unknown, sizes=sizes, refine=refine
+    )
+    return Imputation(*filled)
 
 
 class _Sizes(NamedTuple):
@@ -140,8 +137,9 @@ class _Sizes(NamedTuple):
 def _impute_image(
     trained: Trained,
     pixels: Pixels,
-    missing: Missing,
     key: PRNGKeyArray,
+    missing: Missing,
+    *,
     sizes: _Sizes,
     refine: bool,
 ) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -20,6 +20,7 @@ from vlae_jax.analysis.evaluation import measure
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.data.supplied import fitting
 from vlae_jax.data.tables import as_table
+from vlae_jax.errors import UserError
 from vlae_jax.models.trained import Pixels, Trained
 from vlae_jax.parallel.mapping import map_images
 from vlae_jax.posterior import mean_and_covariance
@@ -46,15 +47,15 @@ def encode(trained: Trained, images: np.ndarray) -> Arrays:
         2,000 samples for flows; the system's flags, (n,) each: converged, is_pd and
         newton_decrement (nats) if it searches a mode.
     """
+    return map_with_progress("encoding", trained, _encode, images)
 
-    def one(trained: Trained, pixels: Pixels, key: PRNGKeyArray) -> dict[str, Array]:
-        inferred = trained.infer(key, pixels)
-        mean, covariance = mean_and_covariance(
-            inferred.keys.divergence, inferred.posterior, num_samples=_MOMENT_SAMPLES
-        )
-        return {"mean": mean, "covariance": covariance, **inferred.inference.flags}
 
-    return map_with_progress("encoding", trained, one, images)
+def _encode(trained: Trained, pixels: Pixels, key: PRNGKeyArray) -> dict[str, Array]:
+    inferred = trained.infer(key, pixels)
+    mean, covariance = mean_and_covariance(
+        inferred.keys.divergence, inferred.posterior, num_samples=_MOMENT_SAMPLES
+    )
+    return {"mean": mean, "covariance": covariance, **inferred.inference.flags}
 
 
 def reconstruct(trained: Trained, images: np.ndarray, *, every_step: bool = False) -> Arrays:
@@ -72,23 +73,52 @@ def reconstruct(trained: Trained, images: np.ndarray, *, every_step: bool = Fals
         and reconstructions, both of the shape of `images`; squared_error (n,), the mean over the
         entries that are there; with `every_step` also steps (n, T + 1, ...).
     """
+    return map_with_progress("reconstructing", trained, _reconstruct, images, every_step=every_step)
 
-    def one(trained: Trained, pixels: Pixels, key: PRNGKeyArray) -> dict[str, Array]:
-        inferred = trained.infer(key, pixels)
-        to_pixels, model = trained.preprocessor.to_pixels, inferred.at.model
-        iterates = inferred.inference.iterates
-        iterates = iterates if every_step else iterates[-1:]
-        steps = jax.vmap(lambda z: to_pixels(model.reconstruct(z)))(iterates)
-        seen = to_pixels(inferred.x)
-        observed = None if inferred.at.observed is None else ~jnp.isnan(seen)
-        found = {
-            name_of_examples(trained): seen,
-            "reconstructions": steps[-1],
-            "squared_error": jnp.mean((steps[-1] - seen) ** 2, where=observed),
-        }
-        return {**found, "steps": steps} if every_step else found
 
-    return map_with_progress("reconstructing", trained, one, images)
+def _reconstruct(
+    trained: Trained, pixels: Pixels, key: PRNGKeyArray, *, every_step: bool
+) -> dict[str, Array]:
+    inferred = trained.infer(key, pixels)
+    to_pixels, model = trained.preprocessor.to_pixels, inferred.at.model
+    iterates = inferred.inference.iterates
+    iterates = iterates if every_step else iterates[-1:]
+    steps = jax.vmap(lambda z: to_pixels(model.reconstruct(z)))(iterates)
+    seen = to_pixels(inferred.x)
+    observed = None if inferred.at.observed is None else ~jnp.isnan(seen)
+    found = {
+        name_of_examples(trained): seen,
+        "reconstructions": steps[-1],
+        "squared_error": jnp.mean((steps[-1] - seen) ** 2, where=observed),
+    }
+    return {**found, "steps": steps} if every_step else found
+
+
+def decode(trained: Trained, codes: np.ndarray) -> np.ndarray:
+    """Decode latent vectors to the expected example.
+
+    Args:
+        trained: The model.
+        codes: (n, latent).
+
+    Returns:
+        (n, ...): expected pixels in [0, 1], or measurements in their own units.
+
+    Raises:
+        UserError: If the codes are not of that shape.
+    """
+    latent = trained.config.model.latent
+    codes = np.asarray(codes, np.float32)
+    if codes.ndim != 2 or codes.shape[1] != latent or not len(codes):
+        raise UserError(f"codes must have shape (n, {latent}), got {codes.shape}")
+    batch_size = trained.config.evaluation.evaluation_batch
+    run = map_images(_decode, codes, batch_size=batch_size, options={})
+    with counting("decoding", len(codes)) as show:
+        return run(trained, show)
+
+
+def _decode(trained: Trained, z: Array) -> Array:
+    return trained.preprocessor.to_pixels(trained.model.reconstruct(z))
 
 
 def sample(
@@ -115,23 +145,29 @@ def sample(
         also draws, of the same shape.
     """
     root = jax.random.key(seed)
-
-    def one(trained: Trained, index: Array) -> dict[str, Array]:
-        prior_key, noise_key = jax.random.split(jax.random.fold_in(root, index))
-        model, to_pixels = trained.model, trained.preprocessor.to_pixels
-        z = model.prior.draw(prior_key, temperature)
-        found = {"z": z, "expected": to_pixels(model.reconstruct(z))}
-        if draws:
-            found["draws"] = to_pixels(model.draw(noise_key, z))
-        return found
-
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, jnp.arange(count))
     batch_size = trained.config.evaluation.evaluation_batch
-    run = map_images(one, np.arange(count), batch_size=batch_size)
+    options = {"temperature": temperature, "draws": draws}
+    run = map_images(_sample, np.arange(count), keys, batch_size=batch_size, options=options)
     with counting("sampling", count) as show:
         return run(trained, show)
 
 
-def score(trained: Trained, images: np.ndarray, *, what: str = "scoring") -> Arrays:
+def _sample(
+    trained: Trained, _: Array, key: PRNGKeyArray, *, temperature: float, draws: bool
+) -> dict[str, Array]:
+    prior_key, noise_key = jax.random.split(key)
+    model, to_pixels = trained.model, trained.preprocessor.to_pixels
+    z = model.prior.draw(prior_key, temperature)
+    found = {"z": z, "expected": to_pixels(model.reconstruct(z))}
+    if draws:
+        found["draws"] = to_pixels(model.draw(noise_key, z))
+    return found
+
+
+def score(
+    trained: Trained, images: np.ndarray, *, what: str = "scoring", keys: Array | None = None
+) -> Arrays:
     """Compute the outlier scores of images, (n,) each.
 
     The scores are log_prob and elbo (nats, in model space for pixels and in the data's own units
@@ -145,8 +181,9 @@ def score(trained: Trained, images: np.ndarray, *, what: str = "scoring") -> Arr
         trained: The model.
         images: uint8, (n, height, width, channel), in the format of the training images.
         what: Label of the progress line.
+        keys: Random keys of the images, (n,); by default by their indices.
     """
-    measured = measure(trained, images, what=what)
+    measured = measure(trained, images, what=what, keys=keys)
     return {name: measured[name] for name in SCORES if name in measured}
 
 
@@ -201,19 +238,20 @@ def name_of_examples(trained: Trained) -> str:
 
 
 def map_with_progress(
-    what: str, trained: Trained, function: Any, images: np.ndarray, *arrays: Any
+    what: str, trained: Trained, function: Any, images: np.ndarray, *arrays: Any, **options: Any
 ) -> Any:
-    """Apply a function (trained, pixels, key, *items) → arrays to every image, with progress.
+    """Apply a function (trained, pixels, key, *items, **options) → arrays to every image.
 
     Args:
         what: Label of the progress line.
         trained: The model, passed to every call.
-        function: A function of one image; the keys are `fixed_keys`.
+        function: A module's own function of one image; the keys are `fixed_keys`.
         images: uint8, (n, height, width, channel), or measurements (n, ...).
         arrays: More arrays with n rows, of which each call gets one.
+        options: Hashable keyword arguments of the function.
     """
     batch_size = trained.config.evaluation.evaluation_batch
     keys = fixed_keys(len(images))
-    run = map_images(function, images, keys, *arrays, batch_size=batch_size)
+    run = map_images(function, images, keys, *arrays, batch_size=batch_size, options=options)
     with counting(what, len(images)) as show:
         return run(trained.for_examples(images), show)

@@ -13,6 +13,8 @@ from vlae_jax.errors import UserError
 
 _MOST_ROUNDS = 10_000
 _SMALL_GAIN = 1e-9
+_DENSE_DIM = 64
+"""Columns up to which all eigenvectors are found faster than a few of them."""
 
 
 class LinearModel(NamedTuple):
@@ -47,7 +49,7 @@ def fit_ppca(xs: np.ndarray, latent: int, *, min_variance: float = 0.0) -> Linea
     References:
         Tipping and Bishop (1999), Probabilistic principal component analysis, equations 7, 8.
     """
-    bias, covariance = _moments(xs, latent, "ppca")
+    bias, covariance = _moments(xs, latent, "ppca", most=xs.shape[1] - 1)
     values, vectors = np.linalg.eigh(covariance)
     dim = len(bias)
     noise = max(float(values[: dim - latent].mean()), min_variance)
@@ -66,23 +68,26 @@ def fit_factor_analysis(xs: np.ndarray, latent: int, *, min_variance: float = 0.
 
     Args:
         xs: Examples, (n, dim).
-        latent: Dimensions of z, below dim.
+        latent: Dimensions of z, at most dim.
         min_variance: Floor of the noise variances.
 
     Raises:
-        UserError: If `latent` is not below dim, or there are too few examples.
+        UserError: If `latent` is above dim, or there are too few examples.
 
     References:
         Barber (2012), Bayesian reasoning and machine learning, algorithm 21.1.
     """
-    bias, covariance = _moments(xs, latent, "fa")
+    bias, covariance = _moments(xs, latent, "fa", most=xs.shape[1])
     own, dim = np.diag(covariance), len(bias)
     variance, before = np.maximum(own, min_variance), -np.inf
     start = np.full(dim, dim**-0.5)
     for _ in range(_MOST_ROUNDS):
         scale = np.sqrt(variance)
         scaled = covariance / np.outer(scale, scale)
-        values, vectors = eigsh(scaled, latent, v0=start, which="LA")
+        if dim <= max(_DENSE_DIM, latent):
+            values, vectors = (part[..., -latent:] for part in np.linalg.eigh(scaled))
+        else:
+            values, vectors = eigsh(scaled, latent, v0=start, which="LA")
         excess = np.maximum(values - 1.0, 0.0)
         kernel = np.sqrt(excess)[:, None] * vectors.T * scale
         likelihood = -0.5 * (
@@ -109,16 +114,19 @@ def _with_posterior(kernel: np.ndarray, bias: np.ndarray, variance: np.ndarray) 
     )
 
 
-def _moments(xs: np.ndarray, latent: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+def _moments(
+    xs: np.ndarray, latent: int, method: str, *, most: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the examples, (dim,) and (dim, dim), for so many latent dimensions.
 
     Raises:
         UserError: If there are too many of these for the pixels or for the examples.
     """
     n, dim = xs.shape
-    if not 1 <= latent < dim:
+    if not 1 <= latent <= most:
         raise UserError(
-            f"{method} needs fewer latent dimensions than pixels, got {latent} of {dim}"
+            f"{method} takes from 1 to {most} latent dimensions for {dim} pixels or columns, got "
+            f"{latent}"
         )
     if latent >= n:
         raise UserError(f"{method} needs more images than latent dimensions, got {n} for {latent}")

@@ -260,8 +260,7 @@ class Trained:
 
     def factored(self) -> "Trained":
         """Return a copy with the output layer factored once for all images, where that pays off."""
-        head = jax.jit(lambda trained: trained.model.whitened_head())(self)
-        return dataclasses.replace(self, head=head)
+        return dataclasses.replace(self, head=_whitened_head(self))
 
     def with_params(self, params: Any) -> "Trained":
         """Return a copy with other parameters, and without a factored output layer."""
@@ -277,3 +276,8 @@ class Trained:
         return dataclasses.replace(
             self, config=dataclasses.replace(self.config, **{section: changed})
         )
+
+
+@jax.jit
+def _whitened_head(trained: Trained) -> WhitenedHead | None:
+    return trained.model.whitened_head()

@@ -1,6 +1,7 @@
 """Applying a function of one image to a set of images, in batches of one shape."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ def map_images(
     *arrays: Any,
     batch_size: int,
     placement: Placement | None = None,
+    options: Mapping[str, Hashable] | None = None,
 ) -> Callable[..., Any]:
     """Prepare to apply a one-image function to every image of a set, in batches of one shape.
 
@@ -28,6 +30,9 @@ def map_images(
         batch_size: Images at once; rounded up so that every device gets as many.
         placement: Split each batch along `data`, with parameters that are placed already; every
             process must then call this, and gets all results. By default one device does all.
+        options: Keyword arguments of `function`, which must then be a module's own. On one device
+            what is compiled is kept for later calls, also with other numbers of images: batches are
+            then as large as the next power of two.
 
     Returns:
         (params, on_batch, num_batches) → the pytree with numpy leaves of n rows, or fewer if only
@@ -35,15 +40,17 @@ def map_images(
         images finished.
     """
     n = len(images)
-    batch_size = min(batch_size, n)
+    is_kept = options is not None and placement is None
+    batch_size = min(batch_size, 1 << (n - 1).bit_length() if is_kept else n)
     if placement:
         batch_size += -batch_size % placement.mesh.shape[DATA]
     starts = range(0, n, batch_size)
     rows = np.minimum(np.arange(len(starts) * batch_size), n - 1).reshape(-1, batch_size)
-    compiled = jax.jit(
-        jax.vmap(function, in_axes=(None,) + (0,) * (1 + len(arrays))),
-        out_shardings=placement and placement.replicated,
-    )
+    if is_kept:
+        assert options is not None
+        compiled = _kept(function, tuple(sorted(options.items())))
+    else:
+        compiled = _compile(functools.partial(function, **(options or {})), placement)
 
     def run(
         params: Any,
@@ -62,3 +69,17 @@ def map_images(
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)
 
     return run
+
+
+def _compile(function: Callable[..., Any], placement: Placement | None) -> Callable[..., Any]:
+    def batch(params: Any, *items: Any) -> Any:
+        return jax.vmap(lambda *row: function(params, *row))(*items)
+
+    return jax.jit(batch, out_shardings=placement and placement.replicated)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept(
+    function: Callable[..., Any], options: tuple[tuple[str, Hashable], ...]
+) -> Callable[..., Any]:
+    return _compile(functools.partial(function, **dict(options)), None)

@@ -72,30 +72,11 @@ def _is_decaying(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def initial_state(
-    trained: Trained, total_steps: int, placement: Placement, num_images: int
-) -> TrainState:
-    """Make the state before the first step, placed on the devices."""
-    state = _first_state(trained, total_steps, num_images)
-    return placement.put(state, placement.of_parameters(state))
-
-
-def _first_state(trained: Trained, total_steps: int, num_images: int) -> TrainState:
-    config = trained.config.training
-    params = trained.params
+def _shapes_of_metrics(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
     is_pixels = trained.preprocessor.levels and not trained.preprocessor.incomplete
     batch = jnp.zeros((1, *trained.preprocessor.image_shape), jnp.uint8 if is_pixels else float)
-    keys = jax.random.split(jax.random.key(config.seed), 1)
-    shapes = jax.eval_shape(lambda: loss_fn(params, trained, batch, keys)[1].metrics)
-    return TrainState(
-        params=jax.tree.map(jnp.copy, params),  # the step donates its arguments
-        opt_state=make_optimizer(config, total_steps).init(params),
-        step=jnp.zeros((), jnp.int32),
-        sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-        summed=jnp.zeros((), jnp.int32),
-        modes=_no_modes(trained.config, num_images),  # type: ignore[arg-type]
-        bad_step=jnp.full((), -1, jnp.int32),
-    )
+    keys = jax.random.split(jax.random.key(0), 1)
+    return jax.eval_shape(lambda: loss_fn(trained.params, trained, batch, keys)[1].metrics)
 
 
 def _no_modes(config: Config, num_images: int) -> np.ndarray | None:
@@ -137,13 +118,10 @@ class Trainer:
             images = binarized_once(trained.preprocessor, dataset.train)
             feed = make_feed(images, config, placement)
         self.feed = feed
-        first = _first_state(trained, self.total_steps, len(dataset.train))
-        self._sums = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), first.sums
-        )
-        shardings = placement.of_parameters(first)
+        self._sums = _shapes_of_metrics(trained)
+        self._shardings = placement.of_parameters(jax.eval_shape(self._first_state))
         self.step = jax.jit(
-            self._step, donate_argnums=0, out_shardings=(shardings, placement.replicated)
+            self._step, donate_argnums=0, out_shardings=(self._shardings, placement.replicated)
         )
         self._validate = map_images(
             self._validate_one,
@@ -155,8 +133,18 @@ class Trainer:
 
     def init(self) -> TrainState:
         """Make the state before the first step."""
-        return initial_state(
-            self.trained, self.total_steps, self.placement, len(self.dataset.train)
+        return self.placement.put(self._first_state(), self._shardings)
+
+    def _first_state(self) -> TrainState:
+        params = jax.tree.map(jnp.copy, self.trained.params)  # the step donates its arguments
+        return TrainState(
+            params=params,
+            opt_state=self._optimizer.init(params),
+            step=jnp.zeros((), jnp.int32),
+            sums=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._sums),
+            summed=jnp.zeros((), jnp.int32),
+            modes=_no_modes(self.trained.config, len(self.dataset.train)),  # type: ignore[arg-type]
+            bad_step=jnp.full((), -1, jnp.int32),
         )
 
     def pretrainer(self) -> "Trainer":
