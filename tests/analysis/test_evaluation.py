@@ -7,7 +7,8 @@ from arviz_stats.base import array_stats
 from builders import Linear, digits, linear_config, untrained
 from problems import assert_close
 
-from vlae_jax.analysis.evaluation import describe, evaluate, metrics_of, pareto_k
+from vlae_jax.analysis.estimation import pareto_k
+from vlae_jax.analysis.evaluation import describe, evaluate, metrics_of
 from vlae_jax.bounds import tail_size
 from vlae_jax.runs.config import Config, EvaluationConfig, InferenceConfig, ModelConfig
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arviz_stats.base import array_stats
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vlae_jax.annealing import strict_lower_bound
@@ -25,6 +26,7 @@ from vlae_jax.models.autoencoder import Observation
 from vlae_jax.models.trained import Inferred
 from vlae_jax.posterior import GaussianPosterior
 from vlae_jax.proposals import heavy_tailed
+from vlae_jax.runs.metrics import UNRELIABLE_K
 from vlae_jax.variational import variational_refine
 
 
@@ -53,6 +55,7 @@ DF = 8.0
 """Degrees of freedom of the Student-t: tails that a Gaussian's weights cannot outrun, in a body
 that is nearly Gaussian."""
 _EXPANDED_AT_ONCE = 8
+_SMALLEST_TAIL = 5
 
 
 class Annealing(NamedTuple):
@@ -208,3 +211,43 @@ def within_budget(wanted: np.ndarray, cost: int, budget: float) -> np.ndarray:
         budget: To spend.
     """
     return wanted[: int(budget // cost)]
+
+
+def is_doubtful(shapes: np.ndarray) -> np.ndarray:
+    """Whether each k̂ shows that its estimate is unreliable; false for NaN, an unknown k̂."""
+    return shapes > UNRELIABLE_K
+
+
+def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
+    """The shape k̂ of the tail of the importance weights, for each image.
+
+    Below 0.7 the estimate is reliable; above, the variance of the weights is too large and the
+    estimate too low. A tail without any spread, as with the posterior as the proposal, has -inf.
+
+    Args:
+        largest: The largest log weights of each image, descending, (n, tail + 1), with the one
+            below the tail last: `ImportanceInfo.largest`.
+        num_samples: K, the number of all weights.
+
+    Returns:
+        An array (n,). NaN where fewer than 25 samples leave no tail, or a weight in the tail is
+        zero or NaN.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling.
+    """
+    shapes = np.full(len(largest), np.nan)
+    if largest.shape[1] <= _SMALLEST_TAIL:
+        return shapes
+    for i, weights in enumerate(np.asarray(largest, np.float64)):
+        # Only differences of log weights matter; this is their rounding in float32.
+        resolution = np.finfo(np.float32).eps * max(1.0, abs(weights[0]))
+        if np.isfinite(weights[0]) and weights[0] - weights[-1] <= 8 * resolution:
+            shapes[i] = -np.inf
+        elif np.isfinite(weights).all():
+            # The fit uses only the tail and the value below it, so the others can be filled in.
+            rest = np.full(num_samples - len(weights), weights[-1])
+            # Equal weights next to the tail cause harmless divisions by zero in the fit.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                _, shapes[i] = array_stats.psislw(-np.concatenate([weights, rest]))
+    return shapes

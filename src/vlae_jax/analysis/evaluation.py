@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arviz_stats.base import array_stats
 from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.analysis.estimation import (
@@ -19,6 +18,8 @@ from vlae_jax.analysis.estimation import (
     anneal_log_prob,
     effort_for,
     estimate_log_prob,
+    is_doubtful,
+    pareto_k,
     within_budget,
 )
 from vlae_jax.bounds import ImportanceInfo, importance_weighted_log_prob
@@ -37,9 +38,8 @@ from vlae_jax.progress import counting
 from vlae_jax.proposals import heavy_tailed, widened
 from vlae_jax.runs.config import EvaluationConfig
 from vlae_jax.runs.methods import find_method
-from vlae_jax.runs.metrics import UNRELIABLE_K, Metric, mean_metric
+from vlae_jax.runs.metrics import Metric, mean_metric
 
-_SMALLEST_TAIL = 5
 _ELBO_SHARE = 5
 """With proposal auto the number of samples for log p(x) is divided by this for the ELBO, as single
 samples vary less than importance weights."""
@@ -298,46 +298,6 @@ def _proposal(config: EvaluationConfig, posterior: Posterior) -> Posterior:
     if config.proposal == "widened":
         return widened(posterior, config.proposal_scale)
     return heavy_tailed(posterior, config.proposal_df)
-
-
-def is_doubtful(shapes: np.ndarray) -> np.ndarray:
-    """Whether each k̂ shows that its estimate is unreliable; false for NaN, an unknown k̂."""
-    return shapes > UNRELIABLE_K
-
-
-def pareto_k(largest: np.ndarray, num_samples: int) -> np.ndarray:
-    """The shape k̂ of the tail of the importance weights, for each image.
-
-    Below 0.7 the estimate is reliable; above, the variance of the weights is too large and the
-    estimate too low. A tail without any spread, as with the posterior as the proposal, has -inf.
-
-    Args:
-        largest: The largest log weights of each image, descending, (n, tail + 1), with the one
-            below the tail last: `ImportanceInfo.largest`.
-        num_samples: K, the number of all weights.
-
-    Returns:
-        An array (n,). NaN where fewer than 25 samples leave no tail, or a weight in the tail is
-        zero or NaN.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling.
-    """
-    shapes = np.full(len(largest), np.nan)
-    if largest.shape[1] <= _SMALLEST_TAIL:
-        return shapes
-    for i, weights in enumerate(np.asarray(largest, np.float64)):
-        # Only differences of log weights matter; this is their rounding in float32.
-        resolution = np.finfo(np.float32).eps * max(1.0, abs(weights[0]))
-        if np.isfinite(weights[0]) and weights[0] - weights[-1] <= 8 * resolution:
-            shapes[i] = -np.inf
-        elif np.isfinite(weights).all():
-            # The fit uses only the tail and the value below it, so the others can be filled in.
-            rest = np.full(num_samples - len(weights), weights[-1])
-            # Equal weights next to the tail cause harmless divisions by zero in the fit.
-            with np.errstate(divide="ignore", invalid="ignore"):
-                _, shapes[i] = array_stats.psislw(-np.concatenate([weights, rest]))
-    return shapes
 
 
 def describe(
