@@ -4,6 +4,8 @@ import pickle
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
+from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_wine
 from sklearn.decomposition import PCA, FactorAnalysis
@@ -26,6 +28,14 @@ SINGLE = (
     "float32, and one program for each size of batch: a row alone differs in the last digits, by "
     "less than 1e-4 (test_rows_do_not_depend_on_their_company)"
 )
+OF_TRAINING = {
+    "check_dict_unchanged",
+    "check_estimators_overwrite_params",
+    "check_estimators_pickle",
+    "check_fit_idempotent",
+    "check_methods_sample_order_invariance",
+    "check_transformer_n_iter",
+}
 
 
 @parametrize_with_checks(
@@ -38,12 +48,11 @@ def test_scikit_learn_checks_a_linear_model(estimator, check):
 
 
 @pytest.mark.slow
-@parametrize_with_checks(
-    [NETWORK],
-    expected_failed_checks=lambda estimator: {"check_methods_subset_invariance": SINGLE},
-    xfail_strict=False,
-)
+@parametrize_with_checks([NETWORK])
 def test_scikit_learn_checks_a_network(estimator, check):
+    """By those that depend on the training; each of them trains several times."""
+    if check.func.__name__ not in OF_TRAINING:
+        pytest.skip("the linear model passes it in the same lines of code")
     check(estimator)
 
 
@@ -140,18 +149,20 @@ def test_it_works_in_pipelines_and_searches():
 
 @pytest.mark.slow
 def test_a_network_learns_what_no_linear_model_can():
-    """A noisy circle: its log density is known to within what a linear model misses."""
+    """A noisy curve, whose log density is an integral over one dimension."""
     rng = np.random.default_rng(0)
-    angles = rng.uniform(0, 2 * np.pi, 1200)
-    data = np.stack([np.cos(angles), np.sin(angles)], axis=1) + 0.1 * rng.normal(size=(1200, 2))
+    z, std = rng.normal(size=(1200, 1)), 0.1
+    data = np.concatenate([z, np.exp(z)], axis=1) + std * rng.normal(size=(1200, 2))
     train, test = data[:1000], data[1000:]
+    grid = np.linspace(-6, 6, 4001)
+    curve = np.stack([grid, np.exp(grid)], axis=1)
+    given = norm(curve, std).logpdf(test[:, None]).sum(axis=2)
+    truth = logsumexp(given + norm.logpdf(grid), axis=1).mean() + np.log(grid[1] - grid[0])
     linear = FactorAnalysis(1).fit(train).score(test)
-    network = VLAE(
-        1, hidden_layer_sizes=(32, 32), max_iter=60, learning_rate_init=3e-3, random_state=0
-    )
-    found = network.fit(train).score(test)
-    # The entropy of a circle blurred by 0.1 is about log(2 π) + log(0.1 √(2 π e)) = 0.95 nats.
-    assert linear + 0.5 < found < -0.95 + 0.15
+    network = VLAE(1, hidden_layer_sizes=(32, 32), max_iter=60, learning_rate_init=3e-3)
+    found = network.set_params(random_state=0).fit(train).score(test)
+    assert linear + 1.0 < found < truth + 0.1
+    assert found > truth - 0.3
 
 
 @pytest.mark.parametrize(
