@@ -342,7 +342,7 @@ def _by_commands(case: Case, folder: Path, said: io.StringIO) -> Outcome:
             return Outcome("FAULT", f"{words[0]} ended with {stop.code}: {said.getvalue()}")
     run = RunFolder(folder / "run")
     metrics = json.loads(run.results.read_text())["metrics"]
-    with np.load(run.per_image) as arrays:
+    with np.load(run.per_image, allow_pickle=False) as arrays:
         return _judged({m["name"]: m["value"] for m in metrics}, dict(arrays))
 
 
