@@ -345,6 +345,13 @@ def test_the_page_loads_nothing_and_shows_everything(reported):
         assert words in page.text, words
 
 
+def test_a_list_in_the_place_of_an_objective_is_shown(tmp_path):
+    config = make_config()
+    config["training"]["objective"] = ["elbo"]
+    [cells] = table_cells(write_run(tmp_path / "run", config=config))
+    assert "['elbo']" in cells["method"]
+
+
 def test_what_is_wider_than_the_page_scrolls_by_itself(reported):
     """Tables and pictures: on a telephone a picture stays legible, its text in view."""
     source = (reported / "report.html").read_text()

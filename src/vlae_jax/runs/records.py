@@ -61,10 +61,10 @@ class Run:
         """
         known = METHODS.get(self.method)
         label = str(self._described("label") or (known.label if known else self.method))
-        objective = self.setting("training", "objective") or "elbo"
+        objective = str(self.setting("training", "objective") or "elbo")
         if objective == "elbo":
             return label
-        name = {"iwae": "IWAE", "dreg": "DReG"}.get(objective, str(objective))
+        name = {"iwae": "IWAE", "dreg": "DReG"}.get(objective, objective)
         samples = self.setting("training", "train_samples")
         return f"{label} ({name})" if objective == "evidence" else f"{label} ({name}, {samples})"
 
