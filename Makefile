@@ -149,11 +149,15 @@ bench: benchmarks/run.py $(VENV)/.with-train ## Time what is worth timing
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)
 
 # The newest releases that jax 0.9.2 allows: see the comment on jaxlib 0.10 in pyproject.toml.
-lock: ## Resolve constraints.txt again, with uv; ARGS=--upgrade moves its versions on
+lock: ## Resolve constraints.txt and requirements.txt again, with uv; ARGS=--upgrade moves on
 	@command -v uv > /dev/null || { echo "make lock needs uv on the PATH" >&2; exit 1; }
-	echo 'jax==0.9.2' | uv pip compile --quiet --universal --python-version 3.11 --all-extras \
-	    --no-annotate --no-header --no-emit-package vlae-jax pyproject.toml - \
+	echo 'jax==0.9.2' | uv pip compile $(LOCKING) --all-extras pyproject.toml - \
 	    --output-file constraints.txt $(ARGS)
+	uv pip compile $(LOCKING) --extra train --generate-hashes -c constraints.txt pyproject.toml \
+	    --output-file requirements.txt
+
+LOCKING := --quiet --universal --python-version 3.11 --no-annotate --no-header \
+    --no-emit-index-url --no-emit-find-links --no-emit-package vlae-jax
 
 clean: ## Remove build products and caches; runs and data stay
 	rm -rf build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache

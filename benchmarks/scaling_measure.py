@@ -102,7 +102,7 @@ def virtual_devices(method: str, options: argparse.Namespace) -> list[dict[str, 
             command = _worker(method, batch, options.steps // 3, folder, devices)
             _all([[*command, "--processes", "1", "--index", "0", "--devices", str(devices)]])
             found = json.loads((Path(folder) / f"{devices}.json").read_text())
-            params = np.load(Path(folder) / f"{devices}.npy")
+            params = np.load(Path(folder) / f"{devices}.npy", allow_pickle=False)
             # The norm: Adam turns a gradient of 0, off by rounding, into a whole step.
             first = params if devices == 1 else first
             difference = float(np.linalg.norm(params - first) / np.linalg.norm(first))

@@ -1,9 +1,17 @@
 """Exceptions that end a run early, each with a one-line message and its own exit code."""
 
+import dataclasses
 import difflib
+import functools
 import math
 import signal
+import typing
 from collections.abc import Iterable
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 LARGEST_COUNT = 2**31 - 1
 """Largest count that is accepted: counts are 32-bit integers on devices."""
@@ -43,18 +51,60 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_types(choices: Any) -> None:
+    """Check that each field of a frozen dataclass has a value of its type, and none beside it.
+
+    What means the same is brought to the type: numbers of numpy, a whole number for a float, a list
+    for a tuple, and a path for a text. A truth value is no number, and no text is.
+
+    Raises:
+        UserError: If a field has another value, such as a word that is none of its words.
+    """
+    from pydantic import ValidationError
+
+    for name, adapter in _types_of(choices.__class__).items():
+        given = getattr(choices, name)
+        try:
+            value = adapter.validate_python(_plain(given), strict=True)
+        except ValidationError as error:
+            wanted = " or ".join(dict.fromkeys(each["msg"] for each in error.errors()))
+            raise UserError(f"{name}: {wanted}, got {given!r}") from None
+        object.__setattr__(choices, name, value)
+
+
+@functools.cache
+def _types_of(cls: Any) -> "dict[str, TypeAdapter[Any]]":
+    from pydantic import TypeAdapter
+
+    hints = typing.get_type_hints(cls)
+    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, PurePath):
+        return str(value)
+    is_scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
+    return value.item() if is_scalar else value
+
+
 def require_counts(choices: object, *names: str, least: int = 1) -> None:
     """Check that each named field is None or a whole number from `least` to `LARGEST_COUNT`.
+
+    A field may also hold several of them.
 
     Raises:
         UserError: If a field is out of range.
     """
     for name in names:
         value = getattr(choices, name)
-        if value is None:
-            continue
-        require(value >= least, f"{name} must be at least {least}, got {value}")
-        require(value <= LARGEST_COUNT, f"{name} must be at most {LARGEST_COUNT}, got {value}")
+        each = value if isinstance(value, tuple) else () if value is None else (value,)
+        require(all(v >= least for v in each), f"{name} must be at least {least}, got {value}")
+        require(
+            all(v <= LARGEST_COUNT for v in each),
+            f"{name} must be at most {LARGEST_COUNT}, got {value}",
+        )
 
 
 def require_positive(choices: object, *names: str) -> None:

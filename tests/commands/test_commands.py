@@ -381,7 +381,7 @@ def test_damaged_metrics_are_named_with_their_line(copied, capsys, command):
     for damage in (b'{"split": "tr\n', b"\xff\xfe\n", b"[1]\n", b'{"step": "two"}\n', b"\n"):
         (copied / "metrics.jsonl").write_bytes(lines[0] + damage + b"".join(lines[2:]))
         line = refused(capsys, command, *resume, copied)
-        assert f"{copied / 'metrics.jsonl'} is damaged: line 2 is no record" in line
+        assert f"{copied / 'metrics.jsonl'} is damaged: line 2 is no whole record" in line
 
 
 def test_a_run_of_a_version_before_the_first_release_is_refused(copied, capsys):

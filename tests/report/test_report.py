@@ -345,6 +345,22 @@ def test_the_page_loads_nothing_and_shows_everything(reported):
         assert words in page.text, words
 
 
+def test_a_list_in_the_place_of_an_objective_is_shown(tmp_path):
+    config = make_config()
+    config["training"]["objective"] = ["elbo"]
+    [cells] = table_cells(write_run(tmp_path / "run", config=config))
+    assert "['elbo']" in cells["method"]
+
+
+def test_what_is_wider_than_the_page_scrolls_by_itself(reported):
+    """Tables and pictures: on a telephone a picture stays legible, its text in view."""
+    source = (reported / "report.html").read_text()
+    assert source.count("<img ") == source.count('<div class="picture"><img ') > 0
+    assert source.count("<table>") == source.count('<div class="table"><table>') > 0
+    for name in ("table", "picture"):
+        assert re.search(rf"^\.{name} {{ overflow-x: auto; }}$", source, re.M)
+
+
 def test_one_page_for_several_runs(run, tmp_path, capsys):
     other = write_run(tmp_path / "other", metrics=make_metrics())
     [path] = write_report([run, str(other)], tmp_path / "new" / "all.html")

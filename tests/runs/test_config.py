@@ -1,7 +1,9 @@
 """Defaults that depend on one another, presets, and the names of runs."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlae_jax.commands.main import parse
@@ -100,3 +102,49 @@ def test_every_system_has_a_label_of_its_own():
     labels = {method: InferenceConfig(method=method, steps=1).label for method in METHODS}
     assert len(set(labels.values())) == len(METHODS)
     assert not set(labels.values()) & set(METHODS)
+
+
+SECTIONS = [DataConfig, ModelConfig, InferenceConfig, TrainingConfig, EvaluationConfig]
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [(cls, field.name) for cls in (*SECTIONS, Config) for field in dataclasses.fields(cls)],
+)
+def test_a_value_of_another_type_is_refused_in_one_line(section, name):
+    """In Python too, where no command line has read it."""
+    for value in (object(), 1.5j):
+        with pytest.raises(UserError, match=f"^{name}[: ]") as caught:
+            section(**{name: value})
+        assert "\n" not in str(caught.value) and repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong"),
+    [
+        (InferenceConfig, {"search": "newtonian"}),
+        (InferenceConfig, {"steps": 1.5}),
+        (InferenceConfig, {"steps": True}),
+        (InferenceConfig, {"steps": "3"}),
+        (InferenceConfig, {"method": None}),
+        (TrainingConfig, {"pretrain": "often"}),
+        (TrainingConfig, {"learning_rate": "1e-3"}),
+        (TrainingConfig, {"modes": "stored "}),
+        (ModelConfig, {"hidden": 8}),
+        (ModelConfig, {"hidden": (8, 4.5)}),
+        (EvaluationConfig, {"proposal": "prior"}),
+    ],
+)
+def test_what_only_looks_like_a_choice_is_refused(section, wrong):
+    with pytest.raises(UserError, match=f"^{next(iter(wrong))}: "):
+        section(**wrong)
+
+
+def test_what_means_the_same_is_brought_to_its_type():
+    given = ModelConfig(latent=np.int64(3), hidden=[np.int32(8), 4], min_std=np.float32(0.5))
+    assert given == ModelConfig(latent=3, hidden=(8, 4), min_std=0.5)
+    assert type(given.latent) is int and hash(given) == hash(
+        ModelConfig(3, hidden=(8, 4), min_std=0.5)
+    )
+    assert type(TrainingConfig(learning_rate=1).learning_rate) is float
+    assert DataConfig(data_dir=Path("images")).data_dir == "images"

@@ -71,7 +71,7 @@ def test_a_last_line_that_a_crash_has_cut_short_is_left_out_and_goes(run):
     log(run, b'{"step": 1}\n', b'{"step": 2}\n', b'{"step": 3, "lo')
     assert [record["step"] for record in run.read_metrics()] == [1, 2]
     run.drop_metrics_after(1)
-    assert run.metrics.read_text() == '{"step": 1}\n'
+    assert run.read_metrics() == [{"step": 1}] and run.metrics.read_text().count("\n") == 1
 
 
 def test_records_stay_as_they_were_when_later_ones_are_dropped(run):

@@ -253,7 +253,7 @@ class Impute(_UseOnImages):
             raise UserError(_ONE_WAY)
         if self.missing is not None and not 0 < self.missing < 1:
             raise UserError(f"missing must lie between 0 and 1, got {self.missing}")
-        require_counts(self, "steps", "draws", least=0)
+        require_counts(self, "steps", "draws", "missing_box", least=0)
         require_counts(self, "samples", least=2)
         if self.draws > self.samples:
             raise UserError(f"draws must be at most samples {self.samples}, got {self.draws}")

@@ -1,10 +1,9 @@
 """The options that choose devices and processes."""
 
 import dataclasses
-import math
 import os
 
-from vlae_jax.errors import LARGEST_COUNT, require
+from vlae_jax.errors import LARGEST_COUNT, require, require_types
 
 _FEWEST_THREADS = 4
 
@@ -52,13 +51,14 @@ class DistributedConfig:
     devices divides: a device stores only its part, and gathers the others for each step."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name in ("processes", "devices", "timeout"):
             value = getattr(self, name)
             require(
                 value is None or 1 <= value <= LARGEST_COUNT,
                 f"distributed.{name} must be at least 1 and at most {LARGEST_COUNT}, got {value}",
             )
-        count = self.processes if self.processes is not None else math.inf
+        count = self.processes if self.processes is not None else LARGEST_COUNT
         require(
             self.process_id is None or 0 <= self.process_id < count,
             f"distributed.process-id must be from 0 to distributed.processes - 1, "

@@ -71,7 +71,7 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem;
 th, td { padding: 7px 8px; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
-td.left { overflow-wrap: anywhere; min-width: 5.5rem; }
+td.left { overflow-wrap: anywhere; min-width: 6.5rem; }
 td.left:first-child { min-width: 7.5rem; }
 td.right { white-space: nowrap; }
 td small { display: block; color: var(--soft); font-size: .8rem; }
@@ -82,8 +82,9 @@ dl { display: grid; grid-template-columns: auto 1fr; gap: 2px 16px; margin: 0; f
 dt { color: var(--soft); }
 dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 figure { margin: 0 0 36px; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; padding: 8px;
-  border: 1px solid var(--line); border-radius: 10px; }
+.picture { overflow-x: auto; }
+figure img { display: block; max-width: max(100%, 560px); height: auto; background: #fff;
+  padding: 8px; border: 1px solid var(--line); border-radius: 10px; }
 figcaption { margin-top: 10px; max-width: 74ch; font-size: .92rem; }
 figcaption b { color: var(--ink); }
 @media print { main { max-width: none; padding: 0; } figure, .card { break-inside: avoid; } }
@@ -289,7 +290,7 @@ def _picture(picture: Picture) -> Element:
     source = f"data:image/png;base64,{base64.b64encode(picture.png).decode('ascii')}"
     image = E("img", width=str(width), src=source, alt=picture.caption)
     caption = E("figcaption", E("b", f"{picture.title}."), f" {picture.caption}")
-    return E("figure", image, caption)
+    return E("figure", E("div", image, class_="picture"), caption)
 
 
 def _cards(sections: Mapping[str, Any]) -> Element:

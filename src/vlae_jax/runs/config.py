@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlae_jax.errors import require, require_counts, require_positive, require_seed
+from vlae_jax.errors import require, require_counts, require_positive, require_seed, require_types
 from vlae_jax.runs.likelihoods import LIKELIHOODS, as_text, parse
 from vlae_jax.runs.methods import find_method
 
@@ -64,6 +64,7 @@ class DataConfig:
     array_record format. Needs the stream extra."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(
             not (self.stream and self.preprocess == "static_binary"),
             "static_binary draws all training images once and keeps them in memory: leave --stream "
@@ -77,10 +78,7 @@ class DataConfig:
             self.levels is None or not self.stream,
             "levels are those of the streamed data set: leave --levels out, or --stream",
         )
-        require(
-            self.resize is None or min(self.resize) >= 1,
-            f"resize must be a height and a width of at least 1, got {self.resize}",
-        )
+        require_counts(self, "resize")
         require(
             0.0 < self.logit_lambda < 0.5,
             f"logit_lambda must lie between 0 and 0.5, got {self.logit_lambda}",
@@ -133,21 +131,14 @@ class ModelConfig:
     the inference stay float32. Measurements, validation included, are in float32 throughout."""
 
     def __post_init__(self) -> None:
-        require_counts(self, "latent", "prior_components")
-        require(
-            all(width >= 1 for width in self.hidden),
-            f"hidden widths must be at least 1, got {self.hidden}",
-        )
-        require(
-            all(count >= 1 for count in self.channels),
-            f"channels must be at least 1, got {self.channels}",
-        )
+        object.__setattr__(self, "likelihood", as_text(self.likelihood))
+        require_types(self)
+        require_counts(self, "latent", "prior_components", "hidden", "channels")
         require(
             self.network != "conv" or len(self.channels) >= 1,
             "network conv needs at least one number of channels, one for each convolution",
         )
         require_positive(self, "min_std", "student_df")
-        object.__setattr__(self, "likelihood", as_text(self.likelihood))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +202,7 @@ class InferenceConfig:
     layer."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_counts(self, "steps", least=0)
         require_counts(self, "flow_width")
         require_positive(self, "ascent_rate", "ascent_clip")
@@ -306,6 +298,7 @@ class TrainingConfig:
     """Seeds the initial weights, the order of the images and every sample."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_seed(self.seed)
         require_counts(self, "epochs", "warmup_steps", least=0)
         if self.pretrain != "auto":
@@ -355,6 +348,7 @@ class EvaluationConfig:
     """Test images evaluated at once."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_counts(self, "importance_samples", "chunk_size", "test_images", "evaluation_batch")
         require_positive(self, "proposal_scale", "proposal_df")
         require(
@@ -376,6 +370,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(
             "bernoulli" not in self.densities or self.data.preprocess not in ("logit", "raw"),
             "a bernoulli likelihood needs binary images, but preprocess is "

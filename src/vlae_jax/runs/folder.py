@@ -17,11 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from vlae_jax.errors import UserError
 from vlae_jax.files import is_partial
 from vlae_jax.runs.config import Config
+from vlae_jax.runs.seals import is_whole, sealed, without_seal
 from vlae_jax.runs.storage import (
     as_folder,
     in_bucket,
     is_bucket,
     read_bytes,
+    read_json,
     write_atomically,
     writing,
 )
@@ -170,8 +172,9 @@ class RunFolder:
         """
         if not self._config.is_file():
             raise UserError(f"{self.path} is no run folder: it has no config.json")
+        content = read_json(self._config)
         try:
-            return TypeAdapter(Config).validate_json(read_bytes(self._config))
+            return TypeAdapter(Config).validate_json(json.dumps(content))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "file"
@@ -208,7 +211,7 @@ class RunFolder:
         if not self.metrics.exists():
             return
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
+        text = "".join(map(_line, kept))
         write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -227,7 +230,7 @@ class RunFolder:
             record = _record(line)
             if record is None:
                 raise UserError(
-                    f"{self.metrics} is damaged: line {number} is no record of a step; "
+                    f"{self.metrics} is damaged: line {number} is no whole record of a step; "
                     "take the line out, or the whole file away"
                 )
             records.append(record)
@@ -260,7 +263,7 @@ class RunFolder:
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
     def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
-        text = json.dumps(_plain(content), indent=2) + "\n"
+        text = sealed(json.dumps(_plain(content), indent=2)) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -282,7 +285,7 @@ class MetricsLog:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line."""
-        line = json.dumps(_plain(record)) + "\n"
+        line = _line(record)
         if in_bucket(self._path):
             self._waiting.append(line)
             return
@@ -297,14 +300,21 @@ class MetricsLog:
             self._saved, self._waiting = text, []
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    return sealed(json.dumps(_plain(record))) + "\n"
+
+
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record that a line of metrics.jsonl holds, or None if it holds none."""
+    """The record that a line of metrics.jsonl holds, or None if it holds none, or a damaged one."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line) if is_whole(line) else None
+    except (ValueError, RecursionError):
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return record if isinstance(step, int) and not isinstance(step, bool) else None
+    if not isinstance(record, dict):
+        return None
+    step = record.get("step")
+    is_step = isinstance(step, int) and not isinstance(step, bool)
+    return without_seal(record) if is_step else None
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from vlae_jax.errors import require, require_counts
+from vlae_jax.errors import require, require_counts, require_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class GapConfig:
     """Images measured at once."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         counts = {field.name for field in dataclasses.fields(self)} - {"start"}
         of_two = {"elbo_samples", "temperatures"}
         require_counts(self, *sorted(counts - of_two))

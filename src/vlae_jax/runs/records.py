@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -62,10 +61,10 @@ class Run:
         """
         known = METHODS.get(self.method)
         label = str(self._described("label") or (known.label if known else self.method))
-        objective = self.setting("training", "objective") or "elbo"
+        objective = str(self.setting("training", "objective") or "elbo")
         if objective == "elbo":
             return label
-        name = {"iwae": "IWAE", "dreg": "DReG"}.get(objective, str(objective))
+        name = {"iwae": "IWAE", "dreg": "DReG"}.get(objective, objective)
         samples = self.setting("training", "train_samples")
         return f"{label} ({name})" if objective == "evidence" else f"{label} ({name}, {samples})"
 
@@ -178,7 +177,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
     return Run(
         folder.path,
         read_json(folder.path / "config.json"),
-        _read_log(folder.metrics),
+        _read_log(folder),
         _read_metrics(folder.results, "evaluate the run again"),
         _read_arrays(folder.snapshots, _check_snapshots),
         _read_arrays(folder.per_image, _check_per_image),
@@ -212,22 +211,9 @@ def _read_metrics(path: Path, remedy: str) -> dict[str, Any] | None:
     return content
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
+def _read_log(folder: RunFolder) -> list[dict[str, Any]]:
     """Read the records; of a step written twice, as by a resumed run, the later one counts."""
-    lines = read_bytes(path).split(b"\n") if path.exists() else []
-    lines = [line for line in lines if line.strip()]
-    records: dict[tuple[str, str], dict[str, Any]] = {}
-    for place, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            # A killed process leaves its last line unfinished; that is no damage.
-            if place == len(lines):
-                break
-            raise UserError(f"{path}: record {place} is not valid JSON: remove it") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: record {place} is not a JSON object: remove it")
-        records[str(record.get("split")), str(record.get("step"))] = record
+    records = {(str(line.get("split")), line["step"]): line for line in folder.read_metrics()}
     return list(records.values())
 
 
@@ -271,6 +257,10 @@ def _check_per_image(path: Path, values: Mapping[str, np.ndarray]) -> None:
 
 
 def number(value: Any, otherwise: float = math.nan) -> float:
-    """Take a number from JSON; null and everything else that is no number becomes NaN."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if ok else otherwise
+    """Take a number from JSON; null and everything else that is no float becomes NaN."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return otherwise
+    try:
+        return float(value)
+    except OverflowError:  # JSON's whole numbers have no end
+        return otherwise

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from vlae_jax.errors import UserError, one_line
 from vlae_jax.files import replace_file
+from vlae_jax.runs.seals import is_whole, without_seal
 
 _BUCKET = "gs://"
 _PERMISSIONS = {
@@ -122,18 +123,24 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a file that holds one JSON object, and check its seal where it has one.
 
     Raises:
-        UserError: If it cannot be read, or holds something else.
+        UserError: If it cannot be read, is damaged, or holds something else.
     """
+    text = read_bytes(path)
+    if not is_whole(text):
+        raise UserError(
+            f"{path} is damaged: it is not what was written; if you have changed it yourself, take "
+            "out its last entry, the checksum"
+        )
     try:
-        content = json.loads(read_bytes(path))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it holds no JSON ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return without_seal(content)
 
 
 def _reason(error: Exception) -> str:
