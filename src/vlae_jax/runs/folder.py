@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from vlae_jax.errors import UserError
-from vlae_jax.files import is_partial
+from vlae_jax.files import is_partial, undone
 from vlae_jax.runs.config import Config
 from vlae_jax.runs.storage import (
     as_folder,
@@ -108,15 +108,17 @@ class RunFolder:
                     f"another process works in {self.path}; wait until it has ended, or choose "
                     "another run folder"
                 ) from None
-        try:
-            yield
-        finally:
+
+        def leave() -> None:
             lock.release()
-            if made and {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
-                shutil.rmtree(self.path, ignore_errors=True)
-                with contextlib.suppress(OSError):  # others may have begun to use them
+            with contextlib.suppress(OSError):  # others may have removed them, or begun to use them
+                if made and {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
+                    shutil.rmtree(self.path, ignore_errors=True)
                     for path in made[1:]:
                         path.rmdir()
+
+        with undone(leave):
+            yield
 
     def create(self, config: Config, *, overwrite: bool) -> None:
         """Make the folder and write its config.json.

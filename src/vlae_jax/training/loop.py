@@ -156,6 +156,8 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
             loop.metrics.save()
             # Also after a failure nothing may be left half done behind the caller's back.
             checkpoints.close()
+        if received:  # while the last checkpoint was saved
+            raise Stopped(received[0], trainer.total_steps)
 
 
 class _Loop:
