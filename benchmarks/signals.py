@@ -111,7 +111,7 @@ def signalled(
         )
         while (before := cpu_seconds(process.pid)) < moment:
             time.sleep(0.003)
-        process.send_signal(number)
+        os.kill(process.pid, number)  # Popen's own would wait for one that has ended
         began = time.monotonic()
         while (used := cpu_seconds(process.pid)) < float("inf"):
             last = used

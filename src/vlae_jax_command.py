@@ -7,6 +7,7 @@ seconds, in which Ctrl-C would already end in a traceback.
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 
@@ -17,6 +18,7 @@ def main() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+    sys.unraisablehook = _of_main_thread
     from vlae_jax.commands.main import main as run
 
     run()
@@ -34,6 +36,16 @@ def _leave(number: int, _: FrameType | None) -> None:
         os.write(2, f"vlae_jax: stopped by {signal.Signals(number).name}\n".encode())
     finally:
         os._exit(128 + number)
+
+
+def _of_main_thread(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Print what could not be raised, of the main thread alone.
+
+    Where a full disk cuts a checkpoint off, the storage layer's threads print a traceback for each
+    of their tasks; the error itself reaches the main thread.
+    """
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":

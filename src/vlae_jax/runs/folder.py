@@ -84,6 +84,18 @@ class RunFolder:
         """Whether a run has been started here."""
         return self._config.is_file()
 
+    def require_there(self) -> None:
+        """Check that nobody has taken the run away that is going on here.
+
+        Raises:
+            UserError: If it is gone.
+        """
+        if not self.exists():
+            raise UserError(
+                f"{self.path} was removed or emptied while the run was going on, which cannot be "
+                "saved there; start it again"
+            )
+
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
         """Keep other processes out of a local run folder, as long as this one lives.
