@@ -23,6 +23,21 @@ class Main:
 sys.modules["vlae_jax.commands.main"] = Main()
 program.main()
 """
+DROPS = """
+import sys, threading
+import vlae_jax_command as program
+class Dropping:
+    def __del__(self):
+        raise ZeroDivisionError
+class Main:
+    def main(self):
+        Dropping() if sys.argv[1] == "main" else run_and_wait(threading.Thread(target=Dropping))
+def run_and_wait(thread):
+    thread.start()
+    thread.join()
+sys.modules["vlae_jax.commands.main"] = Main()
+program.main()
+"""
 WRITES = """
 import os, sys
 from pathlib import Path
@@ -60,6 +75,15 @@ def test_a_signal_ends_it_with_its_code_and_undoes_what_is_half_done(tmp_path, n
     assert finished.stderr == f"vlae_jax: stopped by {number.name}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
     assert (tmp_path / "kept.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_what_cannot_be_raised_is_printed_of_the_main_thread_alone(thread):
+    """The storage layer's threads print tracebacks of what it raises in the main thread too."""
+    finished = subprocess.run(
+        [sys.executable, "-c", DROPS, thread], capture_output=True, text=True, check=True
+    )
+    assert ("ZeroDivisionError" in finished.stderr) == (thread == "main"), finished.stderr
 
 
 def test_nothing_that_was_finished_is_undone(tmp_path):
