@@ -104,8 +104,9 @@ def table(record: dict[str, Any]) -> str:
         "Training rows × columns, components: "
         + "; ".join(f"{name} {size}" for name, size in sizes.items())
         + f". Seeds {', '.join(map(str, sorted({r['seed'] for r in results})))}; seconds of one "
-        f"core's processor time beside other work, compilation included; {made['device']}, jax {made['jax']}, "
-        f"scikit-learn {made['scikit-learn']}; `python -m experiments.densities`."
+        "core's processor time beside other work, compilation included; "
+        f"{made['device']}, jax {made['jax']}, scikit-learn "
+        f"{made['scikit-learn']}; `python -m experiments.densities`."
     )
     return "\n".join(lines)
 

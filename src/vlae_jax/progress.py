@@ -11,6 +11,8 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlae_jax.files import undone
+
 _PLAIN_SECONDS = 10.0
 _SILENT = contextvars.ContextVar("silent", default=False)
 
@@ -45,6 +47,7 @@ class ProgressLine:
         self._console = Console(file=stream or sys.stderr, highlight=False, quiet=quiet)
         self._began = self._printed = time.monotonic()
         self._live: Progress | None = None
+        self._ends = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -58,6 +61,8 @@ class ProgressLine:
                 console=self._console,
                 transient=True,
             )
+            # A signal in between must not leave the terminal without its cursor.
+            self._ends.enter_context(undone(self._live.stop))
             self._live.start()
             self._task = self._live.add_task(
                 self._what, total=self._total, completed=self._start, text=""
@@ -70,8 +75,7 @@ class ProgressLine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._live:
-            self._live.stop()
+        self._ends.close()
 
     def update(self, done: int, text: str) -> None:
         """Show that `done` steps of the total are finished, followed by `text`."""

@@ -43,3 +43,19 @@ def test_the_work_is_done_and_the_exit_code_says_so(tmp_path, shell):
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "done").read_text() == "all work is done"
     assert finished.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_output_that_cannot_be_printed_is_told_when_the_work_is_done(tmp_path):
+    with open("/dev/full", "w") as full:
+        finished = subprocess.run(
+            [sys.executable, "-c", PRINTS, tmp_path / "done"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert finished.returncode == 1
+    assert (tmp_path / "done").read_text() == "all work is done"
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("vlae_jax: error: the work is done, but its output cannot be printed: ")

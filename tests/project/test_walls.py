@@ -23,7 +23,8 @@ FLOORS = [
     {"models"},
     {"runs"},
     {"data", "parallel"},
-    {"errors", "files", "progress"},
+    {"errors", "progress"},
+    {"files"},
     {"mathematics"},
 ]
 NO_MATHEMATICS = {"__main__", "errors", "estimator", "files", "progress"}

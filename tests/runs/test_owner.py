@@ -1,13 +1,16 @@
 """A run folder has one owner: other processes are refused, and a dead one holds nothing."""
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from builders import tiny_config, tiny_mapping
-from commandline import refused
+from builders import records, tiny_config, tiny_images, tiny_mapping
+from commandline import refused, run
 
 from vlae_jax.errors import UserError
 from vlae_jax.runs.folder import RunFolder
@@ -73,3 +76,53 @@ def test_fit_owns_its_folder(tmp_path):
 
     with held(tmp_path / "run"), pytest.raises(UserError, match="another process works in"):
         fit(tiny_config(epochs=0), tiny_mapping(), run_dir=tmp_path / "run")
+
+
+@contextlib.contextmanager
+def at_work(folder, *command):
+    """The command in a process of its own, halted once it owns the folder; killed in the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlae_jax", *map(str, command)],
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline, owned = time.monotonic() + 300, False
+    try:
+        while not owned:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+            try:
+                with RunFolder(folder).owned() if folder.exists() else contextlib.nullcontext():
+                    pass
+            except UserError:
+                owned = True
+        process.send_signal(signal.SIGSTOP)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_real_processes_own_a_run_folder_and_leave_it_when_they_are_killed(
+    tmp_path, capsys, quick_compile
+):
+    """Two trainings; training and evaluation; two evaluations; each the other way round too."""
+    folder = tmp_path / "run"
+    np.savez(tmp_path / "mine.npz", x_train=tiny_images(0, 40), x_test=tiny_images(1, 8))
+    train = (
+        *("train", "--data-dir", tmp_path / "mine.npz", "--run-dir", folder, "--method", "vae"),
+        *("--hidden", "8", "--latent", "2", "--batch-size", "8", "--epochs", "1"),
+        *("--importance-samples", "4", "--proposal", "posterior"),
+    )
+    run(*train)
+    capsys.readouterr()
+    logged = records(RunFolder(folder))
+    commands = {"train": (*train, "--resume"), "evaluate": ("evaluate", folder)}
+    for first in commands.values():
+        with at_work(folder, *first):
+            for second in commands.values():
+                assert "another process works in" in refused(capsys, *second)
+        assert records(RunFolder(folder)) == logged
+    run("evaluate", folder, "--importance-samples", "5")  # the killed ones hold nothing

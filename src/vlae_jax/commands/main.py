@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TextIO, cast
 
+import jax
 import tyro
 
 from vlae_jax.commands.arguments import Folder
 from vlae_jax.commands.train import Evaluate, Train
 from vlae_jax.commands.uses import Encode, Gap, Impute, Reconstruct, Sample, Score
 from vlae_jax.data.formats import ENDINGS
-from vlae_jax.errors import RunFailure, Stopped, Unreadable, UserError
+from vlae_jax.errors import RunFailure, Stopped, Unreadable, UserError, one_line
 from vlae_jax.parallel.options import keep_threads_awake
+from vlae_jax.parallel.processes import require_platform
 from vlae_jax.runs.presets import default_config
 from vlae_jax.runs.storage import resolved
 
@@ -80,8 +82,8 @@ class Prepare:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Exits with 0, 1 (failed run), 2 (wrong use), 75 (worth trying again: another process died, or a
-    checkpoint could not be read for now) or 128 + signal.
+    Exits with 0, 1 (failed run, or output that could not be printed), 2 (wrong use), 75 (worth
+    trying again: another process died, or a checkpoint could not be read for now) or 128 + signal.
 
     Args:
         argv: The words after the program's name; by default those of this process.
@@ -89,8 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_threads_awake()
     _secure_streams()
     try:
-        parse(sys.argv[1:] if argv is None else argv).run()
+        command = parse(sys.argv[1:] if argv is None else argv)
+        if isinstance(command, Encode | Gap | Impute | Reconstruct | Sample | Score):
+            require_platform()  # training and evaluation may have to join other processes first
+        command.run()
         sys.stdout.flush()
+        if failure := getattr(sys.stdout, "failure", None):
+            raise RunFailure(f"the work is done, but its output cannot be printed: {failure}")
     except UserError as error:
         _leave(error, 2)
     except RunFailure as error:
@@ -102,16 +109,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         sys.exit(130)
+    except MemoryError as error:
+        _leave(_lacks_memory(error), 1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _leave(_lacks_memory(error), 1)
+    except OSError as error:  # of a file that others have removed, or a disk that fails
+        _leave(RunFailure(f"{error.filename or 'the system'}: {error.strerror or error}"), 1)
+
+
+def _lacks_memory(error: Exception) -> RunFailure:
+    return RunFailure(
+        f"the memory does not suffice ({one_line(error)}); less is needed with a smaller "
+        "--hidden, --channels, --batch-size, --evaluation-batch or --chunk-size, more "
+        "--microbatches, or fewer --images"
+    )
 
 
 class _Output:
     """A text stream whose reader may leave: what is written after that is lost without an error.
 
-    So `vlae_jax train | head` trains to its end, and keeps everything in its run folder.
+    So `vlae_jax train | head` trains to its end, and keeps everything in its run folder. What else
+    keeps it from being written, as a full disk, waits in `failure` until the work is done.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.failure: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -131,7 +156,9 @@ class _Output:
     def _without_reader(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.failure = error.strerror or str(error)
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 

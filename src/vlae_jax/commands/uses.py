@@ -4,6 +4,7 @@ More than 400 lines, many of which are what --help says of each option.
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,13 +71,15 @@ class _Use:
         """The file to write; checked before the command begins its work.
 
         Raises:
-            UserError: If it exists already, is no .npz file, or has no folder.
+            UserError: If it exists already, is no .npz file, or has no folder that can be written.
         """
         target = self.output or self.run_dir / self.default_name
         if target.suffix not in self.endings:
             raise UserError(f"output must be an {' or '.join(self.endings)} file, got {target}")
         if not in_bucket(target) and not target.parent.is_dir():
             raise UserError(f"output folder {target.parent} does not exist; make it first")
+        if not in_bucket(target) and not os.access(target.parent, os.W_OK):
+            raise UserError(f"output folder {target.parent} cannot be written; choose --output")
         if target.exists() and not self.overwrite:
             raise UserError(
                 f"{target} already exists: --overwrite replaces it, --output FILE.npz names another"

@@ -12,13 +12,14 @@ from jaxtyping import Array, PRNGKeyArray
 
 from vlae_jax.data.dataset import Dataset, has_missing
 from vlae_jax.data.preprocessing import Preprocessor, fit_preprocessor, fixed_keys
-from vlae_jax.errors import UserError
+from vlae_jax.errors import UserError, require
 from vlae_jax.models.autoencoder import VariationalAutoencoder
 from vlae_jax.models.columns import groups_of, is_continuous
 from vlae_jax.models.linear import LinearModel
 from vlae_jax.models.systems import find_head, find_linear_fit
 from vlae_jax.models.trained import Provenance, Trained
 from vlae_jax.parallel.mapping import map_images
+from vlae_jax.parallel.placement import memory_of
 from vlae_jax.runs.config import Config
 
 
@@ -28,7 +29,7 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
     Linear decoders (ppca, fa) are already fitted here.
 
     Raises:
-        UserError: If data and configuration do not fit each other.
+        UserError: If data and configuration do not fit each other, or the memory.
     """
     config = config.for_data(pixels=dataset.levels > 0)
     if config.training.batch_size > len(dataset.train):
@@ -68,12 +69,31 @@ def initialize(config: Config, dataset: Dataset) -> Trained:
         groups,
     )
     variance, average = np.asarray(preprocessor.variance), np.asarray(preprocessor.average)
+    _require_memory(nnx.eval_shape(lambda: build_network(config, provenance, variance)))
     model = build_network(config, provenance, variance, average)
     if fit_linear := find_linear_fit(config.inference.method):
         assert isinstance(dataset.train, np.ndarray)  # Config refuses to stream them
         _set_to_linear(model, preprocessor, dataset.train, fit_linear)
     graphdef, params = nnx.split(model)
     return Trained(config, preprocessor, params, graphdef, provenance)
+
+
+def _require_memory(model: VariationalAutoencoder) -> None:
+    """Refuse a network whose training cannot fit into memory, before any of it is taken.
+
+    On one device there are its parameters to begin with, those in training, and Adam's two moments.
+    Several devices may share all but the first.
+    """
+    leaves = jax.tree.leaves(nnx.state(model))
+    copies = 4 if jax.device_count() == 1 else 1
+    needed = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    present = memory_of(jax.local_devices()[0])
+    require(
+        needed <= present,
+        f"a network of {sum(leaf.size for leaf in leaves)} parameters takes {needed / 1e9:.4g} GB "
+        f"of memory in training, and there are {present / 1e9:.4g} GB: choose smaller --hidden, "
+        "--channels or --latent",
+    )
 
 
 def begun_from(trained: Trained, source: Trained) -> Trained:

@@ -1,7 +1,10 @@
 """The placement of arrays on devices in training and evaluation."""
 
+import contextlib
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +18,29 @@ from vlae_jax.errors import UserError
 DATA, SAMPLES = "data", "samples"
 
 
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+"""What a container may use, in its own view, by both versions of Linux's interface."""
 _SMALLEST_SHARDED = 4096
 """Elements below which a parameter is not worth sharding."""
+
+
+def memory_of(device: Any) -> float:
+    """Bytes of memory of a device; of a CPU, those of the machine or the container.
+
+    Infinite where nothing tells.
+    """
+    if device.platform != "cpu":
+        return float((device.memory_stats() or {}).get("bytes_limit", math.inf))
+    found = math.inf
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
+        found = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            found = min(found, float(limit.read_text()))
+    return found
 
 
 class Placement:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vlae_jax.errors import UserError
+from vlae_jax.errors import UserError, one_line
 from vlae_jax.parallel.options import DistributedConfig, keep_threads_awake
 from vlae_jax.parallel.placement import Placement
 
@@ -46,7 +46,7 @@ def start(options: DistributedConfig) -> Placement:
             jax.config.update("jax_num_cpu_devices", options.devices)
     if options.processes != 1:
         _join(options)
-    _require_platform()
+    require_platform()
     expected = options.processes
 
     def check() -> None:
@@ -76,14 +76,20 @@ def _devices(options: DistributedConfig) -> list[Any]:
     return [device for devices in by_process.values() for device in devices[: options.devices]]
 
 
-def _require_platform() -> None:
-    """Check that JAX runs on what JAX_PLATFORMS names first: it may pass over a missing one."""
+def require_platform() -> None:
+    """Check that JAX runs on what JAX_PLATFORMS names first: it may pass over a missing one.
+
+    Raises:
+        UserError: If it does not.
+    """
     wanted = os.environ.get("JAX_PLATFORMS", "").partition(",")[0].strip().lower()
     try:
         found = jax.default_backend()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin is installed
+        reason = f" ({one_line(error)})" if str(error) else ""
         raise UserError(
-            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {error}"
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}{reason}: "
+            "install the extra of vlae-jax for it, or choose another platform"
         ) from None
     if wanted not in ("", found) and (wanted, found) not in _SAME_PLATFORM:
         raise UserError(

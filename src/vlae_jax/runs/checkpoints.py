@@ -23,7 +23,9 @@ from vlae_jax.runs.storage import absolute, in_bucket
 _KEPT = 2
 """How many of the last checkpoints stay, besides the best one."""
 _ROOM = 1.5
-"""Free space to ask for, in sizes of the state: files have headers and metadata too."""
+"""Free space to ask for, in sizes of the state, and beside them in bytes: files have headers and
+metadata too, and each takes whole blocks."""
+_ROOM_BESIDE = 2**20
 _DIGESTS = "sha256.json"
 _COMMITTED, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 _ASIDE = "damaged-"
@@ -34,6 +36,10 @@ _NO_TREE = ""
 """Stands for files that belong to no tree."""
 _PAUSES = (1.0, 4.0)
 """Seconds before another try to read what is undamaged."""
+
+
+_TRIES = 5
+"""How often a checkpoint that could not be written whole is removed."""
 
 
 class CheckpointInfo(NamedTuple):
@@ -73,7 +79,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         # Orbax logs tracebacks of its threads, and raises the same errors, reported in one line.
-        logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.folder = absolute(folder)
         self.best_step: int | None = None
         self._saving_step = -1
@@ -130,8 +137,18 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait until everything is saved, and close the folder."""
-        self.wait()
+        """Wait until everything is saved, and close the folder.
+
+        Raises:
+            UserError: If something could not be saved.
+        """
+        try:
+            self.wait()
+        except UserError:
+            with contextlib.suppress(Exception):  # the same once more
+                self._manager.close()
+            self._remove_partial()  # again: its threads had not ended
+            raise
         self._manager.close()
 
     def restore_last(self, like: Like) -> Restored | None:
@@ -209,12 +226,13 @@ class Checkpoints:
         if in_bucket(self.folder):
             return
         # Checked first, since the storage layer reports a full disk in many tracebacks.
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < _ROOM * needed:
+        needed = _ROOM_BESIDE + _ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        with _one_line_error(f"{self.folder} cannot be written"):
+            free = shutil.disk_usage(self.folder).free
+        if free < needed:
             raise UserError(
                 f"no space left for a checkpoint in {self.folder}: {free / 1e6:.1f} MB free, "
-                f"{_ROOM * needed / 1e6:.1f} MB needed; make room, then --resume"
+                f"{needed / 1e6:.1f} MB needed; make room, then --resume"
             )
 
     @contextlib.contextmanager
@@ -224,11 +242,16 @@ class Checkpoints:
             with _one_line_error(failure):
                 yield
         except UserError:
-            # In a bucket a checkpoint without commit_success.txt does not count, and is replaced.
-            if is_first() and not in_bucket(self.folder):
+            self._remove_partial()
+            raise
+
+    def _remove_partial(self) -> None:
+        # In a bucket a checkpoint without commit_success.txt does not count, and is replaced.
+        if is_first() and not in_bucket(self.folder):
+            for _ in range(_TRIES):  # threads of the storage layer may still write there
                 for partial in self.folder.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(partial, ignore_errors=True)
-            raise
+                time.sleep(0.1)
 
     def _best(self) -> list[int]:
         """The best step according to the newest readable checkpoint, as a list of at most one."""

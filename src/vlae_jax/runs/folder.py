@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from vlae_jax.errors import UserError
-from vlae_jax.files import is_partial
+from vlae_jax.files import is_partial, undone
 from vlae_jax.runs.config import Config
 from vlae_jax.runs.seals import is_whole, sealed, without_seal
 from vlae_jax.runs.storage import (
@@ -86,6 +86,18 @@ class RunFolder:
         """Whether a run has been started here."""
         return self._config.is_file()
 
+    def require_there(self) -> None:
+        """Check that nobody has taken the run away that is going on here.
+
+        Raises:
+            UserError: If it is gone.
+        """
+        if not self.exists():
+            raise UserError(
+                f"{self.path} was removed or emptied while the run was going on, which cannot be "
+                "saved there; start it again"
+            )
+
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
         """Keep other processes out of a local run folder, as long as this one lives.
@@ -110,15 +122,17 @@ class RunFolder:
                     f"another process works in {self.path}; wait until it has ended, or choose "
                     "another run folder"
                 ) from None
-        try:
-            yield
-        finally:
+
+        def leave() -> None:
             lock.release()
-            if made and {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
-                shutil.rmtree(self.path, ignore_errors=True)
-                with contextlib.suppress(OSError):  # others may have begun to use them
+            with contextlib.suppress(OSError):  # others may have removed them, or begun to use them
+                if made and {entry.name for entry in self.path.iterdir()} <= {_LOCK}:
+                    shutil.rmtree(self.path, ignore_errors=True)
                     for path in made[1:]:
                         path.rmdir()
+
+        with undone(leave):
+            yield
 
     def create(self, config: Config, *, overwrite: bool) -> None:
         """Make the folder and write its config.json.

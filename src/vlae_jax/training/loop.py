@@ -156,6 +156,8 @@ def _train(trainer: Trainer, run: RunFolder, resume: bool, options: FitOptions) 
             loop.metrics.save()
             # Also after a failure nothing may be left half done behind the caller's back.
             checkpoints.close()
+        if received:  # while the last checkpoint was saved
+            raise Stopped(received[0], trainer.total_steps)
 
 
 class _Loop:
@@ -170,6 +172,7 @@ class _Loop:
         info: CheckpointInfo,
     ) -> None:
         self.phases, self.metrics, self.checkpoints = phases, run.metrics_log(), checkpoints
+        self.run_folder = run
         self.trainer = phases.last
         self.options = options
         self.info = info
@@ -279,6 +282,7 @@ class _Loop:
 
     def _save(self, state: TrainState, step: int) -> None:
         if step != self.saved:
+            processes.on_first(self.run_folder.require_there)
             processes.on_first(self.metrics.save)
             trees = trees_of(self.trainer, self._checked(state))
             epoch = step / self.trainer.steps_per_epoch
