@@ -381,7 +381,7 @@ def main_program() -> None:
     @given(cases())
     def go(case: Case) -> None:
         if time.monotonic() > end:
-            return
+            raise KeyboardInterrupt  # the one exception that hypothesis does not try again
         with tempfile.TemporaryDirectory() as folder:
             outcome = try_out(case, Path(folder))
         tally[
@@ -393,7 +393,8 @@ def main_program() -> None:
             faults[last] += 1
             print(f"FAULT {case.kind}, {case.way}, {changed}\n{outcome.line}", flush=True)
 
-    go()
+    with contextlib.suppress(KeyboardInterrupt):
+        go()
     print(f"{sum(tally.values())} configurations: {dict(sorted(tally.items()))}")
     for line, count in faults.most_common():
         print(f"{count:5d} {line}")

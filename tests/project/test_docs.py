@@ -27,6 +27,7 @@ INTERNAL = {
     "models.arithmetic",
     "parallel.processes",
     "runs.records",
+    "runs.seals",
     "runs.storage",
 }
 """Modules of those folders that no user calls, and that have no place in the reference."""
