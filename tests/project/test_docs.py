@@ -16,7 +16,13 @@ import vlae_jax.report
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 CORE = (DOCS / "api" / "core.md").read_text()
-WITH_BLOCKS = {"getting-started.md": 1, "gllvm.md": 1, "guide.md": 8, "python.md": 8}
+WITH_BLOCKS = {
+    "getting-started.md": 1,
+    "gllvm.md": 1,
+    "guide.md": 8,
+    "python.md": 8,
+    "sklearn.md": 3,
+}
 """Pages whose Python is run, and how many blocks each has at least."""
 FOLDERS = ["analysis", "data", "models", "parallel", "runs", "training"]
 INTERNAL = {

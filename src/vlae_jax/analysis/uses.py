@@ -240,7 +240,7 @@ def name_of_examples(trained: Trained) -> str:
 def map_with_progress(
     what: str, trained: Trained, function: Any, images: np.ndarray, *arrays: Any, **options: Any
 ) -> Any:
-    """Apply a function (trained, pixels, key, *items, **options) → arrays to every image.
+    """Apply a function of (trained, pixels, key, an item of each array) to every image.
 
     Args:
         what: Label of the progress line.
