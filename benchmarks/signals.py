@@ -78,7 +78,7 @@ def faults_of(folder: Path) -> list[str]:
             elif path.suffix == ".jsonl":
                 [json.loads(line) for line in path.read_text().splitlines()]
             elif path.suffix == ".npz":
-                with np.load(path) as arrays:
+                with np.load(path, allow_pickle=False) as arrays:
                     [arrays[name] for name in arrays]
             elif not path.read_bytes().rstrip().endswith(_ENDS.get(path.suffix, b"")):
                 found.append(f"cut short: {path.name}")

@@ -5,7 +5,6 @@ Images are scikit-learn's digits, 8 x 8 with 17 levels, or a few random ones: no
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -175,7 +174,7 @@ class Linear:
 
 def records(run: RunFolder, split: str | None = None) -> list[dict[str, Any]]:
     """All that a run has logged, or that of a split, but times."""
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines = run.read_metrics()
     times = ("seconds", "images_per_second")
     return [
         {name: line[name] for name in line if name not in times}

@@ -257,7 +257,7 @@ def test_digits_have_smaller_defaults_and_other_sets_the_papers():
         (["--importance-samples", "0"], "importance_samples must be at least 1"),
         (["--test-images", "99999"], "only 359 test images"),
         (["--log-every", "0"], "log_every"),
-        (["--hidden", "16", "0"], "hidden widths"),
+        (["--hidden", "16", "0"], "hidden must be at least 1"),
         (["--preset", "paper-screenshoot"], "did you mean 'paper-screenshot'"),
         (["--patience", "0"], "patience must be at least 1"),
         (["--minutes", "0"], "minutes must be positive"),
