@@ -173,6 +173,8 @@ def test_a_network_learns_what_no_linear_model_can():
         ({"activation": "sine"}, "activation"),
         ({"validation_fraction": 1.5}, "validation_fraction must lie between 0 and 1"),
         ({"n_components": 0}, "latent must be at least 1"),
+        ({"hidden_layer_sizes": "wide"}, "hidden"),
+        ({"hidden_layer_sizes": 0}, "hidden must be at least 1"),
         ({"image_shape": (3, 3, 1)}, "image_shape must be"),
         ({"likelihood": "poisson"}, "needs counts"),
     ],

@@ -92,7 +92,7 @@ class VLAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, Base
         self,
         n_components: int = 2,
         *,
-        hidden_layer_sizes: Sequence[int] = (100, 100),
+        hidden_layer_sizes: Sequence[int] | int = (100, 100),
         activation: str = "relu",
         method: str = "auto",
         n_steps: int = 4,
@@ -251,7 +251,8 @@ class VLAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, Base
                 f"validation_fraction must lie between 0 and 1 and leave rows of the {rows} to "
                 f"train on, got {self.validation_fraction}"
             )
-        hidden, method = tuple(self.hidden_layer_sizes), self.method
+        # As scikit-learn's networks: a number is one layer.
+        hidden, method = tuple(np.atleast_1d(self.hidden_layer_sizes).tolist()), self.method
         if method == "auto":
             method = "vlae"
             is_gaussian = self.likelihood in ("auto", "gaussian") and not np.isnan(examples).any()
