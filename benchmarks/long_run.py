@@ -9,11 +9,8 @@ CPU seconds of the process, so that other load does not count.
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import tempfile
 import threading
@@ -23,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.records import setting_of, write_record
 
 RESULTS = Path(__file__).parent / "results" / "long_run.json"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -129,18 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = Path(folder) / "run"
         rows = train(run, options.steps, options.every)
         found = {
-            "setting": {
-                "command": " ".join(["python -m benchmarks.long_run", *given]),
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                "python": platform.python_version(),
-                "jaxlib": importlib.metadata.version("jaxlib"),
-            },
+            "setting": setting_of("long_run", given),
             "early_and_late": growth(rows),
             "log_cpu_seconds": read_log(run, options.lines),
             "rows": rows,
         }
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    write_record(options.output, found)
     print(json.dumps({name: found[name] for name in ("early_and_late", "log_cpu_seconds")}))
     return 0
 

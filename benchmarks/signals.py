@@ -9,11 +9,8 @@ read, or one that is left over. It ends with exit code 1 if there was any.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -27,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.records import setting_of, write_record
 from benchmarks.stress import GAP, TINY, environment
 
 RESULTS = Path(__file__).parent / "results" / "signals.json"
@@ -167,13 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    setting = {
-        "command": " ".join(["python -m benchmarks.signals", *given]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "jaxlib": importlib.metadata.version("jaxlib"),
-    }
+    setting = setting_of("signals", given)
     rng = np.random.default_rng(options.seed)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="signals-") as folder:
@@ -199,10 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(signalled(name, run, log, number, moment))
                 if rows[-1]["faults"]:
                     print(json.dumps(rows[-1], indent=1), flush=True)
-                text = json.dumps(summary(setting, rows), indent=1) + "\n"
-                partial = options.output.with_suffix(".partial")
-                partial.write_text(text)
-                partial.replace(options.output)
+                write_record(options.output, summary(setting, rows))
     for name, entry in summary(setting, rows)["counts"].items():
         print(f"{name}: {entry}")
     return int(any(row["faults"] for row in rows))

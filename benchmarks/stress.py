@@ -11,11 +11,7 @@ failed.
 import argparse
 import collections
 import contextlib
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.records import setting_of, write_record
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "stress.json"
@@ -134,13 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(allowed) < max(options.cores):
         parser.error(f"--cores {max(options.cores)}, but only {len(allowed)} may be used")
     given = sys.argv[1:] if arguments is None else arguments
-    setting = {
-        "command": " ".join(["python -m benchmarks.stress", *given]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "jaxlib": importlib.metadata.version("jaxlib"),
-    }
+    setting = setting_of("stress", given)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="stress-") as folder:
         run, log = Path(folder) / "run", Path(folder) / "log"
@@ -154,10 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for name in options.only:
                         found = watched(command(name, run), log, options.limit)
                         rows.append({"command": name, "cores": cores, "repeat": repeat, **found})
-                        text = json.dumps(summary(setting, rows), indent=1) + "\n"
-                        partial = options.output.with_suffix(".partial")
-                        partial.write_text(text)
-                        partial.replace(options.output)
+                        write_record(options.output, summary(setting, rows))
     for name, entry in summary(setting, rows)["counts"].items():
         print(f"{name}: {entry}")
     return int(any(row["code"] != 0 for row in rows))

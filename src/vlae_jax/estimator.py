@@ -25,17 +25,14 @@ from sklearn.utils.validation import FLOAT_DTYPES, check_array, check_is_fitted,
 
 from vlae_jax.analysis import uses
 from vlae_jax.analysis.imputation import impute
-from vlae_jax.data.sets import dataset_from_arrays
+from vlae_jax.data.sets import ARRAYS, dataset_from_arrays
 from vlae_jax.errors import RunFailure, UserError
 from vlae_jax.models.initial import initialize
 from vlae_jax.models.trained import Trained
-from vlae_jax.parallel.options import keep_threads_awake
 from vlae_jax.progress import silenced
 from vlae_jax.runs.config import Config
 from vlae_jax.runs.methods import find_method
 from vlae_jax.training.loop import fit
-
-keep_threads_awake()
 
 _VARIANCES = {"shared": "shared", "per_column": "per_pixel", "heteroscedastic": "heteroscedastic"}
 
@@ -261,7 +258,7 @@ class VLAE(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, Base
         is_fitted_at_once = find_method(method).fit is not None
         sections: Mapping[str, Mapping[str, Any]] = {
             "data": {
-                "dataset": "arrays",
+                "dataset": ARRAYS,
                 "preprocess": self.preprocess,
                 "validation_fraction": held_out / rows,
             },
