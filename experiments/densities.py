@@ -5,23 +5,20 @@ with default settings but the number of components, and records what it measured
 `experiments/densities.json`. `--table` prints the table of `docs/sklearn.md` from that record.
 """
 
-import argparse
-import json
-import platform
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import sklearn
 from sklearn import datasets
 from sklearn.decomposition import PCA, FactorAnalysis
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KernelDensity
 
+from experiments.comparison import run_comparison
 from vlae_jax import VLAE
 
 RECORD = Path(__file__).with_suffix(".json")
@@ -111,31 +108,11 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the comparison and write the record, or print the table."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.densities", description=__doc__)
-    parser.add_argument("--table", action="store_true", help="print the table of the record")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--output", type=Path, default=RECORD)
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.output.read_text())))
-        return
-    made = {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "scikit-learn": sklearn.__version__,
-        "device": f"{jax.devices()[0].device_kind}, {jax.default_backend()}",
-    }
-    results: list[dict[str, Any]] = []
-    for name in arguments.only:
-        for model in MODELS:
-            results += [run_one(name, model, seed) for seed in arguments.seeds]
-            content = json.dumps({"made_with": made, "results": results}, indent=1)
-            arguments.output.write_text(content + "\n")
-            print(results[-1])
+def measure(tables: Sequence[str], seeds: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    """Fit and measure every model on each table, with each seed."""
+    for name, model in itertools.product(tables, MODELS):
+        yield [run_one(name, model, seed) for seed in seeds]
 
 
 if __name__ == "__main__":
-    main()
+    run_comparison("densities", __doc__, tables=TABLES, record=RECORD, table=table, measure=measure)

@@ -5,13 +5,10 @@ random, lets every method fill them in, having seen the same gaps, and records w
 `experiments/missing.json`. `--table` prints the table of `docs/missing.md` from that record.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +22,7 @@ from sklearn.experimental import enable_iterative_imputer  # noqa: F401
 from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 
 import vlae_jax
+from experiments.comparison import run_comparison
 from vlae_jax.analysis.imputation import missing_at_random
 from vlae_jax.data.preprocessing import fixed_keys
 from vlae_jax.models.trained import Trained
@@ -201,28 +199,11 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the comparison and write the record, or print the table."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.missing", description=__doc__)
-    parser.add_argument("--table", action="store_true", help="print the table of the record")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--output", type=Path, default=RECORD)
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.output.read_text())))
-        return
-    made = {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": f"{jax.devices()[0].device_kind}, {jax.default_backend()}",
-    }
-    results: list[dict[str, Any]] = []
-    for name, share, seed in itertools.product(arguments.only, SHARES, arguments.seeds):
-        results += run_one(name, share, seed)
-        content = json.dumps({"made_with": made, "results": results}, indent=1)
-        arguments.output.write_text(content + "\n")
+def measured(tables: Sequence[str], seeds: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    """Run the comparison on each table, with each share of missing entries and each seed."""
+    for name, share, seed in itertools.product(tables, SHARES, seeds):
+        yield run_one(name, share, seed)
 
 
 if __name__ == "__main__":
-    main()
+    run_comparison("missing", __doc__, tables=TABLES, record=RECORD, table=table, measure=measured)

@@ -13,15 +13,8 @@ from vlae_jax import fit
 from vlae_jax.runs.records import read_run
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "experiments").is_dir(), reason="the studies come with the repository only"
-)
+pytestmark = pytest.mark.usefixtures("studies")
 IMAGES = 8
-
-
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 @pytest.mark.slow

@@ -12,14 +12,7 @@ from scipy.stats import norm
 from vlae_jax.data.sets import dataset_from_arrays
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "experiments").is_dir(), reason="the studies come with the repository only"
-)
-
-
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+pytestmark = pytest.mark.usefixtures("studies")
 
 
 def test_measures_of_a_correct_prediction_are_those_of_the_normal():

@@ -9,15 +9,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "experiments").is_dir(), reason="the studies come with the repository only"
-)
-
-
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
-    """Import the studies as a package."""
-    monkeypatch.syspath_prepend(str(ROOT))
+pytestmark = pytest.mark.usefixtures("studies")
 
 
 LOG_PROBS = {("VAE", 0): -10.0, ("VAE", 1): -14.0, ("VLAE T=4", 0): -7.0, ("VLAE T=4", 1): -9.0}
